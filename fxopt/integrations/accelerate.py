@@ -22,7 +22,7 @@ class UnknownEnumLayout(FxoptError):
 
 
 def extend_dynamo_backends(module: ModuleType) -> str:
-    """Add the member `FXOPT` to `accelerate.utils.dataclasses.DynamoBackend`; returns what was done, in words.
+    """Add the member `FXOPT` to `accelerate.utils.dataclasses.DynamoBackend`; says what was done.
 
     Raises:
         UnknownEnumLayout: the enum refuses the name even with the member added.
