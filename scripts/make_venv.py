@@ -29,9 +29,8 @@ STAMP = "fxopt-is-installed"
 def main() -> int:
     if sys.version_info < MINIMUM:
         found = ".".join(map(str, sys.version_info[:3]))
-        say(
-            f"fxopt needs Python 3.10 or newer, and {sys.executable} is {found}. Run: make PYTHON=python3.12 ..."
-        )
+        say(f"fxopt needs Python 3.10 or newer, and {sys.executable} is {found}.")
+        say("Name another with: make PYTHON=/path/to/python3.12 ...")
         return 1
     folder = Path(sys.argv[1]).absolute()
     python = folder / "bin" / "python"
@@ -124,7 +123,7 @@ def torch_indexes() -> list:
 
 
 def is_reachable(url: str, seconds: float = 5.0) -> bool:
-    """Whether the page can be read in time. In a thread, because the name lookup has no timeout of its own."""
+    """Whether the page can be read in time; in a thread, since a name lookup has no timeout of its own."""
     answers = []
 
     def ask() -> None:
