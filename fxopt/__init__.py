@@ -1,0 +1,40 @@
+"""fxopt: the transformer-aware ``torch.compile`` backend.
+
+Importing this package does no work: every public name is resolved on first use, so that ``import torch`` with the
+plugin installed stays as fast as without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxopt.backend import backend
+    from fxopt.errors import FxoptError
+    from fxopt.options import Options
+    from fxopt.report.explain import explain
+    from fxopt.report.report import Report
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "backend": "fxopt.backend",
+    "explain": "fxopt.report.explain",
+    "Report": "fxopt.report.report",
+    "Options": "fxopt.options",
+    "FxoptError": "fxopt.errors",
+}
+
+__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,60 @@
+"""The Dynamo entry point: a graph in, a callable out; nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.options import Options
+from fxopt.pipeline import compile_graph, pass_names
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph: ``torch.compile(model, backend="fxopt")`` or ``backend=fxopt.backend``.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: one value for each placeholder.
+        mode: torch.compile's mode.
+        options: fields of `fxopt.options.Options`, and Inductor's configuration keys.
+
+    Raises:
+        UnknownOption, OptionTypeError, OptionValueError, UnsupportedMode: before anything is traced by fxopt.
+    """
+    return compile_graph(gm, example_inputs, validate(mode=mode, options=options))
+
+
+def validate(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+    """Check `mode` and `options` as `backend` would. The plugin calls this from inside `torch.compile`."""
+    return Options.parse(mode, options, pass_names=pass_names())
+
+
+def reset() -> None:
+    """Forget CUDA graphs, fuel and records. `torch.compiler.reset` leads here for compiled functions."""
+    from fxopt.frontend.driver import FUEL
+    from fxopt.report.record import forget
+
+    FUEL.reset()
+    forget()
+    _reset_cuda_graphs()
+
+
+def _reset_cuda_graphs() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+backend.validate = validate  # type: ignore[attr-defined]
+backend.reset = reset  # type: ignore[attr-defined]

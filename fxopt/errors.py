@@ -1,0 +1,75 @@
+"""One class per error. The message is a class attribute, its fields are filled in at construction.
+
+What fxopt cannot *optimise* is never an error, it is evidence; errors are for what the user can put right
+(`UserError`) and for faults of fxopt itself (`InternalError`), so that the two never look alike.
+"""
+
+from __future__ import annotations
+
+
+class FxoptError(Exception):
+    """Base of all errors raised by fxopt. `message` is a format string, the keyword arguments are its fields."""
+
+    message = "{detail}"
+
+    def __init__(self, *, location: str | None = None, **fields: object) -> None:
+        self.fields = fields
+        self.location = location
+        text = self.message.format(**fields)
+        super().__init__(f"{text}\n  at {location}" if location else text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.location, self.fields)
+
+
+def _rebuild(kind: type[FxoptError], location: str | None, fields: dict[str, object]) -> FxoptError:
+    return kind(location=location, **fields)
+
+
+class UserError(FxoptError):
+    """Something that the caller can put right."""
+
+
+class UnknownOption(UserError, KeyError):
+    """An option that neither fxopt nor the host knows."""
+
+    message = "unknown option {name!r}. Nearest valid options: {nearest}. All fxopt options: {known}."
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class OptionTypeError(UserError, TypeError):
+    """An option with a value of the wrong type."""
+
+    message = "option {name!r} wants {wanted}, got {value!r} ({kind})."
+
+
+class OptionValueError(UserError, ValueError):
+    """An option whose value is of the right type but not one of the valid ones."""
+
+    message = "option {name!r} has no value {value!r}. Nearest valid values: {nearest}. Valid: {valid}."
+
+
+class UnsupportedMode(UserError, ValueError):
+    """A `mode=` that torch.compile does not define."""
+
+    message = "mode {mode!r} is not supported. Nearest: {nearest}. Valid modes: {valid}."
+
+
+class NoHost(UserError, RuntimeError):
+    """The requested host compiler cannot run on this machine."""
+
+    message = (
+        "host {host!r} cannot be used here: {reason}. {remedy} "
+        "Or pass options={{'host': 'eager'}} to run fxopt's rewrites without a host compiler."
+    )
+
+
+class InternalError(FxoptError, RuntimeError):
+    """A fault of fxopt itself, raised only with `strict=True`; otherwise it becomes evidence."""
+
+    message = (
+        "internal error in {stage}: {kind}: {detail}. This is a bug in fxopt, not in your model. "
+        "Without options={{'strict': True}} the graph is compiled by the host, unchanged."
+    )

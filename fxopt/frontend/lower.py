@@ -1,0 +1,128 @@
+"""Semantic ops -> what the host compiles: each call is replaced by its provider's ops.
+
+After this stage the graph holds nothing that the host does not know, so that Inductor fuses around it and its caches
+key on what is really computed. The trace of a provider is kept per signature: the layers of a model share it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fxopt.ir.facts import Facts
+from fxopt.ir.ops import Provider, SemanticOp, semantic_op
+from fxopt.ir.propagate import fake_mode_of
+from fxopt.report.record import GraphRecord
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+
+
+def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
+    """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            _lower_graph(module, record)
+    return gm
+
+
+def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
+    calls = [(node, op) for node in gm.graph.nodes if (op := semantic_op(node)) is not None]
+    if not calls:
+        return
+    mode = fake_mode_of(gm.graph)
+    facts = Facts(gm.graph)
+    traces: dict[Any, fx.GraphModule] = {}
+    for node, op in calls:
+        provider, refused = op.choose(node)
+        record.providers.append((op.name, provider.name, "; ".join(refused)))
+        trace = _trace(op, provider, node, mode, traces)
+        _inline(gm.graph, node, trace, facts)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _trace(
+    op: SemanticOp,
+    provider: Provider,
+    node: fx.Node,
+    mode: FakeTensorMode | None,
+    traces: dict[Any, fx.GraphModule],
+) -> fx.GraphModule:
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    key = (op.name, provider.name, spec, tuple(_signature(arg) for arg in flat))
+    if key in traces:
+        return traces[key]
+    nodes = [arg for arg in flat if isinstance(arg, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if isinstance(a, fx.Node) else a for a in flat], spec
+        )
+        return provider.build(*args, **kwargs)
+
+    if mode is None:
+        raise ValueError(f"{node.name}: a semantic op in a graph without tensors")
+    with mode, torch.no_grad():
+        traces[key] = make_fx(call, pre_dispatch=True)(*[arg.meta["val"] for arg in nodes])
+    return traces[key]
+
+
+def _signature(arg: Any) -> Any:
+    value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(str(n) for n in (*value.shape, *value.stride()))
+        return (value.dtype, value.device, sizes)
+    return (type(value).__name__, str(value))
+
+
+def _inline(graph: fx.Graph, node: fx.Node, trace: fx.GraphModule, facts: Facts) -> None:
+    """Copy `trace` in the place of `node`; inside of an autocast region, under a disabled one."""
+    flat, _ = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = iter(arg for arg in flat if isinstance(arg, fx.Node))
+    env = {placeholder: next(inputs) for placeholder in trace.graph.find_nodes(op="placeholder")}
+    with graph.inserting_before(node):
+        guard = _disable_autocast(graph, node) if facts.in_autocast(node) else None
+        for inner in trace.graph.nodes:
+            if inner.op not in ("placeholder", "output"):
+                env[inner] = _copy(graph, inner, env, node)
+        if guard is not None:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (guard,)).meta["val"] = None
+    _rewire(graph, node, fx.node.map_arg(trace.graph.output_node().args[0], lambda n: env[n]))
+
+
+def _copy(graph: fx.Graph, inner: fx.Node, env: dict[fx.Node, fx.Node], origin: fx.Node) -> fx.Node:
+    if inner.op != "call_function":
+        raise ValueError(f"{inner.format_node()}: the body of {origin.target} holds state")
+    copy = graph.node_copy(inner, lambda n: env[n])
+    for key in _KEPT_META:
+        copy.meta.pop(key, None)
+        if key in origin.meta:
+            copy.meta[key] = origin.meta[key]
+    return copy
+
+
+def _disable_autocast(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    device = (
+        node.meta["val"].device if isinstance(node.meta["val"], torch.Tensor) else node.meta["val"][0].device
+    )
+    enter = torch.amp.autocast_mode._enter_autocast
+    guard = graph.call_function(enter, (device.type, None, False, None))
+    guard.meta["val"] = None
+    return guard
+
+
+def _rewire(graph: fx.Graph, node: fx.Node, result: Any) -> None:
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        return
+    for user in list(node.users):
+        user.replace_all_uses_with(result[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)

@@ -1,0 +1,41 @@
+"""Choosing the host: Inductor, unless the user asks otherwise or this machine cannot run it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from fxopt.hosts.eager import EAGER
+from fxopt.hosts.host import Host
+from fxopt.hosts.inductor import INDUCTOR, missing_compiler
+from fxopt.options import Options
+
+
+def choose_host(options: Options, example_inputs: Sequence[Any]) -> Host:
+    """The host for one graph. ``"auto"`` is Inductor, and eager for a CPU graph on a machine without a C++ compiler."""
+    if options.host == "eager":
+        return EAGER
+    if options.host == "inductor" or not _on_cpu(example_inputs):
+        return INDUCTOR
+    reason = missing_compiler()
+    if reason is None:
+        return INDUCTOR
+    _warn_once(reason)
+    return EAGER
+
+
+def _on_cpu(example_inputs: Sequence[Any]) -> bool:
+    devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
+    return not devices or "cpu" in devices
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"fxopt: no C++ compiler ({reason}), so graphs on the CPU run op by op after fxopt's rewrites. "
+        "Install g++ (Debian/Ubuntu: apt-get install g++) for compiled speed, "
+        "or pass options={'host': 'eager'} to silence this.",
+        stacklevel=2,
+    )

@@ -1,0 +1,34 @@
+"""What a host is: it compiles a graph of plain ATen calls into a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.output_graph import exceptions_allowed_to_be_fallback
+
+from fxopt.options import Options
+
+# What Dynamo itself wants to see: it restarts the analysis, skips the frame or breaks the graph on these.
+CONTROL_FLOW: tuple[type[BaseException], ...] = (
+    RestartAnalysis,
+    SkipFrame,
+    *exceptions_allowed_to_be_fallback,
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host compiler.
+
+    Attributes:
+        name: ``"inductor"`` or ``"eager"``.
+        compile: (graph module, example inputs, options) -> callable that returns a tuple. Takes ownership of the
+            graph module.
+    """
+
+    name: str
+    compile: Callable[[fx.GraphModule, Sequence[Any], Options], Callable[..., Any]]

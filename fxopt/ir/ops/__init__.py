@@ -1,0 +1,39 @@
+"""The semantic ops, in one explicit list. `register_ops` makes them known to torch's dispatcher, once."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import fx
+
+from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
+
+OPS: tuple[SemanticOp, ...] = (ATTENTION,)
+
+_lock = threading.Lock()
+_library: torch.library.Library | None = None
+
+
+def register_ops() -> None:
+    """Register all semantic ops with the dispatcher. Idempotent and thread-safe."""
+    global _library
+    with _lock:
+        if _library is not None:
+            return
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        for op in OPS:
+            op.register(library)
+        _library = library
+
+
+def semantic_op(node: fx.Node) -> SemanticOp | None:
+    """The semantic op that a node calls, or None."""
+    namespace = getattr(node.target, "namespace", None)
+    if node.op != "call_function" or namespace != NAMESPACE:
+        return None
+    return next((op for op in OPS if op.overload is node.target), None)
+
+
+__all__ = ["OPS", "Provider", "SemanticOp", "register_ops", "semantic_op"]

@@ -1,0 +1,79 @@
+"""What a semantic op is: a plain-torch body that is its meaning, its fake and its fallback, and providers.
+
+A semantic op is declared once. Registered with the dispatcher as a composite op, its body is differentiated by
+autograd and traced by AOTAutograd like any other code. A *provider* is another way to compute it (an ATen op, a
+kernel) and states what it supports; the chosen one is recorded. The body is the provider of last resort.
+
+Semantic ops state their dtypes: autocast never acts inside of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.ir.contract import Verdict
+
+NAMESPACE = "fxopt"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a semantic op.
+
+    Attributes:
+        name: recorded in the evidence.
+        supports: says whether it can compute this call, and if not which condition fails. Metadata only.
+        build: computes the op from its arguments with ops that the host understands.
+    """
+
+    name: str
+    supports: Callable[[fx.Node], Verdict]
+    build: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class SemanticOp:
+    """A semantic op: name, dispatcher schema (without the namespace), body, providers in order of preference."""
+
+    name: str
+    schema: str
+    body: Callable[..., Any]
+    providers: tuple[Provider, ...] = field(default=())
+
+    @property
+    def overload(self) -> OpOverload:
+        """The registered op. Raises AttributeError before `register`."""
+        return getattr(torch.ops, NAMESPACE).__getattr__(self.name).default
+
+    def register(self, library: torch.library.Library) -> None:
+        library.define(self.name + self.schema)
+        library.impl(self.name, _without_autocast(self.body), "CompositeImplicitAutograd")
+
+    def choose(self, node: fx.Node) -> tuple[Provider, list[str]]:
+        """The first provider that supports the call, and why the ones before it do not."""
+        refused: list[str] = []
+        for provider in self.providers:
+            verdict = provider.supports(node)
+            if verdict:
+                return provider, refused
+            refused.append(f"{provider.name}: {verdict.reason}")
+        return Provider("body", lambda _: Verdict.yes(), self.body), refused
+
+
+def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return body(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return body(*args, **kwargs)
+
+    return run

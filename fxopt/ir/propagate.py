@@ -1,0 +1,81 @@
+"""Fake execution of single nodes: the metadata of what a rewrite inserted, and of what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from fxopt.ir.facts import is_write, same_shape, same_strides
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode that the values of a normalized graph belong to; None when it has no tensor."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """The fake value of a call from the fake values of its arguments. Writes are not repeated."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    target = node.target
+    if not callable(target):
+        raise TypeError(f"{node.format_node()} is no function call")
+    with mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def can_evaluate(node: fx.Node) -> bool:
+    """Pure calls only: what writes or is opaque keeps the value that was recorded for it."""
+    if node.op != "call_function" or is_write(node) or isinstance(node.target, HigherOrderOperator):
+        return False
+    return all("val" in arg.meta for arg in node.all_input_nodes)
+
+
+def equivalent(a: Any, b: Any) -> bool:
+    """Same shape, strides, dtype and device; for what is no tensor, same type."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b)
+    if a.dtype != b.dtype or a.device != b.device or not same_shape(a.shape, b.shape):
+        return False
+    return same_strides(a, b)
+
+
+def describe(value: Any) -> str:
+    """dtype, shape and strides in one short line."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)} strides {tuple(value.stride())} on {value.device}"
+
+
+def propagate_from(start: fx.Node, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]) -> None:
+    """Bring the values of everything that reads `start`, directly or not, up to date.
+
+    `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an op raises
+    when it cannot take the new strides is passed on.
+    """
+    dirty = set(start.users)
+    node = start.next
+    while dirty and node.op != "root":
+        if node in dirty:
+            dirty.discard(node)
+            dirty |= _update(node, mode, on_change)
+        node = node.next
+
+
+def _update(node: fx.Node, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]) -> set[fx.Node]:
+    if node.op == "output" or not can_evaluate(node):
+        return set()
+    new = evaluate(node, mode)
+    if equivalent(node.meta.get("val"), new) or not isinstance(new, torch.Tensor):
+        return set()
+    on_change(node, node.meta.get("val"))
+    node.meta["val"] = new
+    return set(node.users)

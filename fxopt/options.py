@@ -1,0 +1,173 @@
+"""All options, in one frozen dataclass. The only reader of environment variables.
+
+Options are validated before anything is traced. What is not a field of `Options` must be a configuration key of
+TorchInductor and is handed to it unchanged, so `options={...}` means for the host what it means for Inductor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, get_origin
+
+from fxopt.errors import OptionTypeError, OptionValueError, UnknownOption, UnsupportedMode
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+HOSTS = ("auto", "inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation.
+
+    Attributes:
+        mode: torch.compile's mode, with the meaning it has for Inductor.
+        host: who compiles what fxopt leaves: ``"inductor"``, ``"eager"`` (no compiler), or ``"auto"``:
+            Inductor, and eager with one warning on a CPU-only machine without a C++ compiler.
+        disable: names of passes not to run, see ``fxopt.pipeline``; ``("all",)`` runs none.
+        strict: raise `InternalError` when a stage of fxopt fails, instead of handing the graph to the host.
+        verify: compare every rewritten site with what it replaces on random small inputs. For tests: slow.
+        fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.
+        dump: directory into which every stage is written as a runnable Python file. None writes nothing.
+        host_config: Inductor configuration, the keys that are not fields of this class.
+    """
+
+    mode: str = "default"
+    host: str = "auto"
+    disable: tuple[str, ...] = ()
+    strict: bool = False
+    verify: bool = False
+    fuel: int | None = None
+    dump: str | None = None
+    host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @staticmethod
+    def parse(
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        pass_names: Iterable[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> Options:
+        """Validate what the user gave to `torch.compile`.
+
+        Raises:
+            UnsupportedMode: `mode` is not one of torch.compile's.
+            UnknownOption: a key is known neither to fxopt nor to Inductor.
+            OptionTypeError: a value has the wrong type.
+            OptionValueError: a value is not one of the valid ones.
+        """
+        given = _from_environment(os.environ if environ is None else environ)
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionTypeError(name="options", wanted="a dict", value=options, kind=type(options).__name__)
+        given |= {_normal(key): value for key, value in (options or {}).items()}
+        if mode is not None:
+            given["mode"] = mode
+        own = {f.name for f in fields(Options)} - {"host_config"}
+        chosen = {name: _checked(name, value) for name, value in given.items() if name in own}
+        rest = {name: value for name, value in given.items() if name not in own}
+        _check_disable(chosen.get("disable", ()), tuple(pass_names))
+        return Options(**chosen, host_config=MappingProxyType(_host_config(rest, own)))
+
+    @property
+    def fingerprint(self) -> tuple[tuple[str, str], ...]:
+        """Everything that can change the compiled result, as plain text, for cache keys."""
+        return tuple((name, repr(getattr(self, name))) for name in ("mode", "host", "disable", "fuel"))
+
+
+def _normal(key: object) -> str:
+    if not isinstance(key, str):
+        raise OptionTypeError(name=key, wanted="a string as its name", value=key, kind=type(key).__name__)
+    return key.replace("-", "_")
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if environ.get("FXOPT_HOST"):
+        found["host"] = environ["FXOPT_HOST"]
+    if environ.get("FXOPT_DISABLE"):
+        found["disable"] = tuple(part.strip() for part in environ["FXOPT_DISABLE"].split(",") if part.strip())
+    if environ.get("FXOPT_FUEL"):
+        found["fuel"] = _integer("FXOPT_FUEL", environ["FXOPT_FUEL"])
+    if environ.get("FXOPT_DUMP"):
+        found["dump"] = environ["FXOPT_DUMP"]
+    if environ.get("FXOPT_STRICT"):
+        found["strict"] = environ["FXOPT_STRICT"] not in ("0", "false", "False")
+    return found
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionTypeError(name=name, wanted="an integer", value=text, kind="str") from None
+
+
+_WANTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "mode": ((str,), "a string"),
+    "host": ((str,), "a string"),
+    "disable": ((str, list, tuple, set, frozenset), "a pass name or a list of pass names"),
+    "strict": ((bool,), "a bool"),
+    "verify": ((bool,), "a bool"),
+    "fuel": ((int, type(None)), "an integer or None"),
+    "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    types, wanted = _WANTED[name]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise OptionTypeError(name=name, wanted=wanted, value=value, kind=type(value).__name__)
+    if name == "mode" and value not in MODES:
+        raise UnsupportedMode(mode=value, nearest=nearest(value, MODES), valid=", ".join(MODES))
+    if name == "host" and value not in HOSTS:
+        raise OptionValueError(name=name, value=value, nearest=nearest(value, HOSTS), valid=", ".join(HOSTS))
+    if name == "fuel" and value is not None and value < 0:
+        raise OptionValueError(name=name, value=value, nearest="0", valid="integers from 0 on, or None")
+    if name == "disable":
+        return _names(value)
+    return os.fspath(value) if name == "dump" and value is not None else value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionTypeError(name="disable", wanted="pass names", value=name, kind=type(name).__name__)
+    return tuple(name.replace("_", "-") for name in names)
+
+
+def _check_disable(names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    valid = (*known, "all")
+    for name in names:
+        if known and name not in valid:
+            raise OptionValueError(
+                name="disable", value=name, nearest=nearest(name, valid), valid=", ".join(valid)
+            )
+
+
+def _host_config(rest: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    if not rest:
+        return {}
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    for name, value in rest.items():
+        if name not in known:
+            raise UnknownOption(
+                name=name, nearest=nearest(name, [*own, *known]), known=", ".join(sorted(own))
+            )
+        wanted = config.get_type(name)  # type: ignore[attr-defined]
+        if get_origin(wanted) is None and not isinstance(value, wanted):
+            raise OptionTypeError(
+                name=name, wanted=f"a {wanted.__name__}", value=value, kind=type(value).__name__
+            )
+    return rest
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The closest three names, best first, or a dash when nothing is close."""
+    return ", ".join(difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)) or "-"

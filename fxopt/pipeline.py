@@ -1,0 +1,122 @@
+"""The way of a graph through fxopt, stage by stage. Read this page first.
+
+    Dynamo graph -> normalize -> rewrite (the passes below, in order) -> lower -> host
+
+Order is the source text. Nothing registers itself: a pass runs because it is in `PASSES`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from torch import fx
+
+from fxopt.frontend.driver import run_rewrite
+from fxopt.frontend.lower import lower
+from fxopt.frontend.normalize import CannotNormalize, normalize
+from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.hosts import choose_host
+from fxopt.hosts.host import CONTROL_FLOW, Host
+from fxopt.ir.contract import Rewrite
+from fxopt.ir.ops import register_ops
+from fxopt.options import Options
+from fxopt.report.dump import Dump
+from fxopt.report.record import GraphRecord, recorded
+
+# name, class, and why it stands where it stands
+PASSES: tuple[tuple[str, str], ...] = ()
+
+
+@functools.cache
+def pass_names() -> tuple[str, ...]:
+    """The names of all passes, in order."""
+    return tuple(name for name, _ in PASSES)
+
+
+@functools.cache
+def load_passes() -> tuple[Rewrite, ...]:
+    """One instance of each pass, in order. The only place that loads `fxopt.passes`."""
+    loaded: list[Rewrite] = []
+    for name, where in PASSES:
+        module, _, attribute = where.partition(":")
+        rewrite = getattr(import_module(module), attribute)()
+        if rewrite.name != name:
+            raise ImportError(f"{where} calls itself {rewrite.name!r}, the pipeline calls it {name!r}")
+        loaded.append(rewrite)
+    return tuple(loaded)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """One Dynamo graph to one callable.
+
+    A stage that fails never fails the user: the untouched graph goes to the host and the record says why, unless
+    `options.strict`.
+    """
+    register_ops()
+    with recorded(gm) as record:
+        dump = Dump.open(options.dump, record)
+        dump.write("dynamo", gm)
+        host = choose_host(options, example_inputs)
+        record.host = host.name
+        optimized = _optimize(gm, example_inputs, options, record, dump)
+        if optimized is None:
+            return _host(host, gm, example_inputs, options, record)
+        try:
+            return _host(host, optimized, example_inputs, options, record)
+        except CONTROL_FLOW:
+            raise
+        except Exception as error:
+            if options.strict:
+                raise
+            record.fail("host", error)
+        return _host(host, gm, example_inputs, options, record)
+
+
+def _host(
+    host: Host, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> Callable[..., Any]:
+    with record.timed("host"):
+        return host.compile(gm, example_inputs, options)
+
+
+def _optimize(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+) -> fx.GraphModule | None:
+    """normalize -> rewrite -> lower; None when the untouched graph is to be used."""
+    try:
+        with record.timed("normalize"):
+            normal = normalize(gm, example_inputs)
+        record.normalized = True
+        dump.write("normalized", normal)
+        with record.timed("passes"):
+            rewrite(normal, options, record, dump)
+        with record.timed("lower"):
+            lowered = lower(normal, record)
+        dump.write("lowered", lowered)
+    except CONTROL_FLOW:
+        raise
+    except CannotNormalize as refusal:
+        record.refuse("normalize", str(refusal))
+        return None
+    except Exception as error:
+        record.fail("normalize" if not record.normalized else "passes", error)
+        if options.strict:
+            raise
+        return None
+    return lowered
+
+
+def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dump | None = None) -> None:
+    """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
+    graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    layouts = [output_layout(module.graph) for module in graphs]
+    for one in load_passes():
+        found = [entry for module in graphs for entry in run_rewrite(one, module, options)]
+        record.evidence += found
+        if dump is not None and any(entry.status == "applied" for entry in found):
+            dump.write(one.name, gm)
+    for module, layout in zip(graphs, layouts, strict=True):
+        keep_output_layout(module, layout)
