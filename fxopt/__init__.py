@@ -1,7 +1,7 @@
 """fxopt: the transformer-aware ``torch.compile`` backend.
 
-Importing this package does no work: every public name is resolved on first use, so that ``import torch`` with the
-plugin installed stays as fast as without it.
+Importing this package does no work: every public name is resolved on first use, so that ``import torch``
+with the plugin installed stays as fast as without it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class FxoptError(Exception):
-    """Base of all errors raised by fxopt. `message` is a format string, the keyword arguments are its fields."""
+    """Base of all errors raised by fxopt. `message` is a format string; keyword arguments are its fields."""
 
     message = "{detail}"
 

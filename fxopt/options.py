@@ -1,7 +1,8 @@
 """All options, in one frozen dataclass. The only reader of environment variables.
 
-Options are validated before anything is traced. What is not a field of `Options` must be a configuration key of
-TorchInductor and is handed to it unchanged, so `options={...}` means for the host what it means for Inductor.
+Options are validated before anything is traced. What is not a field of `Options` must be a configuration
+key of TorchInductor and is handed to it unchanged, so `options={...}` means for the host what it means for
+Inductor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class Options:
             Inductor, and eager with one warning on a CPU-only machine without a C++ compiler.
         disable: names of passes not to run, see ``fxopt.pipeline``; ``("all",)`` runs none.
         strict: raise `InternalError` when a stage of fxopt fails, instead of handing the graph to the host.
-        verify: compare every rewritten site with what it replaces on random small inputs. For tests: slow.
         fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         host_config: Inductor configuration, the keys that are not fields of this class.
@@ -39,7 +39,6 @@ class Options:
     host: str = "auto"
     disable: tuple[str, ...] = ()
     strict: bool = False
-    verify: bool = False
     fuel: int | None = None
     dump: str | None = None
     host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -106,12 +105,11 @@ def _integer(name: str, text: str) -> int:
         raise OptionTypeError(name=name, wanted="an integer", value=text, kind="str") from None
 
 
-_WANTED: dict[str, tuple[tuple[type, ...], str]] = {
+_WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mode": ((str,), "a string"),
     "host": ((str,), "a string"),
     "disable": ((str, list, tuple, set, frozenset), "a pass name or a list of pass names"),
     "strict": ((bool,), "a bool"),
-    "verify": ((bool,), "a bool"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
 }

@@ -52,8 +52,8 @@ def load_passes() -> tuple[Rewrite, ...]:
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """One Dynamo graph to one callable.
 
-    A stage that fails never fails the user: the untouched graph goes to the host and the record says why, unless
-    `options.strict`.
+    A stage that fails never fails the user: the untouched graph goes to the host and the record says why,
+    unless `options.strict`.
     """
     register_ops()
     with recorded(gm) as record:

@@ -1,4 +1,4 @@
-"""The rewrites, shipped as the package ``fxopt.passes``: one rewrite, one file. `fxopt.pipeline` lists their order."""
+"""The rewrites, shipped as the package ``fxopt.passes``: one rewrite, one file."""
 
 if __name__ != "fxopt.passes":
     raise ImportError(

@@ -1,7 +1,7 @@
 """Runs one rewrite over one graph: match, legal, profit, replace; evidence for every anchor; undo on failure.
 
-The driver, not the pass, rewires users, brings metadata up to date, verifies, counts fuel and turns an exception
-into evidence with the graph left as it was.
+The driver, not the pass, rewires users, brings metadata up to date, verifies, counts fuel and turns an
+exception into evidence with the graph left as it was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
 class Fuel:
-    """How many more rewrites may be applied. Shared by all compilations of a process, to bisect a wrong answer."""
+    """How many more rewrites may be applied, over all compilations of a process: to bisect a wrong answer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,7 +1,8 @@
 """Semantic ops -> what the host compiles: each call is replaced by its provider's ops.
 
-After this stage the graph holds nothing that the host does not know, so that Inductor fuses around it and its caches
-key on what is really computed. The trace of a provider is kept per signature: the layers of a model share it.
+After this stage the graph holds nothing that the host does not know, so that Inductor fuses around it and
+its caches key on what is really computed. The trace of a provider is kept per signature: the layers of a
+model share it.
 """
 
 from __future__ import annotations

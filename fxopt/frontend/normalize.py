@@ -1,12 +1,14 @@
 """Dynamo graph -> pre-dispatch ATen: one spelling per op, source lines and symbolic shapes kept.
 
-The graph is re-traced with ``make_fx(..., pre_dispatch=True)`` in Dynamo's own fake mode. Composite ops stay whole
-(``linear``, ``softmax``, ``layer_norm``, ``scaled_dot_product_attention``, ``dropout``, ``cross_entropy_loss``), calls
-of higher-order ops stay calls and their sub-graphs are normalized recursively, in-place ops stay in place, and
-autocast and grad-mode regions stay as the enter/exit nodes that Dynamo wrote.
+The graph is re-traced with ``make_fx(..., pre_dispatch=True)`` in Dynamo's own fake mode. Composite ops
+stay whole (``linear``, ``softmax``, ``layer_norm``, ``scaled_dot_product_attention``, ``dropout``,
+``cross_entropy_loss``), calls of higher-order ops stay calls and their sub-graphs are normalized
+recursively, in-place ops stay in place, and autocast and grad-mode regions stay as the enter/exit nodes
+that Dynamo wrote.
 
-The trace runs on fresh fake tensors, never on Dynamo's: a write in the graph would otherwise change the metadata that
-AOTAutograd reads later. They do not require grad: ops are recorded above autograd, so nothing would change.
+The trace runs on fresh fake tensors, never on Dynamo's: a write in the graph would otherwise change the
+metadata that AOTAutograd reads later. They do not require grad: ops are recorded above autograd, so nothing
+would change.
 
 Uses private torch APIs, listed in docs/torch_apis.md.
 """
@@ -35,9 +37,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 ALIAS_KEY = "fxopt_alias"
 NEEDS_GRAD_KEY = "fxopt_needs_grad"
 
-# Higher-order ops whose sub-graphs are ordinary forward code of the user. The sub-graphs of all others are kept as
-# they are: their consumers (flex attention's lowering, autograd.Function's backward, Triton wrappers) read them as
-# Dynamo wrote them.
+# Higher-order ops whose sub-graphs are ordinary forward code of the user. The sub-graphs of all others are
+# kept as they are: their consumers (flex attention's lowering, autograd.Function's backward, Triton
+# wrappers) read them as Dynamo wrote them.
 _RECURSE = frozenset(
     {
         "tag_activation_checkpoint",
@@ -116,7 +118,7 @@ class _Retrace(fx.Interpreter):
         _refuse_functorch(target)
         return super().call_function(target, args, kwargs)
 
-    def get_attr(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in self.subgraphs:
             return self.subgraphs[target]
         value = super().get_attr(target, args, kwargs)
@@ -128,7 +130,7 @@ class _Retrace(fx.Interpreter):
 
 
 def _refuse_functorch(target: Any) -> None:
-    """Grad transforms trace autograd inside the graph; they need inputs that require grad, which ours do not."""
+    """Grad transforms trace autograd inside the graph: they need inputs that require grad; ours do not."""
     name = getattr(target, "__name__", "")
     if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad", "_wrap_for_grad"):
         raise CannotNormalize(f"a functorch grad transform ({name}) is traced inside the graph")
@@ -147,7 +149,7 @@ def _record_call(
     proxy_mode = get_proxy_mode()
     if proxy_mode is None:
         raise CannotNormalize(f"higher-order op {op} met outside of tracing")
-    tracer = proxy_mode.tracer
+    tracer: Any = proxy_mode.tracer
 
     def to_proxy(value: Any) -> Any:
         if isinstance(value, torch.nn.Module):
@@ -166,7 +168,7 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, torch.nn.Module)
 
 
-def _module_proxy(tracer: Any, module: torch.nn.Module) -> fx.Proxy:
+def _module_proxy(tracer: Any, module: torch.nn.Module) -> Any:
     """A get_attr of `module`, registered once on the traced root."""
     root = tracer.root
     for name, known in root._modules.items():
@@ -186,7 +188,7 @@ def _record_attribute(target: str, value: torch.Tensor, mode: FakeTensorMode) ->
     proxy_mode = get_proxy_mode()
     if proxy_mode is None:
         raise CannotNormalize(f"attribute {target} met outside of tracing")
-    tracer = proxy_mode.tracer
+    tracer: Any = proxy_mode.tracer
     name = "_fxopt_" + target.replace(".", "_")
     if isinstance(value, torch.nn.Parameter):
         tracer.root.register_parameter(name, value)
@@ -260,7 +262,7 @@ def _fresh(value: Any, mode: FakeTensorMode) -> Any:
     """A fake with the same metadata and no history. Symbolic sizes are shared with the original."""
     if not isinstance(value, torch.Tensor):
         return value
-    if is_traceable_wrapper_subclass(value):
+    if is_subclass(value):
         raise CannotNormalize(f"a tensor subclass {type(value).__name__} is an input")
     if value.layout is not torch.strided or value.is_quantized:
         raise CannotNormalize(f"a tensor with layout {value.layout}, dtype {value.dtype} is an input")
@@ -270,11 +272,16 @@ def _fresh(value: Any, mode: FakeTensorMode) -> Any:
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
-def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
-    """Keep what AOTAutograd and Inductor read from a Dynamo graph: placeholder metadata and module attributes.
+def is_subclass(value: Any) -> bool:
+    return is_traceable_wrapper_subclass(value)
 
-    Without the placeholders' ``tensor_dict`` parameters stop being static inputs and CUDA graphs copy the weights
-    at every step; without ``_dynamo_source`` AOTAutograd cannot tell which input is which.
+
+def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Keep what AOTAutograd and Inductor read from a Dynamo graph: placeholder metadata and module
+    attributes.
+
+    Without the placeholders' ``tensor_dict`` parameters stop being static inputs and CUDA graphs copy the
+    weights at every step; without ``_dynamo_source`` AOTAutograd cannot tell which input is which.
     """
     storages: dict[int, int] = {}
     for before, after in zip(
@@ -295,7 +302,7 @@ def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
 
 
 def _note_input(value: Any, node: fx.Node, storages: dict[int, int]) -> None:
-    """Inputs that share storage share a number, so that a write through one is seen as a write to the other."""
+    """Inputs that share storage share a number: a write through one is seen as a write to the other."""
     if not isinstance(value, torch.Tensor):
         return
     key = value.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Strides of outputs are part of the answer: a rewrite may change them inside a graph, never at its border."""
+"""Strides of outputs are part of the answer: a rewrite may change them inside a graph, not at its border."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _tensor(arg: Any) -> Any:
 
 def _with_strides(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
     """A copy of `node` with the order of dimensions in memory of `like`."""
-    order = sorted(range(like.dim()), key=lambda dim: _hint(like.stride(dim)), reverse=True)
+    order = sorted(range(like.dim()), key=lambda dim: _hint(like.stride()[dim]), reverse=True)
     inverse = [order.index(dim) for dim in range(like.dim())]
     permuted = graph.call_function(aten.permute.default, (node, order))
     dense = graph.call_function(aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})

@@ -14,7 +14,7 @@ from fxopt.options import Options
 
 
 def choose_host(options: Options, example_inputs: Sequence[Any]) -> Host:
-    """The host for one graph. ``"auto"`` is Inductor, and eager for a CPU graph on a machine without a C++ compiler."""
+    """The host for one graph. ``"auto"`` is Inductor; eager for the CPU where there is no C++ compiler."""
     if options.host == "eager":
         return EAGER
     if options.host == "inductor" or not _on_cpu(example_inputs):

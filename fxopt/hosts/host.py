@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._dynamo.output_graph import exceptions_allowed_to_be_fallback
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 from fxopt.options import Options
 
@@ -16,7 +21,10 @@ from fxopt.options import Options
 CONTROL_FLOW: tuple[type[BaseException], ...] = (
     RestartAnalysis,
     SkipFrame,
-    *exceptions_allowed_to_be_fallback,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    UnsupportedFakeTensorException,
 )
 
 
@@ -25,8 +33,8 @@ class Host:
     """A host compiler.
 
     Attributes:
-        name: ``"inductor"`` or ``"eager"``.
-        compile: (graph module, example inputs, options) -> callable that returns a tuple. Takes ownership of the
+        name: ``"inductor"`` or ``"eager"``. compile: (graph module, example inputs, options) -> callable
+        that returns a tuple. Takes ownership of the
             graph module.
     """
 

@@ -41,7 +41,7 @@ def config_patches(options: Options) -> dict[str, Any]:
 
 
 def _fingerprinted(patches: dict[str, Any], options: Options) -> Any:
-    """A post-grad pass that changes nothing but carries fxopt's version into the keys of Inductor's caches."""
+    """A post-grad pass that changes nothing but carries fxopt's version into the keys of the caches."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -67,7 +67,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         reason = missing_compiler()
         if reason is not None:
             raise NoHost(host="inductor", reason=reason, remedy="Install g++ (Debian: apt-get install g++).")
-    return compile_fx(gm, example_inputs, config_patches=config_patches(options))
+    compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
+        gm, example_inputs, config_patches=config_patches(options)
+    )
+    return compiled
 
 
 INDUCTOR = Host("inductor", _compile)

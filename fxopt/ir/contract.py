@@ -1,8 +1,8 @@
 """The contract between a rewrite and the driver: what a pass is asked, and what it answers.
 
-A pass answers four questions and does nothing else. Timing, dumping, rewiring, metadata, verification, fuel and
-evidence are the driver's. The invariant that every pass keeps: **the graph computes the same values, in the same
-dtypes, with the same writes in the same order, before and after**.
+A pass answers four questions and does nothing else. Timing, dumping, rewiring, metadata, verification, fuel
+and evidence are the driver's. The invariant that every pass keeps: **the graph computes the same values, in
+the same dtypes, with the same writes in the same order, before and after**.
 """
 
 from __future__ import annotations

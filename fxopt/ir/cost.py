@@ -1,7 +1,7 @@
 """The cost of pieces of graph as the sum over their ops, each op taken alone: bytes, flops, launches.
 
-This is what eager execution would move and compute; what a host fuses is not subtracted. It serves to compare a piece
-of graph with what replaces it. Sizes that are symbolic count with their hint.
+This is what eager execution would move and compute; what a host fuses is not subtracted. It serves to
+compare a piece of graph with what replaces it. Sizes that are symbolic count with their hint.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def is_tensor(node: Any) -> bool:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
-    return val(node).dtype
+    found: torch.dtype = val(node).dtype
+    return found
 
 
 def shape(node: fx.Node) -> tuple[Size, ...]:
@@ -38,7 +39,7 @@ def shape(node: fx.Node) -> tuple[Size, ...]:
 
 
 def rank(node: fx.Node) -> int:
-    return val(node).dim()
+    return len(val(node).shape)
 
 
 def is_floating(node: fx.Node) -> bool:
@@ -107,7 +108,7 @@ def is_cast(node: Any) -> bool:
 
 
 def is_widening(node: fx.Node) -> bool:
-    """A cast that keeps every value: the promotion of the two dtypes is the target's, in the same category."""
+    """A cast that keeps every value: the two dtypes promote to the target's, in the same category."""
     source, target = dtype(node.args[0]), dtype(node)  # type: ignore[arg-type]
     if source == target:
         return True
@@ -179,7 +180,7 @@ def _is_plain(target: Any) -> bool:
 
 
 class Facts:
-    """Answers that need the whole graph: order, aliasing, writes, autocast and grad mode. Built once per pass."""
+    """Answers that need the whole graph: order, aliasing, writes, autocast and grad mode. Built per pass."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
@@ -205,7 +206,7 @@ class Facts:
         return None
 
     def unsafe_read(self, values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> str | None:
-        """Why reading `values` at `last` instead of from `first` on would see something else; None if it would not."""
+        """Why reading `values` at `last` instead of from `first` on would see something else, or None."""
         for value in values:
             writer = self.written_between(value, first, last)
             if writer is not None:
@@ -213,13 +214,13 @@ class Facts:
         return None
 
     def mode_at(self, node: fx.Node) -> Mode:
-        """Grad mode and autocast regions in which a node runs. Grad mode is left out when nothing needs grad."""
+        """Grad mode and autocast regions in which a node runs; grad mode is False when nothing needs grad."""
         grad, autocast = self._modes[node]
         return (grad and self.needs_grad, autocast)
 
     def in_autocast(self, node: fx.Node) -> bool:
-        """Inside of an enabled autocast region that the graph itself opens. (device, dtype, enabled, cache)."""
-        autocast = self._modes[node][1]
+        """Inside of an enabled autocast region that the graph itself opens."""
+        autocast = self._modes[node][1]  # (device, dtype, enabled, cache) each
         return bool(autocast) and bool(autocast[-1][2])
 
     def _written(self, node: fx.Node) -> tuple[fx.Node, frozenset[int | None]]:
@@ -273,7 +274,7 @@ Mode = tuple[bool, tuple[tuple[Any, ...], ...]]
 
 
 def _modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
-    """For each node: whether grad is enabled, and the arguments of the autocast regions it is in, outermost first."""
+    """For each node: is grad enabled, and the arguments of the autocast regions it is in, outermost first."""
     modes: dict[fx.Node, Mode] = {}
     grad = torch.is_grad_enabled()
     entered: dict[fx.Node, tuple[Any, ...]] = {}
@@ -283,6 +284,6 @@ def _modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
         elif node.target is torch.amp.autocast_mode._enter_autocast:
             entered[node] = tuple(node.args)
         elif node.target is torch.amp.autocast_mode._exit_autocast:
-            entered.pop(node.args[0], None)  # type: ignore[arg-type]
+            entered.pop(node.args[0], None)
         modes[node] = (grad, tuple(entered.values()))
     return modes

@@ -58,8 +58,8 @@ def describe(value: Any) -> str:
 def propagate_from(start: fx.Node, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]) -> None:
     """Bring the values of everything that reads `start`, directly or not, up to date.
 
-    `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an op raises
-    when it cannot take the new strides is passed on.
+    `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an
+    op raises when it cannot take the new strides is passed on.
     """
     dirty = set(start.users)
     node = start.next

@@ -28,7 +28,7 @@ def _needs_no_value(node: fx.Node) -> bool:
 
 
 def check_replacement(old: fx.Node, new: fx.Node) -> None:
-    """The replacement has the shape, dtype and device of what it replaces. Strides may differ inside a graph."""
+    """The replacement has the shape, dtype and device of what it replaces. Strides may differ."""
     before, after = old.meta.get("val"), new.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         if type(before) is not type(after):

@@ -102,7 +102,7 @@ def _keep(record: GraphRecord) -> None:
 
 @contextmanager
 def collect() -> Iterator[list[GraphRecord]]:
-    """The records of all graphs compiled inside of the block, by any thread (Dynamo compiles where it is called)."""
+    """The records of all graphs compiled inside of the block, by any thread."""
     found: list[GraphRecord] = []
     with _lock:
         _collectors.append(found)

@@ -1,4 +1,4 @@
-"""A hash of all of fxopt's own source files: what decides a compiled result must be in the key of every cache."""
+"""A hash of all of fxopt's own source files: what decides a result must be in the key of every cache."""
 
 from __future__ import annotations
 

@@ -21,14 +21,11 @@ def attention(
     """Scaled dot-product attention with the signature and the meaning of ATen's.
 
     Args:
-        query: (B, Hq, Sq, D).
-        key: (B, Hkv, Skv, D); Hq is a multiple of Hkv with `enable_gqa`, else equal.
-        value: (B, Hkv, Skv, Dv).
-        attn_mask: broadcastable to (B, Hq, Sq, Skv); bool (True takes part) or additive, of float32 or query's dtype.
-        dropout_p: probability of dropping an attention weight.
-        is_causal: mask j > i, aligned to the upper left corner.
-        scale: factor of the scores; 1/sqrt(D) when None.
-        enable_gqa: query head h reads key and value head h // (Hq / Hkv).
+        query: (B, Hq, Sq, D). key: (B, Hkv, Skv, D); Hq is a multiple of Hkv with `enable_gqa`, else equal.
+        value: (B, Hkv, Skv, Dv). attn_mask: broadcastable to (B, Hq, Sq, Skv); bool (True takes part) or
+        additive, of float32 or query's dtype. dropout_p: probability of dropping an attention weight.
+        is_causal: mask j > i, aligned to the upper left corner. scale: factor of the scores; 1/sqrt(D) when
+        None. enable_gqa: query head h reads key and value head h // (Hq / Hkv).
 
     Returns:
         (B, Hq, Sq, Dv), of query's dtype.

@@ -1,8 +1,9 @@
 """What a semantic op is: a plain-torch body that is its meaning, its fake and its fallback, and providers.
 
-A semantic op is declared once. Registered with the dispatcher as a composite op, its body is differentiated by
-autograd and traced by AOTAutograd like any other code. A *provider* is another way to compute it (an ATen op, a
-kernel) and states what it supports; the chosen one is recorded. The body is the provider of last resort.
+A semantic op is declared once. Registered with the dispatcher as a composite op, its body is differentiated
+by autograd and traced by AOTAutograd like any other code. A *provider* is another way to compute it (an
+ATen op, a kernel) and states what it supports; the chosen one is recorded. The body is the provider of last
+resort.
 
 Semantic ops state their dtypes: autocast never acts inside of one.
 """
@@ -40,7 +41,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class SemanticOp:
-    """A semantic op: name, dispatcher schema (without the namespace), body, providers in order of preference."""
+    """A semantic op: name, dispatcher schema (no namespace), body, providers in order of preference."""
 
     name: str
     schema: str
@@ -50,7 +51,8 @@ class SemanticOp:
     @property
     def overload(self) -> OpOverload:
         """The registered op. Raises AttributeError before `register`."""
-        return getattr(torch.ops, NAMESPACE).__getattr__(self.name).default
+        overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        return overload
 
     def register(self, library: torch.library.Library) -> None:
         library.define(self.name + self.schema)
