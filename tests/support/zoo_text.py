@@ -28,7 +28,10 @@ GPT: dict[str, Any] = SPECIAL | {
     "n_layer": 2,
     "n_head": 6,
 }
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+# The three ways in which experts are computed: "eager" loops over them and breaks the graph at every layer.
+GROUPED_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}
+BATCHED_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+LOOPED_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 
 
 def _decoder(name: str, model_class: str, config: dict[str, Any], **more: Any) -> Architecture:
@@ -126,13 +129,13 @@ DECODERS = [
     ),
     _decoder("llama", "LlamaForCausalLM", GROUPED),
     _decoder("mistral", "MistralForCausalLM", GROUPED | {"sliding_window": 5}),
-    _decoder("mixtral", "MixtralForCausalLM", GROUPED | EXPERTS | {"num_local_experts": 4}),
+    _decoder("mixtral", "MixtralForCausalLM", GROUPED | GROUPED_EXPERTS | {"num_local_experts": 4}),
     _decoder("qwen2", "Qwen2ForCausalLM", GROUPED),
     _decoder("qwen3", "Qwen3ForCausalLM", GROUPED | {"head_dim": 10}),
     _decoder(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        GROUPED | EXPERTS | {"head_dim": 10, "num_experts": 4, "moe_intermediate_size": 24},
+        GROUPED | BATCHED_EXPERTS | {"head_dim": 10, "num_experts": 4, "moe_intermediate_size": 24},
     ),
     _decoder("gemma", "GemmaForCausalLM", GROUPED | {"head_dim": 10}),
     _decoder(
@@ -224,7 +227,7 @@ DECODERS = [
         "gpt_oss",
         "GptOssForCausalLM",
         GROUPED
-        | EXPERTS
+        | GROUPED_EXPERTS
         | {
             "head_dim": 8,
             "num_local_experts": 4,
@@ -237,7 +240,7 @@ DECODERS = [
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         DENSE
-        | EXPERTS
+        | LOOPED_EXPERTS
         | {
             "num_key_value_heads": 6,
             "moe_intermediate_size": 24,
