@@ -30,10 +30,12 @@ __all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "explain
 
 
 def __getattr__(name: str) -> Any:
-    module = _PUBLIC.get(name)
-    if module is None:
+    where = _PUBLIC.get(name)
+    if where is None:
         raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
-    return getattr(import_module(module), name)
+    module = import_module(where)
+    # The submodule `fxopt.backend` becomes an attribute once it is imported; it is callable itself.
+    return module if name == "backend" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

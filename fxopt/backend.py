@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,3 +60,13 @@ def _reset_cuda_graphs() -> None:
 
 backend.validate = validate  # type: ignore[attr-defined]
 backend.reset = reset  # type: ignore[attr-defined]
+
+
+class _CallableModule(types.ModuleType):
+    """``fxopt.backend`` is both this module and what a user passes as ``backend=fxopt.backend``."""
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        return backend(gm, example_inputs, **given)
+
+
+sys.modules[__name__].__class__ = _CallableModule

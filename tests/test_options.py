@@ -1,0 +1,105 @@
+"""Options: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from fxopt.errors import FxoptError, OptionTypeError, OptionValueError, UnknownOption, UnsupportedMode
+from fxopt.options import Options
+
+
+def parse(mode: str | None = None, options: object = None, **environ: str) -> Options:
+    return Options.parse(mode, options, pass_names=("rewrite-attention",), environ=environ)  # type: ignore[arg-type]
+
+
+def test_defaults() -> None:
+    options = parse()
+    assert options == Options()
+    assert options.host == "auto"
+    assert options.mode == "default"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_every_mode_of_torch_compile_is_accepted(mode: str) -> None:
+    assert parse(mode).mode == mode
+
+
+def test_unknown_mode_names_the_nearest() -> None:
+    with pytest.raises(UnsupportedMode, match="reduce-overhead"):
+        parse("reduce-overheads")
+
+
+def test_unknown_option_names_the_nearest_of_ours() -> None:
+    with pytest.raises(UnknownOption, match="disable") as caught:
+        parse(options={"disabel": ["rewrite-attention"]})
+    assert isinstance(caught.value, FxoptError)
+
+
+def test_unknown_option_names_the_nearest_of_the_host() -> None:
+    with pytest.raises(UnknownOption, match=r"triton\.cudagraphs"):
+        parse(options={"triton.cudagraph": True})
+
+
+def test_host_options_pass_through() -> None:
+    options = parse(options={"epilogue-fusion": False, "triton.cudagraphs": True})
+    assert options.host_config == {"epilogue_fusion": False, "triton.cudagraphs": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"strict": 1}, "a bool"),
+        ({"fuel": "3"}, "an integer"),
+        ({"fuel": True}, "an integer"),
+        ({"host": None}, "a string"),
+        ({"disable": 3}, "pass name"),
+        ({"disable": [3]}, "pass names"),
+        ({"dump": 3}, "a directory"),
+        ({"epilogue_fusion": "yes"}, "a bool"),
+        ({3: True}, "string"),
+        (["host"], "a dict"),
+    ],
+)
+def test_wrong_types_say_what_is_wanted(options: object, wanted: str) -> None:
+    with pytest.raises(OptionTypeError, match=wanted):
+        parse(options=options)
+
+
+def test_wrong_values_name_the_nearest() -> None:
+    with pytest.raises(OptionValueError, match="inductor"):
+        parse(options={"host": "inducter"})
+    with pytest.raises(OptionValueError, match="rewrite-attention"):
+        parse(options={"disable": "rewrite-atention"})
+    with pytest.raises(OptionValueError, match="from 0 on"):
+        parse(options={"fuel": -1})
+
+
+def test_pass_names_may_be_written_with_underscores() -> None:
+    assert parse(options={"disable": "rewrite_attention"}).disable == ("rewrite-attention",)
+
+
+def test_environment_is_overridden_by_options() -> None:
+    environ = {"FXOPT_HOST": "eager", "FXOPT_FUEL": "7", "FXOPT_DISABLE": "rewrite-attention", "FXOPT_STRICT": "1"}
+    assert parse(**environ) == Options(host="eager", fuel=7, disable=("rewrite-attention",), strict=True)
+    assert parse(options={"host": "inductor"}, **environ).host == "inductor"
+
+
+def test_environment_is_validated() -> None:
+    with pytest.raises(OptionTypeError, match="FXOPT_FUEL"):
+        parse(FXOPT_FUEL="many")
+
+
+def test_the_users_dict_is_left_alone() -> None:
+    given = {"epilogue-fusion": False}
+    parse(options=given)
+    assert given == {"epilogue-fusion": False}
+
+
+def test_errors_survive_pickling() -> None:
+    with pytest.raises(UnknownOption) as caught:
+        parse(options={"disabel": True})
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is UnknownOption
+    assert str(copy) == str(caught.value)
