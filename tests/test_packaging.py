@@ -1,4 +1,4 @@
-"""What gets installed: every package of the source tree, the type marker, entry points that lead somewhere."""
+"""What gets installed: every package of the source tree, the type marker, working entry points."""
 
 from __future__ import annotations
 
