@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.numerics import assert_closer
 from torch import nn
 
 import fxopt
 from fxopt.errors import FxoptError, InternalError, UnknownOption
 from fxopt.ir.contract import Miss
 from fxopt.report.record import collect, records
+from support.numerics import assert_closer
 
 EAGER = {"host": "eager"}
 
@@ -158,7 +158,12 @@ def test_fuel_and_disable() -> None:
         return nn.functional.dropout(x, 0.5, False) * nn.functional.dropout(x + 1, 0.5, False)
 
     x = torch.randn(4)
-    for options, applied in (({}, 2), ({"fuel": 1}, 1), ({"fuel": 0}, 0), ({"disable": "eliminate-noops"}, 0)):
+    for options, applied in (
+        ({}, 2),
+        ({"fuel": 1}, 1),
+        ({"fuel": 0}, 0),
+        ({"disable": "eliminate-noops"}, 0),
+    ):
         torch.compiler.reset()
         fxopt.backend.reset()  # type: ignore[attr-defined]
         with collect() as found:

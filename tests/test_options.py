@@ -81,7 +81,12 @@ def test_pass_names_may_be_written_with_underscores() -> None:
 
 
 def test_environment_is_overridden_by_options() -> None:
-    environ = {"FXOPT_HOST": "eager", "FXOPT_FUEL": "7", "FXOPT_DISABLE": "rewrite-attention", "FXOPT_STRICT": "1"}
+    environ = {
+        "FXOPT_HOST": "eager",
+        "FXOPT_FUEL": "7",
+        "FXOPT_DISABLE": "rewrite-attention",
+        "FXOPT_STRICT": "1",
+    }
     assert parse(**environ) == Options(host="eager", fuel=7, disable=("rewrite-attention",), strict=True)
     assert parse(options={"host": "inductor"}, **environ).host == "inductor"
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    CompileConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
 from support.compiled import all_handled
-from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import T5Config, T5ForConditionalGeneration
 
 EAGER = {"host": "eager"}
 NEW = 7

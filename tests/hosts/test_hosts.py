@@ -76,7 +76,9 @@ def test_inductor_without_a_compiler_is_a_typed_error(monkeypatch: pytest.Monkey
         f(torch.ones(2))
 
 
-def test_a_host_that_rejects_the_rewritten_graph_gets_the_untouched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_rejects_the_rewritten_graph_gets_the_untouched_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from fxopt import pipeline
     from fxopt.hosts.host import Host
 
