@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from urllib.parse import urljoin
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def fetch_pip(python: Path) -> bool:
         with urlopen(PIP_JSON, timeout=30) as answer:
             files = json.load(answer)["urls"]
         wheel = next(file for file in files if file["packagetype"] == "bdist_wheel")
-        with urlopen(wheel["url"], timeout=60) as answer:
+        with urlopen(urljoin(PIP_JSON, wheel["url"]), timeout=60) as answer:
             content = answer.read()
     except (OSError, ValueError, KeyError, StopIteration) as error:
         say(f"pip could not be fetched: {error}")

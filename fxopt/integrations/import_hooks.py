@@ -1,7 +1,7 @@
 """Runs a function after a module has been imported, at no cost to programs that never import it.
 
-The same idea as `wrapt.when_imported`, but without importing wrapt: that takes 4 to 9 ms, of the 5 ms that fxopt
-may add to `import torch`, and postponing it would take a finder of our own in any case.
+The same idea as `wrapt.when_imported`, but without importing wrapt: that takes 4 to 9 ms, of the 5 ms that
+fxopt may add to `import torch`, and postponing it would take a finder of our own in any case.
 """
 
 from __future__ import annotations
