@@ -16,7 +16,7 @@ from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.lower import lower
-from fxopt.frontend.normalize import CannotNormalize, normalize
+from fxopt.frontend.normalize import CannotNormalize, link_subgraphs, normalize, unlink_subgraphs
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, Host
@@ -27,7 +27,12 @@ from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
 
 # name, class, and why it stands where it stands
-PASSES: tuple[tuple[str, str], ...] = ()
+PASSES: tuple[tuple[str, str], ...] = (
+    # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
+    ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
+    # needs the attention op on whose K and V it acts
+    ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
+)
 
 
 @functools.cache
@@ -113,10 +118,13 @@ def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dum
     """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
+    for module in graphs:
+        link_subgraphs(module)
     for one in load_passes():
         found = [entry for module in graphs for entry in run_rewrite(one, module, options)]
         record.evidence += found
         if dump is not None and any(entry.status == "applied" for entry in found):
             dump.write(one.name, gm)
+    unlink_subgraphs(gm)
     for module, layout in zip(graphs, layouts, strict=True):
         keep_output_layout(module, layout)

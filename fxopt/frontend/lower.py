@@ -39,7 +39,7 @@ def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
     facts = Facts(gm.graph)
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:
-        provider, refused = op.choose(node)
+        provider, refused = op.choose(node, facts)
         record.providers.append((op.name, provider.name, "; ".join(refused)))
         trace = _trace(op, provider, node, mode, traces)
         _inline(gm.graph, node, trace, facts)

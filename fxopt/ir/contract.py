@@ -123,8 +123,11 @@ class Rewrite(Protocol):
     """A rewrite: a frozen dataclass whose fields are its options."""
 
     name: ClassVar[str]
-    anchors: ClassVar[tuple[OpOverload, ...]]
     after: ClassVar[tuple[str, ...]]
+
+    @property
+    def anchors(self) -> tuple[OpOverload, ...]:
+        """The ops that a search starts from. Passes on ATen ops alone declare it as a class variable."""
 
     def match(self, node: fx.Node) -> Match | Miss | None:
         """Structure only; pure. None when the node is no candidate at all (it leaves no evidence)."""

@@ -218,6 +218,10 @@ class Facts:
         grad, autocast = self._modes[node]
         return (grad and self.needs_grad, autocast)
 
+    def differentiates(self, node: fx.Node) -> bool:
+        """Whether autograd may record this node: grad is enabled there and some graph input needs grad."""
+        return self.needs_grad and self._modes[node][0]
+
     def in_autocast(self, node: fx.Node) -> bool:
         """Inside of an enabled autocast region that the graph itself opens."""
         autocast = self._modes[node][1]  # (device, dtype, enabled, cache) each

@@ -20,6 +20,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.ir.contract import Verdict
+from fxopt.ir.facts import Facts
 
 NAMESPACE = "fxopt"
 
@@ -30,12 +31,12 @@ class Provider:
 
     Attributes:
         name: recorded in the evidence.
-        supports: says whether it can compute this call, and if not which condition fails. Metadata only.
+        supports: says whether it should compute this call, with the condition that decides. Metadata only.
         build: computes the op from its arguments with ops that the host understands.
     """
 
     name: str
-    supports: Callable[[fx.Node], Verdict]
+    supports: Callable[[fx.Node, Facts], Verdict]
     build: Callable[..., Any]
 
 
@@ -58,15 +59,15 @@ class SemanticOp:
         library.define(self.name + self.schema)
         library.impl(self.name, _without_autocast(self.body), "CompositeImplicitAutograd")
 
-    def choose(self, node: fx.Node) -> tuple[Provider, list[str]]:
+    def choose(self, node: fx.Node, facts: Facts) -> tuple[Provider, list[str]]:
         """The first provider that supports the call, and why the ones before it do not."""
         refused: list[str] = []
         for provider in self.providers:
-            verdict = provider.supports(node)
+            verdict = provider.supports(node, facts)
             if verdict:
                 return provider, refused
             refused.append(f"{provider.name}: {verdict.reason}")
-        return Provider("body", lambda _: Verdict.yes(), self.body), refused
+        return Provider("body", lambda *_: Verdict.yes(), self.body), refused
 
 
 def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,234 @@
+"""What surrounds a softmax in attention: the scores above it, the product with V below it.
+
+Scores are read as ``factor * (Q K^T) + sum of masks``: scalar factors, additive masks and filled masks are
+collected in any order of nesting, on either operand; casts and reshapes that keep the rows are seen
+through.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir import facts
+from fxopt.ir.contract import Miss
+from fxopt.ir.facts import argument, is_call, is_number, val
+
+aten = torch.ops.aten
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
+
+
+@dataclass
+class Mask:
+    """One additive term: ``factor * node``, or `fill` where `node` (bool) is `where`, 0 elsewhere."""
+
+    node: fx.Node
+    rank: int
+    factor: float = 1.0
+    fill: float | None = None
+    where: bool = True
+
+
+@dataclass
+class Scores:
+    """``factor * query @ key^T + masks``; `shape` is the widest view of the scores seen on the way."""
+
+    query: fx.Node
+    key_t: fx.Node
+    factor: float
+    product: fx.Node
+    masks: list[Mask] = field(default_factory=list)
+    shape: tuple[Any, ...] = ()
+
+
+def read_scores(node: fx.Node, factor: float = 1.0) -> Scores | Miss:
+    """Read the input of a softmax. Each value on the way must have no other reader."""
+    if node.op != "call_function" or not facts.is_tensor(node):
+        return Miss(
+            "a product of Q and K above the softmax", node.op if node.op != "call_function" else node.name
+        )
+    if is_call(node, *PRODUCTS):
+        return _product(node, factor)
+    if is_call(node, aten.baddbmm.default):
+        return _baddbmm(node, factor)
+    step = _step(node, factor)
+    if step is None:
+        return Miss("scale, mask and casts between QK^T and softmax", str(node.target))
+    inner, inner_factor, masks = step
+    if len(inner.users) != 1:
+        return Miss("scores that only the softmax reads", f"{inner.name} is read {len(inner.users)} times")
+    found = read_scores(inner, inner_factor)
+    if isinstance(found, Miss):
+        return found
+    found.masks += masks
+    if len(val(node).shape) >= len(found.shape):
+        found.shape = tuple(val(node).shape)
+    return found
+
+
+Step = tuple[fx.Node, float, list[Mask]]
+
+
+def _step(node: fx.Node, factor: float) -> Step | None:
+    """One operation between the product and the softmax: what is under it, its factor, the masks it adds."""
+    if facts.is_cast(node) and facts.is_floating(node.args[0]):  # type: ignore[arg-type]
+        return node.args[0], factor, []  # type: ignore[return-value]
+    if is_call(node, *VIEWS) and keeps_rows(node):
+        return node.args[0], factor, []  # type: ignore[return-value]
+    number = _scalar_factor(node)
+    if number is not None:
+        return number[0], factor * number[1], []
+    if is_call(node, aten.add.Tensor):
+        return _addition(node, factor)
+    return _filled(node, factor)
+
+
+def keeps_rows(node: fx.Node) -> bool:
+    before, after = val(node.args[0]), val(node)
+    return before.dim() >= 2 and after.dim() >= 2 and facts.same_shape(before.shape[-2:], after.shape[-2:])
+
+
+def _scalar_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(operand, factor) of a product with, or a quotient by, a Python number."""
+    if is_call(node, aten.mul.Tensor, aten.mul.Scalar):
+        for operand, number in facts.commuted(node):
+            if isinstance(operand, fx.Node) and is_number(number):
+                return operand, float(number)
+    if is_call(node, aten.div.Tensor, aten.div.Scalar) and is_number(node.args[1]) and node.args[1] != 0:
+        return node.args[0], 1.0 / float(node.args[1])  # type: ignore[return-value, arg-type]
+    return None
+
+
+def _addition(node: fx.Node, factor: float) -> Step | None:
+    """The operand that leads to the product, and the other one as a mask."""
+    if not is_number(argument(node, "alpha"), 1):
+        return None
+    for operand, mask in facts.commuted(node):
+        if facts.is_tensor(operand) and facts.is_floating(mask) and _leads_to_product(operand):
+            if not facts.same_shape(val(operand).shape, val(node).shape):
+                return None
+            return operand, factor, [Mask(mask, val(node).dim(), factor)]
+    return None
+
+
+def _leads_to_product(node: Any, depth: int = 12) -> bool:
+    """A cheap look upwards: Q K^T can be reached through single readers."""
+    if depth == 0 or not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    if is_call(node, *PRODUCTS, aten.baddbmm.default):
+        return True
+    if is_call(node, aten.add.Tensor, aten.mul.Tensor):
+        return any(_leads_to_product(arg, depth - 1) for arg in node.args[:2])
+    single = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.masked_fill.Scalar, aten.mul.Scalar)
+    if is_call(node, *single):
+        return _leads_to_product(node.args[0], depth - 1)
+    if is_call(node, aten.where.ScalarOther, aten.where.self):
+        return _leads_to_product(node.args[1], depth - 1)
+    return False
+
+
+def _filled(node: fx.Node, factor: float) -> Step | None:
+    """``masked_fill(scores, mask, fill)`` and ``where(mask, scores, fill)`` with a finite fill."""
+    if is_call(node, aten.masked_fill.Scalar):
+        scores, mask, fill, where = node.args[0], node.args[1], node.args[2], True
+    elif is_call(node, aten.where.ScalarOther, aten.where.self):
+        mask, scores, fill, where = node.args[0], node.args[1], constant(node.args[2]), False
+    else:
+        return None
+    if not is_number(fill) or not facts.is_tensor(scores) or not facts.is_tensor(mask):
+        return None
+    if not is_absorbing(float(fill), facts.dtype(scores)):  # type: ignore[arg-type]
+        return None
+    if factor <= 0 or not facts.same_shape(val(scores).shape, val(node).shape):
+        return None
+    return scores, factor, [Mask(mask, val(node).dim(), 1.0, float(fill), where)]  # type: ignore[return-value, arg-type]
+
+
+def is_absorbing(fill: float, dtype: torch.dtype) -> bool:
+    """Finite and so low that adding a score does not change it: to fill with it is to add it."""
+    return math.isfinite(fill) and fill <= torch.finfo(dtype).min * 0.5
+
+
+def constant(node: Any) -> Any:
+    """The Python number that a node is known to be: a 0-d full or scalar_tensor; else the node."""
+    if is_call(node, aten.full.default, aten.scalar_tensor.default) and val(node).dim() == 0:
+        return node.args[1] if is_call(node, aten.full.default) else node.args[0]
+    return node
+
+
+def _operand(node: Any, factor: float) -> tuple[fx.Node, float]:
+    """Through casts that keep every value and scalar factors of one operand of the product."""
+    while isinstance(node, fx.Node):
+        if facts.is_cast(node) and facts.is_widening(node):
+            node = node.args[0]
+            continue
+        scaled = _scalar_factor(node)
+        if scaled is None:
+            break
+        node, factor = scaled[0], factor * scaled[1]
+    return node, factor
+
+
+def _product(node: fx.Node, factor: float) -> Scores | Miss:
+    left, right = node.args[0], node.args[1]
+    if not facts.is_tensor(left) or not facts.is_tensor(right):
+        return Miss("a product of two tensors", node.name)
+    if val(left).dim() != val(right).dim() or val(left).dim() not in (3, 4):
+        return Miss("Q and K of rank 3 or 4", f"ranks {val(left).dim()} and {val(right).dim()}")
+    query, factor = _operand(left, factor)
+    key_t, factor = _operand(right, factor)
+    return Scores(query, key_t, factor, node, [], tuple(val(node).shape))
+
+
+def _baddbmm(node: fx.Node, factor: float) -> Scores | Miss:
+    """beta * input + alpha * (b1 @ b2)."""
+    beta, alpha = argument(node, "beta"), argument(node, "alpha")
+    if not is_number(beta) or not is_number(alpha):
+        return Miss("beta and alpha that are numbers", f"beta {beta}, alpha {alpha}")
+    query, scaled = _operand(node.args[1], factor * float(alpha))
+    key_t, scaled = _operand(node.args[2], scaled)
+    masks = [Mask(node.args[0], 3, factor * float(beta))] if beta else []  # type: ignore[arg-type]
+    return Scores(query, key_t, scaled, node, masks, tuple(val(node).shape))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The product of the probabilities with V. `root` is the last node of the site."""
+
+    root: fx.Node
+    value: fx.Node
+    dropout_p: float
+
+
+def read_weighted(softmax: fx.Node) -> Weighted | Miss:
+    """Follow the probabilities down to their product with V; nobody else may read them."""
+    node, dropout = softmax, 0.0
+    while True:
+        users = [user for user in node.users if user.op != "output"]
+        if len(users) != 1 or len(node.users) != 1:
+            return Miss("probabilities that only the product with V reads", _readers(node))
+        user = users[0]
+        if is_call(user, *PRODUCTS):
+            if user.args[0] is not node or user.args[1] is node:
+                return Miss("probabilities as left operand", f"{user.name} has them on the right")
+            return Weighted(user, user.args[1], dropout)  # type: ignore[arg-type]
+        if is_call(user, aten.dropout.default):
+            if argument(user, "train") and argument(user, "p"):
+                if dropout:
+                    return Miss("one dropout", "two")
+                dropout = float(argument(user, "p"))
+        elif not (facts.is_cast(user) or (is_call(user, *VIEWS) and keeps_rows(user))):
+            return Miss("casts, dropout and the product with V below the softmax", str(user.target))
+        node = user
+
+
+def _readers(node: fx.Node) -> str:
+    names = ", ".join("the graph's output" if u.op == "output" else u.name for u in node.users)
+    return f"{node.name} is read by {names or 'nobody'}"

@@ -1,0 +1,133 @@
+"""K and V repeated for every query head of their group -> grouped attention, in which they are read once.
+
+``x[:, :, None].expand(B, Hkv, G, S, D).reshape(B, Hkv * G, S, D)`` is a copy of G times the keys. Query
+head h then reads key head h // G, which is what ``enable_gqa`` means. Assumed: nothing beyond that order of
+repetition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.ir import facts
+from fxopt.ir.contract import Context, Match, Miss, Verdict
+from fxopt.ir.cost import hint, numel
+from fxopt.ir.facts import argument, is_call, val
+from fxopt.ir.ops.attention import ATTENTION
+
+from .attention_sites import VIEWS
+
+aten = torch.ops.aten
+
+_COPIES = (aten.contiguous.default, aten.clone.default)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`source` holds each head once, in dimension 1, or 2 if `transposed`; each serves `groups` query heads."""
+
+    node: fx.Node
+    source: fx.Node
+    groups: facts.Size
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class RemoveRepeatKv:
+    """Grouped attention instead of repeated keys and values."""
+
+    name: ClassVar[str] = "remove-repeat-kv"
+    after: ClassVar[tuple[str, ...]] = ("rewrite-attention",)
+
+    @property
+    def anchors(self) -> tuple[OpOverload, ...]:
+        return (ATTENTION.overload,)
+
+    def match(self, node: fx.Node) -> Match | Miss | None:
+        key, value = find_repeat(node.args[1]), find_repeat(node.args[2])
+        if key is None and value is None:
+            return None
+        if key is None or value is None:
+            return Miss("K and V both repeated", f"only {'V' if key is None else 'K'}")
+        if not facts.same_size(key.groups, value.groups):
+            return Miss("K and V repeated alike", f"{key.groups} and {value.groups} times")
+        if argument(node, "enable_gqa"):
+            return Miss("one repetition", "repeated heads in a grouped attention")
+        return Match(node, (node,), {"key": key, "value": value})
+
+    def legal(self, match: Match, ctx: Context) -> Verdict:
+        for repeat in (match["key"], match["value"]):
+            stale = ctx.facts.unsafe_read([repeat.source], repeat.source, match.anchor)
+            if stale:
+                return Verdict.no(stale)
+        return Verdict.yes()
+
+    def profit(self, match: Match, ctx: Context) -> Verdict:
+        saved = sum(
+            (numel(val(r.node)) - numel(val(r.source))) * val(r.node).element_size()
+            for r in (match["key"], match["value"])
+        )
+        return Verdict.yes(
+            f"{saved} B of repeated K and V are not written, group of {hint(match['key'].groups)}"
+        )
+
+    def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
+        node = match.anchor
+        key, value = (_source(graph, match[name]) for name in ("key", "value"))
+        kwargs: dict[str, Any] = {**node.kwargs, "enable_gqa": True}
+        return graph.call_function(node.target, (node.args[0], key, value, *node.args[3:]), kwargs)  # type: ignore[arg-type]
+
+
+def _source(graph: fx.Graph, repeat: Repeat) -> fx.Node:
+    if not repeat.transposed:
+        return repeat.source
+    return graph.call_function(aten.transpose.int, (repeat.source, 1, 2))
+
+
+def find_repeat(node: Any) -> Repeat | None:
+    """The repetition of heads that made a (B, H, S, D) tensor, or None."""
+    outer, transposed = node, False
+    while is_call(node, *_COPIES):
+        node = node.args[0]
+    if is_call(node, aten.transpose.int) and {node.args[1], node.args[2]} == {1, 2}:
+        node, transposed = node.args[0], True
+        while is_call(node, *_COPIES):
+            node = node.args[0]
+    heads = 2 if transposed else 1
+    found = _interleaved(node, heads) or _expanded(node, heads)
+    return Repeat(outer, found[0], found[1], transposed) if found else None
+
+
+def _interleaved(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
+    """repeat_interleave along the heads."""
+    if not is_call(node, aten.repeat_interleave.self_int) or argument(node, "dim") not in (heads, heads - 4):
+        return None
+    return (node.args[0], node.args[1]) if val(node.args[0]).dim() == 4 else None  # type: ignore[return-value]
+
+
+def _expanded(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
+    """reshape(expand(unsqueeze(x, heads + 1))): the group is the faster of the two merged dimensions."""
+    if not is_call(node, *VIEWS, aten.flatten.using_ints):
+        return None
+    merged = val(node)
+    expand = node.args[0]
+    while is_call(expand, *_COPIES):
+        expand = expand.args[0]
+    if not is_call(expand, aten.expand.default) or val(expand).dim() != 5 or merged.dim() != 4:
+        return None
+    wide = val(expand).shape
+    unsqueeze = expand.args[0]
+    if not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] not in (heads + 1, heads - 4):
+        return None
+    source = unsqueeze.args[0]
+    group = wide[heads + 1]
+    kept = [*wide[: heads + 1], *wide[heads + 2 :]]
+    if not facts.same_shape(kept, val(source).shape):
+        return None
+    wanted = [*wide[:heads], wide[heads] * group, *wide[heads + 2 :]]
+    return (source, group) if facts.same_shape(wanted, merged.shape) else None
