@@ -40,7 +40,7 @@ def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:
         provider, refused = op.choose(node, facts)
-        record.providers.append((op.name, provider.name, "; ".join(refused)))
+        record.note_provider(node, op.name, provider.name, "; ".join(refused))
         trace = _trace(op, provider, node, mode, traces)
         _inline(gm.graph, node, trace, facts)
     gm.graph.lint()

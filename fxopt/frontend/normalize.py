@@ -34,6 +34,8 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.frontend.vmap import fold_vmap
+
 ALIAS_KEY = "fxopt_alias"
 NEEDS_GRAD_KEY = "fxopt_needs_grad"
 PARAMETER_KEY = "fxopt_parameter"
@@ -81,11 +83,24 @@ def preserve_grad_mode() -> torch.set_grad_enabled:
 
 def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
     subgraphs = _normalize_subgraphs(gm, mode)
-    run = _Retrace(gm, subgraphs, mode).run
+    run = _Retrace(fold_vmap(gm), subgraphs, mode).run
     with preserve_node_meta(), mode:
         new = make_fx(_named(run, len(inputs)), pre_dispatch=True)(*inputs)
+    _check_constants(new)
     _carry_over(gm, new)
     return new
+
+
+def _check_constants(new: fx.GraphModule) -> None:
+    """A value that tracing lost track of (inside of a vmap, for one) is baked into the graph as a constant: refuse."""
+    for node in new.graph.find_nodes(op="get_attr"):
+        value = getattr(new, str(node.target), None)
+        if isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or _is_batched(value)):
+            raise CannotNormalize(f"{node.name} stands for a value that could not be traced, as under vmap")
+
+
+def _is_batched(value: torch.Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
 def _named(run: Callable[..., Any], count: int) -> Callable[..., Any]:
