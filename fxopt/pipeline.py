@@ -28,6 +28,11 @@ from fxopt.report.record import GraphRecord, recorded
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
+    # first: what does nothing hides structure from everyone below
+    ("eliminate-noops", "fxopt.passes.eliminate_noops:EliminateNoops"),
+    # norms before the residual sums in front of them
+    ("fuse-rms-norm", "fxopt.passes.fuse_rms_norm:FuseRmsNorm"),
+    ("fuse-add-rms-norm", "fxopt.passes.fuse_rms_norm:FuseAddRmsNorm"),
     # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
     ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
     # needs the attention op on whose K and V it acts

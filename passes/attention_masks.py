@@ -15,8 +15,16 @@ aten = torch.ops.aten
 
 _WHERES = (aten.where.ScalarOther, aten.where.self, aten.where.ScalarSelf, aten.where.Scalar)
 _FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default)
-_CREATES = (aten.zeros.default, aten.ones.default, aten.arange.default, aten.zeros_like.default,
-            aten.ones_like.default, aten.new_zeros.default, aten.new_ones.default, aten.arange.start)  # fmt: skip
+_CREATES = (
+    aten.zeros.default,
+    aten.ones.default,
+    aten.arange.default,
+    aten.arange.start,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+)
 _MAY_OVERFLOW = (aten.log.default, aten.exp.default, aten.reciprocal.default, aten.pow.Tensor_Scalar,
                  aten.tan.default, aten.rsqrt.default)  # fmt: skip
 # A number this low excludes a key: no score outweighs it. Smaller fills (-1e4, -100) are biases.

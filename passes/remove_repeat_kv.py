@@ -29,7 +29,7 @@ _COPIES = (aten.contiguous.default, aten.clone.default)
 
 @dataclass(frozen=True)
 class Repeat:
-    """`source` holds each head once, in dimension 1, or 2 if `transposed`; each serves `groups` query heads."""
+    """`source` has each head once, in dimension 1, or 2 if `transposed`; each serves `groups` heads."""
 
     node: fx.Node
     source: fx.Node

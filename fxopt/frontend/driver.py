@@ -144,7 +144,7 @@ class _Run:
         edit = _Edit()
         try:
             self._edit(match, edit)
-            dead = _dead_cone(match.roots)
+            dead = _dead_cone(match.roots, frozenset(edit.inserted))
         except Exception:
             edit.undo()
             raise
@@ -222,13 +222,13 @@ class _Run:
         self.gm.recompile()
 
 
-def _dead_cone(roots: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """What only serves `roots`, users first. Impure nodes and inputs are never dead."""
+def _dead_cone(roots: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> list[fx.Node]:
+    """What only serves `roots`, users first. Impure nodes, inputs and `kept` are never dead."""
     dead: dict[fx.Node, None] = {}
     pending = list(reversed(roots))
     while pending:
         node = pending.pop()
-        if node in dead or node.op in ("placeholder", "output") or node.is_impure():
+        if node in dead or node in kept or node.op in ("placeholder", "output") or node.is_impure():
             continue
         if all(user in dead for user in node.users):
             dead[node] = None

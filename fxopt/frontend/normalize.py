@@ -92,7 +92,7 @@ def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> f
 
 
 def _check_constants(new: fx.GraphModule) -> None:
-    """A value that tracing lost track of (inside of a vmap, for one) is baked into the graph as a constant: refuse."""
+    """A value that tracing lost track of is baked into the graph as a constant: refuse."""
     for node in new.graph.find_nodes(op="get_attr"):
         value = getattr(new, str(node.target), None)
         if isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or _is_batched(value)):

@@ -1,8 +1,8 @@
 """vmap regions of a Dynamo graph, replaced by what they compute in plain ATen.
 
-Dynamo writes vmap as calls that enter a level, wrap tensors into batched ones, and unwrap and leave at the end.
-Pre-dispatch tracing stands above vmap and would lose track of the batched tensors, so each region is traced on its own
-below vmap, where it has become ordinary ATen, and that trace is run in its place.
+Dynamo writes vmap as calls that enter a level, wrap tensors into batched ones, and unwrap and leave at the
+end. Pre-dispatch tracing stands above vmap and would lose track of the batched tensors, so each region is
+traced on its own below vmap, where it has become ordinary ATen, and that trace is run in its place.
 
 Uses private torch APIs, listed in docs/torch_apis.md.
 """
@@ -33,7 +33,7 @@ class VmapRegion:
 
 
 def fold_vmap(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm` with every outermost vmap region as one call; `gm` itself where there is none. `gm` is left as it was."""
+    """A copy of `gm` with every outermost vmap region as one call; `gm` itself where there is none."""
     regions = _regions(gm.graph)
     if not regions:
         return gm
@@ -88,6 +88,9 @@ def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _name(node: fx.Node) -> str:
-    if node.op != "call_function" or getattr(node.target, "__module__", "") != torch._functorch.predispatch.__name__:
+    if (
+        node.op != "call_function"
+        or getattr(node.target, "__module__", "") != torch._functorch.predispatch.__name__
+    ):
         return ""
     return str(getattr(node.target, "__name__", ""))

@@ -187,6 +187,7 @@ class Facts:
         self._owner = _alias_classes(graph)
         self._writes = [(self.order[node], self._written(node)) for node in graph.nodes if _may_write(node)]
         self._modes = _modes(graph)
+        self._returned = {self.alias_class(node) for node in graph.output_node().all_input_nodes}
         self.needs_grad = any(
             node.meta.get("fxopt_needs_grad") for node in graph.find_nodes(op="placeholder")
         )
@@ -204,6 +205,17 @@ class Facts:
             if low < position < high and owner in owners:
                 return node
         return None
+
+    def written_after(self, value: fx.Node, node: fx.Node) -> fx.Node | None:
+        """A node after `node` that may write to the memory of `value`."""
+        owner, position = self.alias_class(value), self.order[node]
+        return next(
+            (writer for at, (writer, owners) in self._writes if at > position and owner in owners), None
+        )
+
+    def leaves_graph(self, value: fx.Node) -> bool:
+        """An output of the graph may share memory with `value`."""
+        return self.alias_class(value) in self._returned
 
     def unsafe_read(self, values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> str | None:
         """Why reading `values` at `last` instead of from `first` on would see something else, or None."""

@@ -65,7 +65,7 @@ def decomposed(
     enable_gqa: bool = False,
     finite_mask: bool = False,
 ) -> torch.Tensor:
-    """The same as product, softmax in float32, product. Grouped heads fold into rows: keys are not repeated."""
+    """The same as product, softmax in float32, product. Keys of a group are not repeated."""
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     batch, heads, rows, _ = query.shape
     grouped = enable_gqa and key.shape[1] != heads
