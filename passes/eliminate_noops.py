@@ -3,9 +3,9 @@
 Two kinds. *Views of everything*: `to` without a change, `contiguous` of contiguous, dropout in eval or with
 p = 0, expand and reshape to the same shape, slices of all: their result shares memory with the input, in
 the same layout, so whoever writes to one writes to the other before and after. *Copies of the same values*:
-a product or quotient by 1, an integer plus 0, `and` with True: eliminating them makes an alias of what was
-a copy, which is legal only when neither is written later and the copy does not leave the graph. ``x + 0``
-on floats is kept: it turns -0.0 into 0.0.
+dropout in eval or with p = 0, a product or quotient by 1, an integer plus 0, `and` with True: eliminating
+them makes an alias of what was a copy, which is legal only when neither is written later and the copy does
+not leave the graph. ``x + 0`` on floats is kept: it turns -0.0 into 0.0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ aten = torch.ops.aten
 VIEWS = (
     *facts.CASTS[:4],
     aten.contiguous.default,
-    aten.dropout.default,
     aten.expand.default,
     aten.view.default,
     aten.reshape.default,
@@ -38,7 +37,10 @@ VIEWS = (
     aten.squeeze.dim,
     aten.flatten.using_ints,
 )
+# Dropout that drops nothing returns its input in eager and a copy of it in a traced graph: the stricter
+# rule holds.
 COPIES = (
+    aten.dropout.default,
     aten.mul.Tensor,
     aten.div.Tensor,
     aten.add.Tensor,
@@ -107,6 +109,8 @@ def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _copied(node: fx.Node) -> Any:
     """The operand whose values the op repeats, or None."""
+    if is_call(node, aten.dropout.default):
+        return None if argument(node, "train") and argument(node, "p") else node.args[0]
     if is_call(node, aten.clone.default):
         return None if argument(node, "memory_format") is not None else node.args[0]
     if is_call(node, aten.mul.Tensor):

@@ -1,4 +1,4 @@
-"""``fxopt::rms_norm``, ``fxopt::add_rms_norm``: x / sqrt(mean(x^2) + eps) * weight, with the model's casts."""
+"""``fxopt::rms_norm``, ``fxopt::add_rms_norm``: x / sqrt(mean(x^2) + eps) * weight, as the model casts."""
 
 from __future__ import annotations
 
