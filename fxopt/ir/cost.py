@@ -23,13 +23,20 @@ def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """Sum over `nodes`. Views and metadata ops are free."""
     total_bytes = total_flops = launches = 0
     for node in nodes:
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.Tensor) or _is_free(node):
+        results = _results(node)
+        if node.op != "call_function" or not results or _is_free(node):
             continue
         launches += 1
-        total_bytes += _bytes(value) + sum(_bytes(val(arg)) for arg in set(node.all_input_nodes))
+        total_bytes += sum(map(_bytes, results)) + sum(_bytes(val(arg)) for arg in set(node.all_input_nodes))
         total_flops += _flops(node)
     return Cost(total_bytes, total_flops, launches)
+
+
+def _results(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that a node makes: one, or those of an op with several results."""
+    value = node.meta.get("val")
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return [one for one in several if isinstance(one, torch.Tensor)]
 
 
 def _is_free(node: fx.Node) -> bool:
@@ -71,7 +78,7 @@ _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 def _flops(node: fx.Node) -> int:
     """Two per multiply-add of a matrix product; one per output element of anything else."""
-    out = numel(val(node))
+    out = sum(numel(result) for result in _results(node))
     if node.target in _MATMULS:
         return 2 * out * hint(val(node.args[0]).shape[-1])
     if node.target is aten.linear.default:
