@@ -6,6 +6,7 @@ import pytest
 
 from support.compiled import all_handled, compile_fxopt
 from support.numerics import assert_closer
+from support.rounding import perturbed
 from support.runs import train, train64
 from support.trees import aliases
 from support.zoo import ZOO, cases
@@ -20,5 +21,7 @@ def test_gradients_are_eagers(name: str, attention: str) -> None:
     eager = train(model, model, inputs)
     with all_handled():
         candidate = train(compile_fxopt(model), model, inputs)
-    assert_closer(train64(model, inputs), candidate, eager, what=f"{name}, {attention}")
+    others = perturbed(lambda: train(model, model, inputs))
+    what = f"{name}, {attention}"
+    assert_closer(train64(model, inputs), candidate, eager, roundings=others, what=what)
     assert aliases(candidate) == aliases(eager)
