@@ -77,7 +77,7 @@ def test_fault_is_rejected_in_spite_of_the_draws() -> None:
     """The epsilon of one norm of a model: a relative change of a few millionths."""
     architecture = ZOO["llama"]
     model, faulty = architecture.make_model(), architecture.make_model()
-    faulty.get_submodule("model.layers.0.input_layernorm").variance_epsilon = 1e-5
+    vars(faulty.get_submodule("model.layers.0.input_layernorm"))["variance_epsilon"] = 1e-5
     inputs = architecture.make_inputs()
     reference, eager = run_reference64(model, inputs).logits, model(**inputs).logits
     others = [result.logits for result in perturbed(lambda: model(**inputs))]
