@@ -19,7 +19,7 @@ from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import CannotNormalize, link_subgraphs, normalize, unlink_subgraphs
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.hosts import choose_host
-from fxopt.hosts.host import CONTROL_FLOW, Host
+from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.ir.contract import Rewrite
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
@@ -35,6 +35,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fuse-add-rms-norm", "fxopt.passes.fuse_rms_norm:FuseAddRmsNorm"),
     # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
     ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
+    # needs the attention op on whose mask it acts
+    ("fold-causal-mask", "fxopt.passes.fold_causal_mask:FoldCausalMask"),
     # needs the attention op on whose K and V it acts
     ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
 )
@@ -106,7 +108,7 @@ def _optimize(
         with record.timed("lower"):
             lowered = lower(normal, record)
         dump.write("lowered", lowered)
-    except CONTROL_FLOW:
+    except RESTARTS:
         raise
     except CannotNormalize as refusal:
         record.refuse("normalize", str(refusal))

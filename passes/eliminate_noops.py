@@ -27,6 +27,7 @@ aten = torch.ops.aten
 VIEWS = (
     *facts.CASTS[:4],
     aten.contiguous.default,
+    aten.alias.default,
     aten.expand.default,
     aten.view.default,
     aten.reshape.default,
@@ -65,7 +66,7 @@ class EliminateNoops:
         source = _copied(node) if copies else node.args[0]
         if not facts.is_tensor(source) or not equivalent(val(source), val(node)):
             return None
-        if not copies and not same_memory(val(source), val(node)):
+        if not copies and argument(node, "copy"):
             return None
         return Match(node, (node,), {"source": source, "copies": copies})
 
@@ -97,14 +98,6 @@ class EliminateNoops:
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         source: fx.Node = match["source"]
         return source
-
-
-def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Two strided values at the same place of one storage."""
-    if a.layout is not torch.strided or b.layout is not torch.strided:
-        return False
-    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    return same and facts.same_size(a.storage_offset(), b.storage_offset())
 
 
 def _copied(node: fx.Node) -> Any:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
 from fxopt.errors import InternalError
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
-from fxopt.ir.facts import Facts, is_floating, location
+from fxopt.ir.facts import Facts, is_floating, is_opaque, is_write, location
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
 from fxopt.ir.verify import Violation, check_graph, check_replacement
 from fxopt.options import Options
@@ -191,8 +192,8 @@ class _Run:
                 user.replace_input_with(old, new)
         if self._mode is None:
             return
-        for new in edit.replacements:
-            propagate_from(new, self._mode, lambda n, v: edit.values.setdefault(n, v))
+        for old, new in zip(match.roots, edit.replacements, strict=True):
+            propagate_from(new, old.meta.get("val"), self._mode, lambda n, v: edit.values.setdefault(n, v))
 
     def _complete(self, inserted: list[fx.Node], anchor: fx.Node) -> None:
         """Give new nodes the anchor's source line and their own values."""
@@ -222,13 +223,18 @@ class _Run:
         self.gm.recompile()
 
 
+def _has_effect(node: fx.Node) -> bool:
+    """Writes and calls that are no ATen op. A random op has none: what replaced it draws its own numbers."""
+    return is_write(node) or is_opaque(node) or (node.is_impure() and not isinstance(node.target, OpOverload))
+
+
 def _dead_cone(roots: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> list[fx.Node]:
     """What only serves `roots`, users first. Impure nodes, inputs and `kept` are never dead."""
     dead: dict[fx.Node, None] = {}
     pending = list(reversed(roots))
     while pending:
         node = pending.pop()
-        if node in dead or node in kept or node.op in ("placeholder", "output") or node.is_impure():
+        if node in dead or node in kept or node.op in ("placeholder", "output") or _has_effect(node):
             continue
         if all(user in dead for user in node.users):
             dead[node] = None

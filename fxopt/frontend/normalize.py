@@ -285,6 +285,8 @@ def _fresh(value: Any, mode: FakeTensorMode) -> Any:
         raise CannotNormalize(f"a tensor with layout {value.layout}, dtype {value.dtype} is an input")
     if value.is_conj() or value.is_neg():
         raise CannotNormalize("an input has its conjugate or negative bit set")
+    if value.dim() == 0 and getattr(value, "item_memo", None) is not None:
+        return value  # a Python number that Dynamo made an input: its symbol is kept on this very fake
     with mode:
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 

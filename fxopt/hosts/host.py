@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import (
 
 from fxopt.options import Options
 
-# What Dynamo itself wants to see: it restarts the analysis, skips the frame or breaks the graph on these.
+# What Dynamo itself wants to see, wherever it is raised: it restarts the analysis or skips the frame.
+RESTARTS: tuple[type[BaseException], ...] = (RestartAnalysis, SkipFrame)
+# From a host, it breaks the graph on these as well.
 CONTROL_FLOW: tuple[type[BaseException], ...] = (
-    RestartAnalysis,
-    SkipFrame,
+    *RESTARTS,
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,

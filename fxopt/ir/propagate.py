@@ -55,27 +55,47 @@ def describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)} strides {tuple(value.stride())} on {value.device}"
 
 
-def propagate_from(start: fx.Node, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]) -> None:
+def propagate_from(
+    start: fx.Node, replaced: Any, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]
+) -> None:
     """Bring the values of everything that reads `start`, directly or not, up to date.
+
+    `replaced` is the value of what stood in its place.
 
     `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an
     op raises when it cannot take the new strides is passed on.
     """
+    moved = storage_of(replaced) if storage_of(replaced) != storage_of(start.meta.get("val")) else None
     dirty = set(start.users)
     node = start.next
     while dirty and node.op != "root":
         if node in dirty:
             dirty.discard(node)
-            dirty |= _update(node, mode, on_change)
+            dirty |= _update(node, moved, mode, on_change)
         node = node.next
 
 
-def _update(node: fx.Node, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]) -> set[fx.Node]:
-    if node.op == "output" or not can_evaluate(node):
+def storage_of(value: Any) -> int | None:
+    """Identity of the memory behind a strided tensor."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage()._cdata
+
+
+def _update(
+    node: fx.Node, moved: int | None, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]
+) -> set[fx.Node]:
+    """Re-evaluate one node; returns who must follow. Views of what was replaced move to the new memory."""
+    old = node.meta.get("val")
+    aliases = moved is not None and storage_of(old) == moved
+    if aliases and is_write(node):
+        new = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else old
+    elif node.op == "output" or not can_evaluate(node):
         return set()
-    new = evaluate(node, mode)
-    if equivalent(node.meta.get("val"), new) or not isinstance(new, torch.Tensor):
+    else:
+        new = evaluate(node, mode)
+    if not isinstance(new, torch.Tensor) or (equivalent(old, new) and not aliases):
         return set()
-    on_change(node, node.meta.get("val"))
+    on_change(node, old)
     node.meta["val"] = new
     return set(node.users)
