@@ -1,0 +1,1 @@
+"""Measurements of fxopt itself. See README.md in this directory."""

@@ -1,0 +1,1 @@
+"""The commands of the `fxopt` program, one module each. `fxopt.cli` parses, these do."""

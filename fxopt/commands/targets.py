@@ -1,0 +1,236 @@
+"""What a command looks at: `module:function`, a saved model, a model id, or the name of an architecture."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.errors import UserError
+from fxopt.measure.models import Subject, build, from_config, with_inputs
+from fxopt.measure.shrink import SCALES, Scale
+
+
+class UnknownTarget(UserError, ValueError):
+    """Neither a function, nor a directory, nor an architecture."""
+
+    message = (
+        "{target!r} is no module:function, no directory with a config.json and no model type that "
+        "transformers knows. Nearest model types: {nearest}."
+    )
+
+
+class TargetFunctionError(UserError, ValueError):
+    """`module:function` cannot be used."""
+
+    message = (
+        "{target!r}: {reason}. It must name a function without required parameters that returns "
+        "(model, args, kwargs), (model, inputs) or a transformers model."
+    )
+
+
+class ModelUnavailable(UserError, OSError):
+    """A directory or a model id that transformers cannot load."""
+
+    message = "the model {target!r} cannot be loaded: {reason}."
+
+
+class UnknownChoice(UserError, ValueError):
+    """A flag with a value that is not one of its values."""
+
+    message = "{flag} has no value {value!r}. Valid values: {valid}."
+
+
+@dataclass(frozen=True)
+class Request:
+    """How the target is to be built.
+
+    Attributes:
+        size: a key of `SCALES`; used for model types only, a saved model has its own size.
+        batch, seq: of generated inputs; None is the size's own.
+        dtype: `float32`, `bfloat16`, `float16`, `float64`.
+        attention: `attn_implementation`; None is transformers' default.
+    """
+
+    size: str = "tiny"
+    batch: int | None = None
+    seq: int | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    training: bool = False
+    device: str = "cpu"
+
+    def scale(self) -> Scale:
+        """The sizes asked for.
+
+        Raises:
+            UnknownChoice: there is no such size.
+        """
+        if self.size not in SCALES:
+            raise UnknownChoice(flag="--size", value=self.size, valid=", ".join(SCALES))
+        given = {name: value for name, value in (("batch", self.batch), ("seq", self.seq)) if value}
+        return Scale(**{**vars(SCALES[self.size]), **given})
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype asked for.
+
+        Raises:
+            UnknownChoice: not a floating dtype that a model can have.
+        """
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        dtypes |= {
+            "float64": torch.float64,
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "fp16": torch.float16,
+        }
+        if self.dtype not in dtypes:
+            raise UnknownChoice(flag="--dtype", value=self.dtype, valid=", ".join(dtypes))
+        return dtypes[self.dtype]
+
+
+def resolve(target: str, request: Request, **overrides: Any) -> Subject:
+    """The model that `target` names, with inputs.
+
+    Args:
+        overrides: configuration attributes, for model types only.
+
+    Raises:
+        UnknownTarget, TargetFunctionError, ModelUnavailable, UnknownChoice, CannotBuild.
+    """
+    scale, dtype = request.scale(), request.torch_dtype()
+    path = Path(target)
+    if ":" in target and not path.exists():
+        subject = _from_function(target, scale, request, dtype)
+    elif path.exists():
+        subject = _from_directory(path, scale, request, dtype)
+    else:
+        subject = _from_name(target, scale, request, dtype, overrides)
+    return subject.to(request.device)
+
+
+def _from_name(
+    target: str, scale: Scale, request: Request, dtype: torch.dtype, overrides: dict[str, Any]
+) -> Subject:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = {name.replace("_", "-"): name for name in CONFIG_MAPPING_NAMES}
+    name = known.get(target.replace("_", "-"))
+    if name is not None:
+        return build(
+            name,
+            scale,
+            attention=request.attention,
+            dtype=dtype,
+            training=request.training,
+            overrides=overrides,
+        )
+    if "/" not in target:
+        close = difflib.get_close_matches(target, list(known), n=3, cutoff=0.5)
+        raise UnknownTarget(target=target, nearest=", ".join(close) or "-")
+    if _is_offline():
+        raise ModelUnavailable(
+            target=target, reason="it is a model id, and HF_HUB_OFFLINE forbids to fetch it"
+        )
+    return _load(target, scale, request, dtype)
+
+
+def _from_directory(path: Path, scale: Scale, request: Request, dtype: torch.dtype) -> Subject:
+    """A saved model; one that has a config.json and no weights gets random ones."""
+    from transformers import AutoConfig
+
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(target=str(path), reason="there is no config.json in it")
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return _load(str(folder), scale, request, dtype)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelUnavailable(target=str(path), reason=_first_line(error)) from error
+    return from_config(config, scale, attention=request.attention, dtype=dtype, training=request.training)
+
+
+def _load(target: str, scale: Scale, request: Request, dtype: torch.dtype) -> Subject:
+    from transformers import AutoConfig
+
+    from fxopt.measure.models import model_class
+
+    extra = {} if request.attention is None else {"attn_implementation": request.attention}
+    try:
+        config = AutoConfig.from_pretrained(target)
+        model = model_class(config).from_pretrained(target, dtype=dtype, **extra)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelUnavailable(target=target, reason=_first_line(error)) from error
+    return with_inputs(model, scale, training=request.training)
+
+
+def _from_function(target: str, scale: Scale, request: Request, dtype: torch.dtype) -> Subject:
+    from transformers import PreTrainedModel
+
+    result = _function(target)()
+    if isinstance(result, PreTrainedModel):
+        return with_inputs(result.to(dtype), scale, training=request.training)
+    if not isinstance(result, tuple) or not 2 <= len(result) <= 3 or not callable(result[0]):
+        raise TargetFunctionError(target=target, reason=f"it returned {type(result).__name__}")
+    model, args, kwargs = _inputs_of(result)
+    if isinstance(model, torch.nn.Module):
+        model.train(request.training)
+    return Subject(target, model, args, kwargs, request.training)
+
+
+def _inputs_of(result: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if len(result) == 3:
+        return result[0], tuple(result[1]), dict(result[2])
+    model, inputs = result
+    if isinstance(inputs, dict):
+        return model, (), inputs
+    return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
+
+
+def _function(target: str) -> Callable[[], Any]:
+    """Import it, also from the current directory, and from a file that ends in `.py`."""
+    place, _, name = target.rpartition(":")
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+    except (ImportError, OSError) as error:
+        raise TargetFunctionError(target=target, reason=_first_line(error)) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise TargetFunctionError(target=target, reason=f"{place} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module(name: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _module_of_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,123 @@
+"""One model under several backends, side by side: the same inputs, the same weights, one process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxopt.measure.accuracy import allowed_error, float64_everywhere, max_error
+from fxopt.measure.models import Subject
+from fxopt.measure.timing import Ratio, Timings, interleave
+from fxopt.report.record import GraphRecord, collect
+
+BASELINE, CANDIDATE, TWIN = "inductor", "fxopt", "inductor again"
+
+
+@dataclass
+class Comparison:
+    """What was measured on one subject.
+
+    Attributes:
+        first_call: seconds until the first result, by backend: compilation, as cold as the caches were.
+        records: fxopt's graphs.
+        errors: largest absolute error against float64, by backend and "eager"; empty when not checked.
+        allowed: the largest error that is accepted.
+    """
+
+    timings: Timings
+    first_call: dict[str, float] = field(default_factory=dict)
+    records: list[GraphRecord] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    allowed: float | None = None
+
+    @property
+    def speed(self) -> Ratio:
+        """Inductor's time by fxopt's: more than 1 when fxopt is faster."""
+        return self.timings.ratio(BASELINE, CANDIDATE)
+
+    @property
+    def noise(self) -> Ratio:
+        """Inductor's time by Inductor's own."""
+        return self.timings.ratio(BASELINE, TWIN)
+
+    @property
+    def accepted(self) -> bool:
+        return self.allowed is None or self.errors[CANDIDATE] <= self.allowed
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Number of rewrites by pass, of graphs that the host took."""
+        kept = (record for record in self.records if not record.failures)
+        return dict(Counter(entry.rewrite for record in kept for entry in record.applied()))
+
+    @property
+    def faults(self) -> list[str]:
+        """What fxopt survived: each is a bug of fxopt."""
+        return [f"{stage}: {message}" for record in self.records for stage, message in record.failures]
+
+
+def compare(
+    subject: Subject,
+    *,
+    options: Mapping[str, Any] | None = None,
+    check: bool = True,
+    eager: bool = False,
+    **timing: Any,
+) -> Comparison:
+    """Compile `subject` with Inductor and with fxopt, compare their results, and time them.
+
+    Args:
+        options: for fxopt, as in `torch.compile(options=...)`.
+        check: compare with float64; needs a deterministic model.
+        eager: time eager too.
+        timing: arguments of `fxopt.measure.timing.interleave`.
+    """
+    torch._dynamo.reset()
+    first_call: dict[str, float] = {}
+    results: dict[str, Any] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    plain = subject.step(subject.model)
+    with collect() as records:
+        for name, extra in ((BASELINE, None), (CANDIDATE, dict(options) if options else None)):
+            compiled = torch.compile(subject.model, backend=name, options=extra)
+            steps[name] = subject.step(compiled)
+            start = time.perf_counter()
+            results[name] = steps[name]()
+            first_call[name] = time.perf_counter() - start
+    errors, allowed = _errors(subject, plain, results) if check else ({}, None)
+    candidates = {BASELINE: steps[BASELINE], CANDIDATE: steps[CANDIDATE], TWIN: steps[BASELINE]}
+    if eager:
+        candidates["eager"] = plain
+    for step in candidates.values():
+        step()  # the second call may compile again, for shapes that turned out to change
+    return Comparison(interleave(candidates, **timing), first_call, list(records), errors, allowed)
+
+
+def _errors(
+    subject: Subject, plain: Callable[[], Any], results: dict[str, Any]
+) -> tuple[dict[str, float], float]:
+    results = {"eager": plain(), **results}
+    exact = exact_result(subject)
+    errors = {name: max_error(result, exact) for name, result in results.items()}
+    return errors, allowed_error(results["eager"], exact)
+
+
+def exact_result(subject: Subject) -> Any:
+    """The subject's result in float64."""
+    wide = subject.double()
+    with float64_everywhere():
+        return wide.step(wide.model)()
+
+
+def stage_seconds(records: Sequence[GraphRecord]) -> dict[str, float]:
+    """Seconds of each stage, summed over graphs."""
+    total: dict[str, float] = {}
+    for record in records:
+        for stage, seconds in record.seconds.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
