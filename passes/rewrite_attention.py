@@ -63,6 +63,10 @@ class RewriteAttention:
             if not verdict:
                 return verdict
         reads = [scores.query, scores.key_t, weighted.value, *(mask.node for mask in scores.masks)]
+        if ctx.facts.differentiates(weighted.root) and any(mask.fill is not None for mask in scores.masks):
+            return Verdict.no(
+                "filled scores have no gradient, masked ones do: rows without a live key would differ"
+            )
         for value in reads:
             stale = ctx.facts.unsafe_read([value], value, weighted.root)
             if stale:

@@ -83,9 +83,12 @@ def preserve_grad_mode() -> torch.set_grad_enabled:
 
 def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
     subgraphs = _normalize_subgraphs(gm, mode)
-    run = _Retrace(fold_vmap(gm), subgraphs, mode).run
-    with preserve_node_meta(), mode:
-        new = make_fx(_named(run, len(inputs)), pre_dispatch=True)(*inputs)
+    retrace = _Retrace(fold_vmap(gm), subgraphs, mode)
+    try:
+        with preserve_node_meta(), mode:
+            new = make_fx(_named(retrace.run, len(inputs)), pre_dispatch=True)(*inputs)
+    finally:
+        retrace.leave_all()
     _check_constants(new)
     _carry_over(gm, new)
     return new
@@ -121,6 +124,7 @@ class _Retrace(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=True)
         self.subgraphs = subgraphs
         self.fake_mode = mode
+        self.regions: list[torch.amp.autocast_mode.autocast] = []
         self._attributes: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -132,8 +136,34 @@ class _Retrace(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, HigherOrderOperator):
             return _record_call(target, args, kwargs, self._node, self.fake_mode)
+        if target is torch.amp.autocast_mode._enter_autocast:
+            return self._enter_autocast(args)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self._exit_autocast()
         _refuse_functorch(target)
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Conversions to the dtype of another tensor read its metadata only: write them so."""
+        if target in ("type_as", "to") and len(args) == 2 and isinstance(args[1], torch.Tensor):
+            source, like = args
+            same = source.device == like.device
+            return super().call_method("to", (source, *(() if same else (like.device,)), like.dtype), kwargs)
+        return super().call_method(target, args, kwargs)
+
+    def _enter_autocast(self, args: tuple[Any, ...]) -> None:
+        """Really enter: the context manager records the call, and traced values are what autocast makes them."""
+        region = torch.amp.autocast_mode.autocast(*args)
+        region.__enter__()
+        self.regions.append(region)
+
+    def _exit_autocast(self) -> None:
+        self.regions.pop().__exit__(None, None, None)
+
+    def leave_all(self) -> None:
+        """Leave what a trace that failed half-way has entered."""
+        while self.regions:
+            self._exit_autocast()
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in self.subgraphs:
@@ -285,10 +315,11 @@ def _fresh(value: Any, mode: FakeTensorMode) -> Any:
         raise CannotNormalize(f"a tensor with layout {value.layout}, dtype {value.dtype} is an input")
     if value.is_conj() or value.is_neg():
         raise CannotNormalize("an input has its conjugate or negative bit set")
-    if value.dim() == 0 and getattr(value, "item_memo", None) is not None:
-        return value  # a Python number that Dynamo made an input: its symbol is kept on this very fake
     with mode:
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    if getattr(value, "item_memo", None) is not None:
+        fresh.item_memo = value.item_memo  # a Python number that Dynamo made an input: keep its symbol
+    return fresh
 
 
 def is_subclass(value: Any) -> bool:
