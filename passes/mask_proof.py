@@ -41,15 +41,37 @@ def show(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
     Raises:
         Unsupported: no proof was found; the message says what stood in the way.
     """
+    # Layers share their mask, and a pass asks twice. A copy of the node copies what is kept with it.
+    key = (mask, str(shape(attention.args[0])), str(shape(attention.args[1])))  # type: ignore[arg-type]
+    kept = mask.meta.get(_KEPT)
+    if kept is None or kept[0] != key:
+        kept = mask.meta[_KEPT] = (key, _outcome(mask, made_by, attention))
+    if isinstance(kept[1], Unsupported):
+        raise kept[1]
+    return kept[1]  # type: ignore[no-any-return]
+
+
+_KEPT = "fxopt_mask_proof"
+
+
+def _outcome(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown | Unsupported:
+    try:
+        return _prove(mask, made_by, attention)
+    except Unsupported as refusal:
+        return refusal
+
+
+def _prove(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
+    """By the indices; where they do not tell and all sizes are known, by computing the mask."""
     try:
         return _by_indices(mask, made_by, attention)
-    except Unsupported:
+    except Unsupported as refusal:
         if symbols([*made_by, attention]) or _entries(mask, {}) > COMPUTE:
             raise
-    for causal in (False, True):
-        if _agrees(mask, made_by, attention, {}, causal):
-            return Shown(causal, f"computed at all its {_entries(mask, {})} entries")
-    raise Unsupported(f"another mask, computed at all its {_entries(mask, {})} entries")
+        causal = next((each for each in (False, True) if _agrees(mask, made_by, attention, {}, each)), None)
+        if causal is None:
+            raise refusal from None
+        return Shown(causal, f"computed at all its {_entries(mask, {})} entries")
 
 
 def _by_indices(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:

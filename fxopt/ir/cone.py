@@ -1,0 +1,169 @@
+"""The part of a graph that makes a value, and running it on real numbers at chosen sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.ir.facts import val
+from fxopt.ir.linear import Unsupported
+
+aten = torch.ops.aten
+
+# Ops that read no more of their tensor arguments than shape, dtype and device.
+METADATA_ONLY = frozenset(
+    {
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.new_full.default,
+        aten.ones_like.default,
+        aten.zeros_like.default,
+        aten.full_like.default,
+    }
+)
+
+# Ops that read the contents of their first tensor only.
+FIRST_ONLY = frozenset(
+    {
+        aten.to.other,
+        aten.type_as.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
+    }
+)
+
+MAX_CONE = 256
+
+
+def reads(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose contents decide the contents of `node`."""
+    if node.op == "placeholder":
+        outer = outer_of(node)
+        return [] if outer is None else [outer]
+    if node.target in METADATA_ONLY:
+        return []
+    inputs = node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
+    return [arg for arg in inputs if not isinstance(val(arg), (torch.SymInt, int))]
+
+
+def outer_of(node: fx.Node) -> fx.Node | None:
+    """For an input of a sub-graph, what all calls of the sub-graph pass for it, if they pass the same."""
+    outer = set(node.meta.get("fxopt_outer", ()))
+    return outer.pop() if len(outer) == 1 else None
+
+
+def cone(root: fx.Node) -> list[fx.Node]:
+    """All that decides the contents of `root`, itself included, arguments first.
+
+    Raises Unsupported when it is too large to look at.
+    """
+    done: dict[fx.Node, None] = {}
+    pending = [root]
+    while pending:
+        node = pending[-1]
+        missing = [arg for arg in reads(node) if arg not in done]
+        if node in done or not missing:
+            pending.pop()
+            done[node] = None
+        pending += missing if node not in done else []
+        if len(done) > MAX_CONE:
+            raise Unsupported(f"more than {MAX_CONE} operations")
+    return list(done)
+
+
+def symbols(nodes: list[fx.Node]) -> dict[sympy.Symbol, int | None]:
+    """The symbols in the sizes and integer arguments of `nodes`, with their values while tracing, if known."""
+    found: dict[sympy.Symbol, int | None] = {}
+    for node in nodes:
+        for value in (val(node), *(val(arg) for arg in node.all_input_nodes)):
+            sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    _note_symbols(size, found)
+    return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+
+def _note_symbols(size: torch.SymInt, found: dict[sympy.Symbol, int | None]) -> None:
+    expression = size.node.expr
+    for symbol in expression.free_symbols:
+        found.setdefault(symbol, None)
+    if expression.is_Symbol and size.node.has_hint():
+        found[expression] = size.node.hint
+
+
+def run(nodes: list[fx.Node], at: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    """Compute the last of `nodes` (a `cone`) on the CPU, each symbol replaced by the integer in `at`.
+
+    Raises:
+        Unsupported: an op whose result does not depend on its arguments alone, or has not the recorded form.
+    """
+    results: dict[fx.Node, Any] = {}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for node in nodes:
+            results[node] = _run_node(node, results, at)
+    found = results[nodes[-1]]
+    if not isinstance(found, torch.Tensor):
+        raise Unsupported(f"{nodes[-1].name}, which is no tensor")
+    return found
+
+
+def _run_node(node: fx.Node, results: dict[fx.Node, Any], at: Mapping[sympy.Symbol, int]) -> Any:
+    op = node.target
+    outer = outer_of(node)
+    if outer is not None:
+        _check_form(node, results[outer], at)
+        return results[outer]
+    if node.op != "call_function" or not isinstance(op, OpOverload):
+        raise Unsupported(f"{node.name}, which is no operation on sizes alone")
+    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+        raise Unsupported(f"{op}")
+
+    def concrete(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return results[arg] if arg in results else _stand_in(val(arg), at)
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(concrete(item) for item in arg)
+        return torch.device("cpu") if isinstance(arg, torch.device) else arg
+
+    args = tuple(concrete(arg) for arg in node.args)
+    kwargs = {name: concrete(arg) for name, arg in node.kwargs.items()}
+    if any(formal.name == "device" for formal in op._schema.arguments[len(args) :]):
+        kwargs["device"] = torch.device("cpu")
+    found = op(*args, **kwargs)
+    _check_form(node, found, at)
+    return found
+
+
+def _stand_in(value: Any, at: Mapping[sympy.Symbol, int]) -> Any:
+    """An integer for a size; for a tensor of which only the metadata is read, one without contents."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(shape_at(value, at), dtype=value.dtype, device="cpu")
+    return _size(value, at)
+
+
+def _check_form(node: fx.Node, found: Any, at: Mapping[sympy.Symbol, int]) -> None:
+    recorded = val(node)
+    if not isinstance(recorded, torch.Tensor) or not isinstance(found, torch.Tensor):
+        raise Unsupported(f"{node.name}, which is no tensor")
+    if found.dtype != recorded.dtype or list(found.shape) != shape_at(recorded, at):
+        raise Unsupported(f"{node.name} as {found.dtype} {list(found.shape)}, which is not what was recorded")
+
+
+def shape_at(value: torch.Tensor, at: Mapping[sympy.Symbol, int]) -> list[int]:
+    """The shape of a value, each symbol replaced by the integer in `at`."""
+    return [_size(size, at) for size in value.shape]
+
+
+def _size(size: Any, at: Mapping[sympy.Symbol, int]) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    found = size.node.expr.xreplace({symbol: sympy.Integer(number) for symbol, number in at.items()})
+    if not found.is_Integer:
+        raise Unsupported(f"the size {size}")
+    return int(found)
