@@ -16,11 +16,12 @@ from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.lower import lower
-from fxopt.frontend.normalize import CannotNormalize, link_subgraphs, normalize, unlink_subgraphs
+from fxopt.frontend.normalize import CannotNormalize, normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
-from fxopt.ir.contract import Rewrite
+from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.report.dump import Dump
@@ -33,6 +34,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     # norms before the residual sums in front of them
     ("fuse-rms-norm", "fxopt.passes.fuse_rms_norm:FuseRmsNorm"),
     ("fuse-add-rms-norm", "fxopt.passes.fuse_rms_norm:FuseAddRmsNorm"),
+    # after the RMS norms, whose roots it would otherwise look at
+    ("fuse-layer-norm", "fxopt.passes.fuse_layer_norm:FuseLayerNorm"),
     # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
     ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
     # needs the attention op on whose mask it acts
@@ -125,13 +128,23 @@ def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dum
     """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
-    for module in graphs:
-        link_subgraphs(module)
     for one in load_passes():
-        found = [entry for module in graphs for entry in run_rewrite(one, module, options)]
+        found = run_pass(one, gm, options)
         record.evidence += found
         if dump is not None and any(entry.status == "applied" for entry in found):
             dump.write(one.name, gm)
-    unlink_subgraphs(gm)
     for module, layout in zip(graphs, layouts, strict=True):
         keep_output_layout(module, layout)
+
+
+def run_pass(one: Rewrite, gm: fx.GraphModule, options: Options) -> list[Evidence]:
+    """Run one pass over `gm` and over the graphs of its higher-order ops, in place."""
+    found: list[Evidence] = []
+    link_subgraphs(gm)
+    for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        new = run_rewrite(one, module, options)
+        if any(entry.status == "applied" for entry in new):
+            link_subgraphs(gm)
+        found += new
+    unlink_subgraphs(gm)
+    return found

@@ -42,13 +42,13 @@ def show(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
         Unsupported: no proof was found; the message says what stood in the way.
     """
     # Layers share their mask, and a pass asks twice. A copy of the node copies what is kept with it.
-    key = (mask, str(shape(attention.args[0])), str(shape(attention.args[1])))  # type: ignore[arg-type]
+    key = (mask, *(str(val(arg).shape) for arg in attention.args[:2]))
     kept = mask.meta.get(_KEPT)
     if kept is None or kept[0] != key:
         kept = mask.meta[_KEPT] = (key, _outcome(mask, made_by, attention))
     if isinstance(kept[1], Unsupported):
         raise kept[1]
-    return kept[1]  # type: ignore[no-any-return]
+    return kept[1]
 
 
 _KEPT = "fxopt_mask_proof"

@@ -34,27 +34,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.frontend.subgraphs import PLAIN_CALLS
 from fxopt.frontend.vmap import fold_vmap
 
 ALIAS_KEY = "fxopt_alias"
 NEEDS_GRAD_KEY = "fxopt_needs_grad"
 PARAMETER_KEY = "fxopt_parameter"
-OUTER_KEY = "fxopt_outer"
-
-# Higher-order ops whose sub-graphs are ordinary forward code of the user. The sub-graphs of all others are
-# kept as they are: their consumers (flex attention's lowering, autograd.Function's backward, Triton
-# wrappers) read them as Dynamo wrote them.
-_RECURSE = frozenset(
-    {
-        "tag_activation_checkpoint",
-        "wrap_activation_checkpoint",
-        "wrap",
-        "wrap_with_set_grad_enabled",
-        "wrap_with_autocast",
-        "cond",
-        "invoke_subgraph",
-    }
-)
 
 
 class CannotNormalize(Exception):  # noqa: N818 - a typed refusal, not an error: it becomes evidence
@@ -253,7 +238,7 @@ def _normalize_subgraphs(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, 
     wanted = {
         arg.target
         for node in gm.graph.nodes
-        if isinstance(node.target, HigherOrderOperator) and node.target.name() in _RECURSE
+        if isinstance(node.target, HigherOrderOperator) and node.target.name() in PLAIN_CALLS
         for arg in node.all_input_nodes
         if arg.op == "get_attr" and isinstance(getattr(gm, str(arg.target), None), fx.GraphModule)
     }
@@ -359,30 +344,3 @@ def _note_input(value: Any, node: fx.Node, storages: dict[int, int]) -> None:
     node.meta[ALIAS_KEY] = storages.setdefault(key, len(storages))
     node.meta[NEEDS_GRAD_KEY] = value.requires_grad
     node.meta[PARAMETER_KEY] = isinstance(value, torch.nn.Parameter)
-
-
-def link_subgraphs(gm: fx.GraphModule) -> None:
-    """Tell the inputs of sub-graphs which outer nodes they stand for: facts are followed outwards."""
-    for node in gm.graph.nodes:
-        if not isinstance(node.target, HigherOrderOperator):
-            continue
-        flat = [arg for arg in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(arg, fx.Node)]
-        for module in (getattr(gm, str(arg.target), None) for arg in flat if arg.op == "get_attr"):
-            if isinstance(module, fx.GraphModule):
-                _link(module, [arg for arg in flat if arg.op != "get_attr"])
-
-
-def _link(module: fx.GraphModule, operands: list[fx.Node]) -> None:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    if len(operands) < len(placeholders):
-        return
-    for placeholder, outer in zip(placeholders, operands[len(operands) - len(placeholders) :], strict=True):
-        placeholder.meta[OUTER_KEY] = (*placeholder.meta.get(OUTER_KEY, ()), outer)
-
-
-def unlink_subgraphs(gm: fx.GraphModule) -> None:
-    """Drop what `link_subgraphs` noted: references between graphs must not outlive the passes."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for placeholder in module.graph.find_nodes(op="placeholder"):
-                placeholder.meta.pop(OUTER_KEY, None)

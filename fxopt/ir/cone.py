@@ -78,7 +78,7 @@ def cone(root: fx.Node) -> list[fx.Node]:
 
 
 def symbols(nodes: list[fx.Node]) -> dict[sympy.Symbol, int | None]:
-    """The symbols in the sizes and integer arguments of `nodes`, with their values while tracing, if known."""
+    """The symbols in the sizes and integer arguments of `nodes`, with the values they have while tracing."""
     found: dict[sympy.Symbol, int | None] = {}
     for node in nodes:
         for value in (val(node), *(val(arg) for arg in node.all_input_nodes)):

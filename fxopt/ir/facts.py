@@ -244,7 +244,25 @@ class Facts:
 
 
 def _may_write(node: fx.Node) -> bool:
-    return is_write(node) or is_opaque(node)
+    return is_write(node) or (is_opaque(node) and not _calls_readers(node))
+
+
+def _calls_readers(node: fx.Node) -> bool:
+    """A higher-order op whose sub-graphs write to nothing."""
+    root = node.graph.owning_module
+    if not isinstance(node.target, HigherOrderOperator) or root is None:
+        return False
+    held = [getattr(root, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    graphs = [module.graph for module in held if isinstance(module, fx.GraphModule)]
+    return bool(graphs) and all(_only_reads(inner) for graph in graphs for inner in graph.nodes)
+
+
+def _only_reads(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr", "output")
+    if isinstance(node.target, OpOverload):
+        return not is_write(node)
+    return node.target is operator.getitem or _calls_readers(node)
 
 
 def _written_args(node: fx.Node) -> list[fx.Node]:

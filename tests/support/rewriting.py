@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.lower import lower
-from fxopt.frontend.normalize import link_subgraphs, normalize, unlink_subgraphs
+from fxopt.frontend.normalize import normalize
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
-from fxopt.pipeline import load_passes
+from fxopt.pipeline import load_passes, run_pass
 from fxopt.report.record import GraphRecord
 
 from .golden import render
@@ -49,15 +48,10 @@ def rewriting(fn: Callable[..., Any], passes: Sequence[str], *, dynamic: bool | 
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         normal = normalize(gm, inputs)
-        graphs = [module for module in normal.modules() if isinstance(module, fx.GraphModule)]
-        for module in graphs:
-            link_subgraphs(module)
         found.before.append(render(normal))
         for one in load_passes():
             if one.name in passes:
-                for module in graphs:
-                    found.evidence += run_rewrite(one, module, Options(strict=True))
-        unlink_subgraphs(normal)
+                found.evidence += run_pass(one, normal, Options(strict=True))
         found.after.append(render(normal))
         found.graphs += 1
         record = GraphRecord(index=0)
