@@ -31,11 +31,11 @@ from fxopt.report.record import GraphRecord, recorded
 PASSES: tuple[tuple[str, str], ...] = (
     # first: what does nothing hides structure from everyone below
     ("eliminate-noops", "fxopt.passes.eliminate_noops:EliminateNoops"),
+    # a layer norm without its mean is an RMS norm: the larger one goes first
+    ("fuse-layer-norm", "fxopt.passes.fuse_layer_norm:FuseLayerNorm"),
     # norms before the residual sums in front of them
     ("fuse-rms-norm", "fxopt.passes.fuse_rms_norm:FuseRmsNorm"),
     ("fuse-add-rms-norm", "fxopt.passes.fuse_rms_norm:FuseAddRmsNorm"),
-    # after the RMS norms, whose roots it would otherwise look at
-    ("fuse-layer-norm", "fxopt.passes.fuse_layer_norm:FuseLayerNorm"),
     # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
     ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
     # needs the attention op on whose mask it acts

@@ -8,10 +8,11 @@ import torch
 from torch import fx
 
 from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
 from fxopt.ir.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 
-OPS: tuple[SemanticOp, ...] = (ATTENTION, RMS_NORM, ADD_RMS_NORM)
+OPS: tuple[SemanticOp, ...] = (ATTENTION, RMS_NORM, ADD_RMS_NORM, LAYER_NORM)
 
 _lock = threading.Lock()
 _library: torch.library.Library | None = None
