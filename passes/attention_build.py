@@ -56,7 +56,7 @@ class SiteBuilder:
     @property
     def _flat(self) -> bool:
         """The product is of rank 3: batch and heads are one dimension."""
-        return val(self.scores.query).dim() == 3
+        return len(val(self.scores.query).shape) == 3
 
     def _rank4(self, node: fx.Node, val_rank: int) -> fx.Node:
         if val_rank == 4:

@@ -73,7 +73,7 @@ class FuseLayerNorm:
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         site: Site = match["site"]
-        casts = {
+        casts: dict[str, Any] = {
             "compute_dtype": site.compute_dtype,
             "norm_dtype": facts.dtype(site.normed),
             "out_dtype": facts.dtype(site.root),
@@ -180,7 +180,7 @@ def _affine(site: Site, op: OpOverload) -> Site:
     root = sites.through_casts(user)
     name = "weight" if op is aten.mul.Tensor else "bias"
     changed = {name: vector, "root": root, "inner": (*site.inner, user, *_casts(user, root))}
-    return replace(site, **changed)  # type: ignore[arg-type]
+    return replace(site, **changed)
 
 
 def _product_dtype(site: Site) -> torch.dtype:

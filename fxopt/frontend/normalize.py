@@ -137,7 +137,7 @@ class _Retrace(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
     def _enter_autocast(self, args: tuple[Any, ...]) -> None:
-        """Really enter: the context manager records the call, and traced values are what autocast makes them."""
+        """Really enter: the context manager records the call; traced values are what autocast makes them."""
         region = torch.amp.autocast_mode.autocast(*args)
         region.__enter__()
         self.regions.append(region)
@@ -302,8 +302,9 @@ def _fresh(value: Any, mode: FakeTensorMode) -> Any:
         raise CannotNormalize("an input has its conjugate or negative bit set")
     with mode:
         fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    if getattr(value, "item_memo", None) is not None:
-        fresh.item_memo = value.item_memo  # a Python number that Dynamo made an input: keep its symbol
+    symbol = getattr(value, "item_memo", None)
+    if symbol is not None:
+        setattr(fresh, "item_memo", symbol)  # noqa: B010 - a Python number that Dynamo made an input
     return fresh
 
 

@@ -79,7 +79,8 @@ def storage_of(value: Any) -> int | None:
     """Identity of the memory behind a strided tensor."""
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    return value.untyped_storage()._cdata
+    storage: int = value.untyped_storage()._cdata
+    return storage
 
 
 def _update(

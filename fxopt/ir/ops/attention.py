@@ -98,7 +98,8 @@ def _softmax(scores: torch.Tensor, every_row_lives: bool) -> torch.Tensor:
     if every_row_lives:
         return torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    return torch.ops.aten._safe_softmax.default(wide, -1)
+    safe: torch.Tensor = torch.ops.aten._safe_softmax.default(wide, -1)
+    return safe
 
 
 def _decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
