@@ -34,7 +34,7 @@ LEVELS = {
     "__main__": 5,
 }
 APART = {("passes", "codegen"), ("passes", "kernels"), ("codegen", "passes"), ("kernels", "passes")}
-MAX_FILE, MAX_FUNCTION, MAX_LINE = 400, 50, 110
+MAX_FILE, MAX_FUNCTION = 400, 50  # the length of lines is the linter's
 
 SOURCES = sorted([*(ROOT / "fxopt").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
@@ -111,7 +111,6 @@ def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines()
     assert len(lines) <= MAX_FILE, f"{len(lines)} lines"
-    assert not [number for number, line in enumerate(lines, 1) if len(line) > MAX_LINE]
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for node in ast.walk(ast.parse(text))
