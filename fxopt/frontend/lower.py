@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from fxopt.frontend.constants import restore_constants
 from fxopt.ir.facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import fake_mode_of
@@ -28,6 +29,8 @@ def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             _lower_graph(module, record)
+            restore_constants(module)
+            module.recompile()
     return gm
 
 
