@@ -33,7 +33,7 @@ values (mask fills).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,17 @@ def assert_closer(
     candidate: object,
     eager: object,
     *,
-    roundings: Sequence[object] = (),
+    roundings: Callable[[], Sequence[object]] | None = None,
     what: str = "",
     strides: bool = True,
 ) -> None:
     """Fail unless `candidate` is as close to `reference64` as `eager` is, by the rule of this module.
 
     The three are tensors or nests of them (tuples, dicts, model outputs, caches) of the same structure, e.g.
-    made by `run_reference64(model, inputs)`, `compiled(**inputs)` and `model(**inputs)`. `roundings` are more
-    such nests, from eager under other roundings. `what` names the case in the message. `strides=False` is for
-    results whose layout is not promised, such as intermediate buffers.
+    made by `run_reference64(model, inputs)`, `compiled(**inputs)` and `model(**inputs)`. `roundings` makes
+    more such nests, from eager under other roundings; it is called only when eager alone says no. `what`
+    names the case in the message. `strides=False` is for results whose layout is not promised, such as
+    intermediate buffers.
 
     Raises AssertionError with every tensor that fails, VacuousReferenceError when eager is too far off to
     judge by.
@@ -93,10 +94,24 @@ def assert_closer(
         )
     if skeleton(reference64) != skeleton(eager):
         raise VacuousReferenceError(f"{where}reference and eager differ in structure")
+    form, triples = _pair_up(reference64, candidate, eager, (), strides=strides)
+    problems = _error_problems(triples, where)
+    if problems and roundings is not None:
+        _, triples = _pair_up(reference64, candidate, eager, roundings(), strides=strides)
+        problems = _error_problems(triples, where)
+    if form or problems:
+        listed = "\n  ".join(form + problems)
+        raise AssertionError(f"{where}{len(form + problems)} differences\n  {listed}")
+
+
+def _pair_up(
+    reference64: object, candidate: object, eager: object, draws: Sequence[object], *, strides: bool
+) -> tuple[list[str], list[_Triple]]:
+    """What differs in form, and the floating tensors whose form agrees."""
     problems: list[str] = []
     triples: list[_Triple] = []
-    for (path, want), (_, got), (_, exact), *draws in zip(
-        *map(leaves, (eager, candidate, reference64, *roundings)), strict=True
+    for (path, want), (_, got), (_, exact), *others in zip(
+        *map(leaves, (eager, candidate, reference64, *draws)), strict=True
     ):
         if not isinstance(want, torch.Tensor):
             problems += _constant_problems(path, got, want)
@@ -106,10 +121,8 @@ def assert_closer(
         mismatch = _form_problems(path, got, want, strides=strides) or _special_problems(path, got, want)
         problems += mismatch
         if not mismatch and (want.is_floating_point() or want.is_complex()):
-            triples.append(_triple(path, exact, got, want, [draw for _, draw in draws]))
-    problems += _error_problems(triples, where)
-    if problems:
-        raise AssertionError(where + f"{len(problems)} differences\n  " + "\n  ".join(problems))
+            triples.append(_triple(path, exact, got, want, [other for _, other in others]))
+    return problems, triples
 
 
 def _constant_problems(path: str, got: object, want: Constant | torch.Tensor) -> list[str]:

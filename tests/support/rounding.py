@@ -9,6 +9,7 @@ standard model of what one rounding does. The spread is a property of the comput
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,15 @@ def _is_exact(func: Any) -> bool:
     )
 
 
-def perturbed(run: Callable[[], Any], count: int = 4) -> list[Any]:
-    """`count` results of `run`, each under its own rounding. It is to do everything that is compared."""
+def perturbed(run: Callable[[], Any], count: int = 4) -> Callable[[], list[Any]]:
+    """For `assert_closer`: makes `count` results of `run`, each under its own rounding.
+
+    `run` is to do everything that is compared, the backward pass included.
+    """
+    return functools.partial(_perturbed, run, count)
+
+
+def _perturbed(run: Callable[[], Any], count: int) -> list[Any]:
     results = []
     for seed in range(count):
         with PerturbedRounding(seed):

@@ -16,7 +16,7 @@ from support.zoo import ZOO
 def test_each_result_moves_to_a_neighbour_at_most(dtype: torch.dtype) -> None:
     x = torch.rand(1000).to(dtype)
     exact = x * 3
-    (moved,) = perturbed(lambda: x * 3, count=1)
+    (moved,) = perturbed(lambda: x * 3, count=1)()
     _, exponent = torch.frexp(exact.double())
     steps = (moved.double() - exact.double()).abs() / (
         torch.finfo(dtype).eps * (exponent - 1).double().exp2()
@@ -43,16 +43,16 @@ def test_copies_views_selections_and_writes_are_exact() -> None:
         ]
 
     before = x.clone()
-    for got, want in zip(perturbed(run, count=1)[0], run(), strict=True):
+    for got, want in zip(perturbed(run, count=1)()[0], run(), strict=True):
         assert torch.equal(got, want)
     assert torch.equal(x, before)
 
 
 def test_draws_differ_and_repeat() -> None:
     x = torch.randn(40, 40)
-    first, second = perturbed(lambda: x @ x, count=2)
+    first, second = perturbed(lambda: x @ x, count=2)()
     assert not torch.equal(first, second)
-    assert torch.equal(first, perturbed(lambda: x @ x, count=1)[0])
+    assert torch.equal(first, perturbed(lambda: x @ x, count=1)()[0])
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
@@ -63,7 +63,7 @@ def test_spread_is_of_the_size_of_eagers_error(name: str) -> None:
     inputs = architecture.make_inputs(training=True)
     reference = train64(model, inputs)["gradients"]
     eager = train(model, model, inputs)["gradients"]
-    (draw,) = (result["gradients"] for result in perturbed(lambda: train(model, model, inputs), count=1))
+    (draw,) = (result["gradients"] for result in perturbed(lambda: train(model, model, inputs), count=1)())
     ratios = [
         ((draw[key] - exact).norm() / (eager[key] - exact).norm()).item()
         for key, exact in reference.items()
@@ -80,7 +80,7 @@ def test_fault_is_rejected_in_spite_of_the_draws() -> None:
     vars(faulty.get_submodule("model.layers.0.input_layernorm"))["variance_epsilon"] = 1e-5
     inputs = architecture.make_inputs()
     reference, eager = run_reference64(model, inputs).logits, model(**inputs).logits
-    others = [result.logits for result in perturbed(lambda: model(**inputs))]
+    others = perturbed(lambda: model(**inputs).logits)
     assert_closer(reference, eager.clone(), eager, roundings=others)
     with pytest.raises(AssertionError, match="rms error"):
         assert_closer(reference, faulty(**inputs).logits, eager, roundings=others)

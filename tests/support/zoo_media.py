@@ -49,7 +49,6 @@ SPEECH: dict[str, Any] = {
 
 MEDIA = [
     Architecture("vit", "ViTForImageClassification", VISION | {"num_labels": 3}, make.image, masks=()),
-    Architecture("deit", "DeiTForImageClassification", VISION | {"num_labels": 3}, make.image, masks=()),
     Architecture(
         "dinov2",
         "Dinov2ForImageClassification",
@@ -92,5 +91,4 @@ MEDIA = [
     Architecture("clip", "CLIPModel", {"projection_dim": 40}, make.image_and_text, parts=TOWERS),
     Architecture("siglip", "SiglipModel", {}, make.image_and_text, parts=TOWERS),
     Architecture("wav2vec2", "Wav2Vec2ForCTC", SPEECH, make.waveform, masks=()),
-    Architecture("hubert", "HubertForCTC", SPEECH, make.waveform, masks=()),
 ]

@@ -45,7 +45,6 @@ def _encoder(name: str, model_class: str, config: dict[str, Any], **more: Any) -
 ENCODERS = [
     _encoder("bert", "BertForMaskedLM", DENSE),
     _encoder("roberta", "RobertaForMaskedLM", DENSE),
-    _encoder("xlm_roberta", "XLMRobertaForMaskedLM", DENSE),
     _encoder(
         "distilbert",
         "DistilBertForMaskedLM",
