@@ -45,10 +45,11 @@ def summary_line(record: GraphRecord) -> str:
     others = {status: record.count(status) for status in Status if status is not Status.APPLIED}
     counts = ", ".join(f"{count} {status.value}" for status, count in others.items() if count)
     seconds = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in record.seconds.items())
+    number = sum(by_pass.values())
     parts = [
         f"{record.nodes} nodes",
         "normalized" if record.normalized else "not normalized",
-        f"{sum(by_pass.values())} rewrites" + (f" ({rewrites})" if rewrites else ""),
+        f"{number} rewrite{'' if number == 1 else 's'}" + (f" ({rewrites})" if rewrites else ""),
         counts,
         f"host {record.host}" if record.host else "",
         seconds,

@@ -100,9 +100,7 @@ class Program:
             return self._dim(spec.value)
         if spec.kind == "constant":
             return _literal(spec.value)
-        size, stride = (
-            f"({''.join(f'{self._dim(d)}, ' for d in dims)})" for dims in (spec.size, spec.stride)
-        )
+        size, stride = self._dims(spec.size), self._dims(spec.stride)
         extra = f", bound={self._dim(spec.bound)}" if spec.bound is not None else ""
         extra += ", parameter=True" if spec.parameter else ""
         return f"tensor({number}, {size}, {stride}, {spec.dtype}, {spec.device!r}{extra})"

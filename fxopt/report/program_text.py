@@ -9,7 +9,7 @@ def tensor(number, size, stride, dtype, device, bound=None, parameter=False):
         values = torch.randn(length, generator=generator)
         if len(size) == 1:
             values = 1 + 0.1 * values  # weights of norms and variances are near 1
-        elif parameter and all(size):
+        elif parameter and len(size) > 1 and all(size):
             values = values * (size[0] / torch.Size(size).numel()) ** 0.5  # unit gain
     elif bound is None:
         values = torch.rand(length, generator=generator) > 0.1
