@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -75,8 +75,16 @@ def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> f
     finally:
         retrace.leave_all()
     _check_constants(new)
+    new.graph.eliminate_dead_code(_must_stay)
     _carry_over(gm, new)
     return new
+
+
+def _must_stay(node: fx.Node) -> bool:
+    """A dead reader hides from the passes that a value has one reader only. Whatever has an effect stays."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return True
+    return node.is_impure() or node.target._schema.is_mutable or "unbacked_bindings" in node.meta
 
 
 def _check_constants(new: fx.GraphModule) -> None:
