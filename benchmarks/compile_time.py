@@ -1,7 +1,8 @@
 """How long a cold compilation takes, and fxopt's own share of it: `python -m benchmarks.compile_time`.
 
 Each measurement is a process of its own with empty caches, the two backends take turns, and the fastest of
-the repeats counts: whatever else the machine does only adds. fxopt's own share is what its stages before the host
+the repeats counts: whatever else the machine does only adds. fxopt's own share is what its stages before the
+host
 take (normalize, passes, lower), as a part of the time until Inductor's first result.
 """
 
