@@ -189,4 +189,8 @@ def test_environment_is_read_in_one_place() -> None:
 
 
 # Besides options.py: who sets or shows variables of other programs.
-ENVIRONMENT_READERS = {"fxopt/integrations/autoload.py", "fxopt/commands/doctor.py", "fxopt/commands/demo.py"}
+ENVIRONMENT_READERS = {
+    "fxopt/integrations/autoload.py",
+    "fxopt/commands/doctor.py",
+    "fxopt/commands/demo_jobs.py",
+}
