@@ -94,12 +94,13 @@ def explain(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the picture is written.")] = Path("fxopt_demo.png"),
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """The main job on real input, in about three minutes: eager, inductor and fxopt side by side."""
     from fxopt.commands import demo as command
 
-    raise typer.Exit(command.run(Console(), out=out, as_json=as_json))
+    raise typer.Exit(command.run(Console(), out=out, as_json=as_json, threads=threads))
 
 
 @app.command()

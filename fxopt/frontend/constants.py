@@ -1,7 +1,8 @@
 """Tensors that the traced code makes of literals, ``torch.tensor([])``: calls again, as Dynamo wrote them.
 
 The re-trace runs such a call at once and keeps its result as an attribute of the graph module. AOTAutograd
-would take the attribute for a parameter that Dynamo does not know, and Inductor for an input instead of a constant.
+would take the attribute for a parameter that Dynamo does not know, and Inductor for an input instead of a
+constant.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxopt.measure.accuracy import allowed_error, float64_everywhere, max_error
+from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
 from fxopt.measure.models import Subject
 from fxopt.measure.timing import Ratio, Timings, interleave
 from fxopt.report.record import GraphRecord, collect
@@ -27,6 +27,7 @@ class Comparison:
         records: fxopt's graphs.
         errors: largest absolute error against float64, by backend and "eager"; empty when not checked.
         allowed: the largest error that is accepted.
+        comparable: whether eager is close enough to float64 for that to mean anything.
     """
 
     timings: Timings
@@ -34,6 +35,7 @@ class Comparison:
     records: list[GraphRecord] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     allowed: float | None = None
+    comparable: bool = True
 
     @property
     def speed(self) -> Ratio:
@@ -47,7 +49,7 @@ class Comparison:
 
     @property
     def accepted(self) -> bool:
-        return self.allowed is None or self.errors[CANDIDATE] <= self.allowed
+        return self.allowed is None or (self.comparable and self.errors[CANDIDATE] <= self.allowed)
 
     @property
     def sites(self) -> dict[str, int]:
@@ -89,22 +91,23 @@ def compare(
             start = time.perf_counter()
             results[name] = steps[name]()
             first_call[name] = time.perf_counter() - start
-    errors, allowed = _errors(subject, plain, results) if check else ({}, None)
+    errors, *verdict = _errors(subject, plain, results) if check else ({}, None, True)
     candidates = {BASELINE: steps[BASELINE], CANDIDATE: steps[CANDIDATE], TWIN: steps[BASELINE]}
     if eager:
         candidates["eager"] = plain
     for step in candidates.values():
         step()  # the second call may compile again, for shapes that turned out to change
-    return Comparison(interleave(candidates, **timing), first_call, list(records), errors, allowed)
+    return Comparison(interleave(candidates, **timing), first_call, list(records), errors, *verdict)
 
 
 def _errors(
     subject: Subject, plain: Callable[[], Any], results: dict[str, Any]
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], float, bool]:
     results = {"eager": plain(), **results}
     exact = exact_result(subject)
     errors = {name: max_error(result, exact) for name, result in results.items()}
-    return errors, allowed_error(results["eager"], exact)
+    eager = results["eager"]
+    return errors, allowed_error(eager, exact), comparable(eager, exact)
 
 
 def exact_result(subject: Subject) -> Any:
