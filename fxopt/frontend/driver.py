@@ -14,6 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.errors import InternalError
+from fxopt.ir.cone import from_sizes
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
 from fxopt.ir.facts import Facts, is_floating, is_opaque, is_write, location
@@ -166,7 +167,7 @@ class _Run:
         """Why the replaced computation cannot be one op: part of it ran in another grad or autocast mode."""
         wanted = self.facts.mode_at(match.roots[-1])
         for node in dead:
-            if is_floating(node) and self.facts.mode_at(node) != wanted:
+            if is_floating(node) and self.facts.mode_at(node) != wanted and not from_sizes(node):
                 return f"{node.name} and {match.roots[-1].name} run in different grad or autocast modes"
         return None
 
@@ -234,7 +235,10 @@ def _dead_cone(roots: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> list[fx.
     pending = list(reversed(roots))
     while pending:
         node = pending.pop()
-        if node in dead or node in kept or node.op in ("placeholder", "output") or _has_effect(node):
+        if node in dead or node in kept or node.op in ("placeholder", "output"):
+            continue
+        # A pass that names a write as a root answers for it; no other effect may disappear.
+        if _has_effect(node) and node not in roots:
             continue
         if all(user in dead for user in node.users):
             dead[node] = None

@@ -77,6 +77,14 @@ def cone(root: fx.Node) -> list[fx.Node]:
     return list(done)
 
 
+def from_sizes(root: fx.Node) -> bool:
+    """`root` is made from sizes and constants of the code alone: no data, hence no gradient."""
+    try:
+        return all(node.op == "call_function" or reads(node) for node in cone(root))
+    except Unsupported:
+        return False
+
+
 def symbols(nodes: list[fx.Node]) -> dict[sympy.Symbol, int | None]:
     """The symbols in the sizes and integer arguments of `nodes`, with the values they have while tracing."""
     found: dict[sympy.Symbol, int | None] = {}
