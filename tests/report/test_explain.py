@@ -280,3 +280,26 @@ def test_a_report_lets_go_of_its_model() -> None:
     assert gone() is None
     assert len(report.graphs) == 1
     assert json.loads(report.to_json())["summary"]["graphs"] == 1
+
+
+def test_a_report_that_is_dropped_takes_its_model_along() -> None:
+    model = nn.Linear(2, 2)
+    gone = weakref.ref(model)
+    report = explain(model, torch.ones(1, 2))
+    del model, report
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_next_explain_frees_what_a_dropped_report_had_compiled() -> None:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.tan()
+
+    report = explain(model, torch.ones(2))
+    assert len(_debug_get_cache_entry_list(model)) == 1
+    del report
+    gc.collect()
+    explain(torch.sin, torch.ones(2))
+    assert _debug_get_cache_entry_list(model) == []
