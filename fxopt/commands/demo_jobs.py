@@ -233,7 +233,7 @@ def training(say: Say) -> Outcome:
         wide = _trainer(Path(folder), "eager", torch.float64)
         with float64_everywhere():
             exact = _train(wide)()
-        what = f"Trainer, {_LAYERS} layers of MiniLM-L6 as classifier, three steps of {len(REVIEWS)} sentences"
+        what = f"Trainer, {_LAYERS} layers of MiniLM-L6 as classifier, three steps, {len(REVIEWS)} sentences"
         facts = ["timed is Trainer.training_step; compared are all weights after the third step"]
         return runs.outcome("training step", what, exact, say, facts=facts)
 
