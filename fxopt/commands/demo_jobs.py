@@ -19,6 +19,7 @@ import torch
 from fxopt.commands.demo_text import PAIRS, REVIEWS, SENTENCES
 from fxopt.errors import UserError
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
+from fxopt.measure.compiled import apart, compile_with
 from fxopt.measure.timing import Ratio, interleave
 from fxopt.report.record import GraphRecord, collect
 
@@ -158,7 +159,7 @@ def embeddings(say: Say) -> Outcome:
     runs = Runs()
     for backend in BACKENDS:
         say("eager" if backend == "eager" else f"compiling with {backend}")
-        runs.add(backend, encode(model if backend == "eager" else torch.compile(model, backend=backend)))
+        runs.add(backend, encode(model if backend == "eager" else compile_with(model, backend)))
     say("float64")
     with float64_everywhere():
         exact = encode(copy.deepcopy(model).double())()
@@ -206,7 +207,7 @@ def generation(say: Say, new_tokens: int = 48) -> Outcome:
         say("eager" if backend == "eager" else f"compiling with {backend}")
         one = copy.deepcopy(model)
         if backend != "eager":
-            one.compile(backend=backend)
+            one.compile(backend=backend, **apart())
         runs.add(backend, decode(one))
     say("float64")
     with float64_everywhere():
@@ -233,7 +234,9 @@ def training(say: Say) -> Outcome:
         wide = _trainer(Path(folder), "eager", torch.float64)
         with float64_everywhere():
             exact = _train(wide)()
-        what = f"Trainer, {_LAYERS} layers of MiniLM-L6 as classifier, three steps, {len(REVIEWS)} sentences"
+        what = (
+            f"Trainer, MiniLM-L6 cut to {_LAYERS} layers, a classifier, batches of {len(REVIEWS)} sentences"
+        )
         facts = ["timed is Trainer.training_step; compared are all weights after the third step"]
         return runs.outcome("training step", what, exact, say, facts=facts)
 

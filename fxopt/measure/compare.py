@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
+from fxopt.measure.compiled import compile_with
 from fxopt.measure.models import Subject
 from fxopt.measure.timing import Ratio, Timings, interleave
 from fxopt.report.record import GraphRecord, collect
@@ -85,9 +86,8 @@ def compare(
     steps: dict[str, Callable[[], Any]] = {}
     plain = subject.step(subject.model)
     with collect() as records:
-        for name, extra in ((BASELINE, None), (CANDIDATE, dict(options) if options else None)):
-            compiled = torch.compile(subject.model, backend=name, options=extra)
-            steps[name] = subject.step(compiled)
+        for name, extra in ((BASELINE, None), (CANDIDATE, options)):
+            steps[name] = subject.step(compile_with(subject.model, name, extra))
             start = time.perf_counter()
             results[name] = steps[name]()
             first_call[name] = time.perf_counter() - start
