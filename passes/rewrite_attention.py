@@ -82,8 +82,26 @@ class RewriteAttention:
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         if match["adopted"]:
-            return graph.call_function(ATTENTION.overload, match.anchor.args, dict(match.anchor.kwargs))
+            return _adopt(match.anchor, graph)
         return _build(match["scores"], match["weighted"], graph)
+
+
+def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The same call; what autocast would convert is converted here, as no autocast acts inside of the op."""
+    out = facts.dtype(node)
+    # Without autocast only the mask may have another dtype, and only on the CPU.
+    alike = all(facts.dtype(arg) == out for arg in node.args[:3])  # type: ignore[arg-type]
+    if alike and val(node).device.type == "cpu":
+        return graph.call_function(ATTENTION.overload, node.args, dict(node.kwargs))
+
+    def converted(arg: Any) -> Any:
+        if not facts.is_tensor(arg) or not facts.is_floating(arg) or facts.dtype(arg) == out:
+            return arg
+        return graph.call_function(aten.to.dtype, (arg, out))
+
+    args = tuple(converted(arg) for arg in node.args)
+    kwargs = {name: converted(arg) for name, arg in node.kwargs.items()}
+    return graph.call_function(ATTENTION.overload, args, kwargs)
 
 
 def _adoptable(node: fx.Node) -> Verdict:

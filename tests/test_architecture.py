@@ -192,5 +192,6 @@ def test_environment_is_read_in_one_place() -> None:
 ENVIRONMENT_READERS = {
     "fxopt/integrations/autoload.py",
     "fxopt/commands/doctor.py",
+    "fxopt/commands/demo.py",
     "fxopt/commands/demo_jobs.py",
 }

@@ -89,7 +89,7 @@ class Workplace:
         return self.folder / f"{name}-stages"
 
     def compiled_by_fxopt(self, name: str) -> int:
-        return len(list(self.stages(name).glob("*/*normalized.py")))
+        return len(list(self.stages(name).glob("**/*normalized.py")))
 
 
 def clean_environment() -> dict[str, str]:

@@ -64,7 +64,8 @@ def layers(count: int) -> list[Evidence]:
 
 
 @pytest.fixture
-def report() -> Report:
+def report(monkeypatch: pytest.MonkeyPatch) -> Report:
+    monkeypatch.setenv("COLUMNS", "120")  # narrow terminals get fewer columns
     evidence = [
         *layers(32),
         entry("rewrite-attention", 32, ILLEGAL, line=90, reason="the probabilities escape"),
