@@ -120,7 +120,7 @@ _SPECIAL_TOKEN = re.compile(r".*_token_(id|index)")
 
 
 def shrink(config: Any, scale: Scale) -> Any:
-    """A new configuration of the same class with `scale`'s sizes."""
+    """A new configuration of the same class with `scale`'s sizes; all else is the class's default."""
     return type(config)(**overrides(config, scale))
 
 

@@ -104,9 +104,13 @@ def _site(group: SiteGroup) -> str:
         f'<td><span class="tag {group.status.value}">{group.count} {group.status.value}</span></td>'
         f"<td><details><summary>{escape(places(group))}</summary><ul>{anchors}</ul></details></td>"
         f"<td class=why>{escape(group.reason)}</td><td>{escape(group.provider)}</td>"
-        f"<td class=num>{escape(bytes_text(group.before, group.after))}</td>"
-        f"<td class=num>{escape(launches_text(group.before, group.after))}</td></tr>"
+        f"<td class=num>{_arrow(bytes_text(group.before, group.after))}</td>"
+        f"<td class=num>{_arrow(launches_text(group.before, group.after))}</td></tr>"
     )
+
+
+def _arrow(text: str) -> str:
+    return escape(text.replace("->", "\N{RIGHTWARDS ARROW}"))
 
 
 def _where(location: str) -> str:

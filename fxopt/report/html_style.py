@@ -25,7 +25,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; font-size: 12px; pa
 td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:last-child td { border-bottom: 0; }
 td.num { font-variant-numeric: tabular-nums; white-space: nowrap; } td.wide { width: 60%; }
-td.why { min-width: 220px; color: var(--soft); }
+#sites td:first-child { white-space: nowrap; } td.why { min-width: 220px; color: var(--soft); }
 .bar { background: var(--mute-soft); border-radius: 4px; height: 8px; margin-top: 6px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--good); border-radius: 4px; }
 .tag { border-radius: 99px; padding: 2px 9px; font-size: 12px; white-space: nowrap;

@@ -1,0 +1,51 @@
+"""Faults that must be seen, and roundings that must pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
+
+
+def test_float64_everywhere_widens_written_casts() -> None:
+    x = torch.tensor([1.0], dtype=torch.float64) / 3
+    with float64_everywhere():
+        for lowered in (x.float(), x.to(torch.float32), x.to(dtype=torch.bfloat16)):
+            assert torch.equal(lowered, x)
+        assert torch.softmax(x, -1, dtype=torch.float32).dtype == torch.float64
+        assert torch.zeros(1).dtype == torch.float64
+    assert torch.zeros(1).dtype == torch.float32
+    assert x.float().dtype == torch.float32
+
+
+@pytest.mark.parametrize("fault", ["shape", "nan", "missing"])
+def test_what_cannot_be_compared_is_infinitely_wrong(fault: str) -> None:
+    exact = [torch.ones(3, dtype=torch.float64)]
+    results = {"shape": [torch.ones(4)], "nan": [torch.tensor([1.0, math.nan, 1.0])], "missing": []}
+    assert max_error(results[fault], exact) == math.inf
+
+
+def test_the_rule() -> None:
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64) / 3
+    eager = exact.float()
+    allowed = allowed_error(eager, exact)
+    rounding = eager * (1 + 2.0**-24)
+    assert max_error(rounding, exact) <= allowed
+    assert max_error(eager + 1e-6, exact) > allowed
+    wrong_row = eager.clone()
+    wrong_row[7] = eager[8]
+    assert max_error(wrong_row, exact) > allowed
+
+
+def test_another_computation_is_not_comparable() -> None:
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    assert comparable(exact.float(), exact)
+    assert not comparable(exact.float() * 1.01, exact)
+
+
+def test_mask_fills_are_not_compared() -> None:
+    exact = torch.tensor([1.0, torch.finfo(torch.float64).min], dtype=torch.float64)
+    assert max_error(torch.tensor([1.0, torch.finfo(torch.float32).min]), exact) == 0.0

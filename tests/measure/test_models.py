@@ -1,0 +1,102 @@
+"""Small models of any architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fxopt.measure.compare import exact_result
+from fxopt.measure.models import CannotBuild, Subject, build, loss_of
+from fxopt.measure.shrink import SCALES, Scale, shrink
+from fxopt.measure.suite import SUITE, cases
+
+TINY = SCALES["tiny"]
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_every_model_of_the_suite_is_small_and_runs(name: str) -> None:
+    for case in cases([name]):
+        subject = case.subject(TINY, None, torch.float32, "cpu")
+        assert sum(parameter.numel() for parameter in subject.model.parameters()) < 6_000_000
+        assert subject.model.training is case.training
+        subject.step(subject.model)()
+        has_gradient = any(parameter.grad is not None for parameter in subject.model.parameters())
+        assert has_gradient is case.training
+
+
+def test_suite_has_the_architectures_that_it_promises() -> None:
+    assert len(SUITE) >= 25
+
+
+def test_training_has_a_loss_of_the_model() -> None:
+    for name in ("bert", "llama", "t5", "vit", "wav2vec2", "clip"):
+        subject = build(name, TINY, training=True)
+        output = subject.model(**subject.kwargs)
+        assert loss_of(output) is output.loss
+
+
+def test_grouped_attention_stays_grouped() -> None:
+    config = shrink(transformers.MistralConfig(), TINY)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    full = shrink(transformers.LlamaConfig(), TINY)
+    assert full.num_key_value_heads == full.num_attention_heads == 4
+
+
+def test_every_kind_of_layer_is_kept() -> None:
+    config = shrink(transformers.Gemma2Config(), TINY)
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert len(config.layer_types) == config.num_hidden_layers == 2
+
+
+def test_parts_are_shrunk() -> None:
+    config = shrink(transformers.CLIPConfig(), TINY)
+    assert config.text_config.hidden_size == config.vision_config.hidden_size == TINY.hidden
+
+
+def test_a_size_that_is_already_smaller_is_kept() -> None:
+    config = shrink(transformers.BertConfig(), Scale(layers=50, vocab=100_000))
+    assert (config.num_hidden_layers, config.vocab_size) == (12, 30522)
+
+
+def test_special_tokens_lie_in_the_vocabulary() -> None:
+    config = shrink(transformers.GPT2Config(), TINY)
+    assert config.eos_token_id < config.vocab_size == TINY.vocab
+
+
+def test_same_seed_same_model() -> None:
+    first, second = build("bert", TINY), build("bert", TINY)
+    assert torch.equal(first.kwargs["input_ids"], second.kwargs["input_ids"])
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_batch_and_length() -> None:
+    subject = build("gpt2", Scale(batch=3, seq=9))
+    assert subject.kwargs["input_ids"].shape == (3, 9)
+
+
+@pytest.mark.parametrize("name", ["rag", "speech-encoder-decoder"])
+def test_what_cannot_be_built_says_why(name: str) -> None:
+    with pytest.raises(CannotBuild, match=f"no model of type '{name}'.*module:function"):
+        build(name, TINY)
+
+
+def test_exact_result_is_float64_inside() -> None:
+    subject = build("llama", TINY)
+    exact = exact_result(subject).logits
+    eager = subject.step(subject.model)().logits
+    assert exact.dtype == torch.float64
+    assert 0 < float((exact - eager).abs().max()) < 1e-5
+    assert next(subject.model.parameters()).dtype == torch.float32
+
+
+def test_a_function_is_a_subject() -> None:
+    def double(x: torch.Tensor) -> Any:
+        return x * 2
+
+    subject = Subject("f", double, (torch.ones(2),))
+    assert subject.step(double)().tolist() == [2.0, 2.0]
+    assert exact_result(subject).dtype == torch.float64
