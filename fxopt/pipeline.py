@@ -16,8 +16,9 @@ from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.lower import lower
-from fxopt.frontend.normalize import CannotNormalize, normalize
+from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.frontend.retrace import CannotNormalize
 from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
@@ -114,7 +115,7 @@ def _optimize(
     except RESTARTS:
         raise
     except CannotNormalize as refusal:
-        record.refuse("normalize", str(refusal))
+        record.refuse("normalize", refusal.reason)
         return None
     except Exception as error:
         record.fail("normalize" if not record.normalized else "passes", error)

@@ -15,7 +15,8 @@ Uses private torch APIs, listed in docs/torch_apis.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,27 +24,16 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    make_fx,
-    track_tensor_tree,
-)
-from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh
 from fxopt.frontend.subgraphs import PLAIN_CALLS
 from fxopt.frontend.vmap import fold_vmap
 
 ALIAS_KEY = "fxopt_alias"
 NEEDS_GRAD_KEY = "fxopt_needs_grad"
 PARAMETER_KEY = "fxopt_parameter"
-
-
-class CannotNormalize(Exception):  # noqa: N818 - a typed refusal, not an error: it becomes evidence
-    """The graph has something that cannot be re-traced. The message says what."""
 
 
 def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -57,18 +47,39 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         CannotNormalize: with what stands in the way. Whatever else the re-trace raises is passed on.
     """
     mode = _fake_mode(gm, example_inputs)
-    with preserve_grad_mode():
+    with preserve_state():
         return _normalize(gm, _fake_inputs(gm, example_inputs, mode), mode)
 
 
-def preserve_grad_mode() -> torch.set_grad_enabled:
-    """A graph may switch the grad mode and leave it switched; tracing must not leak that."""
-    return torch.set_grad_enabled(torch.is_grad_enabled())
+@contextmanager
+def preserve_state() -> Iterator[None]:
+    """A graph may switch modes of torch and leave them switched; tracing must not leak that."""
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision = torch.get_float32_matmul_precision()
+    kernels = [(enable, enabled()) for enabled, enable in _SDP_SWITCHES]
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_float32_matmul_precision(precision)
+        for enable, enabled in kernels:
+            enable(enabled)
+
+
+_SDP_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
 
 
 def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
     subgraphs = _normalize_subgraphs(gm, mode)
-    retrace = _Retrace(fold_vmap(gm), subgraphs, mode)
+    retrace = Retrace(fold_vmap(gm), subgraphs, mode)
     try:
         with preserve_node_meta(), mode:
             new = make_fx(_named(retrace.run, len(inputs)), pre_dispatch=True)(*inputs)
@@ -108,139 +119,6 @@ def _named(run: Callable[..., Any], count: int) -> Callable[..., Any]:
     return graph
 
 
-class _Retrace(fx.Interpreter):
-    """Runs the Dynamo graph under tracing; higher-order ops are recorded, not run."""
-
-    def __init__(
-        self, gm: fx.GraphModule, subgraphs: dict[str, fx.GraphModule], mode: FakeTensorMode
-    ) -> None:
-        super().__init__(gm, garbage_collect_values=True)
-        self.subgraphs = subgraphs
-        self.fake_mode = mode
-        self.regions: list[torch.amp.autocast_mode.autocast] = []
-        self._attributes: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._node = n
-        result = super().run_node(n)
-        rebind_unbacked(self.fake_mode.shape_env, n, result)
-        return result
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(target, HigherOrderOperator):
-            return _record_call(target, args, kwargs, self._node, self.fake_mode)
-        if target is torch.amp.autocast_mode._enter_autocast:
-            return self._enter_autocast(args)
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return self._exit_autocast()
-        _refuse_functorch(target)
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Conversions to the dtype of another tensor read its metadata only: write them so."""
-        if target in ("type_as", "to") and len(args) == 2 and isinstance(args[1], torch.Tensor):
-            source, like = args
-            same = source.device == like.device
-            return super().call_method("to", (source, *(() if same else (like.device,)), like.dtype), kwargs)
-        return super().call_method(target, args, kwargs)
-
-    def _enter_autocast(self, args: tuple[Any, ...]) -> None:
-        """Really enter: the context manager records the call; traced values are what autocast makes them."""
-        region = torch.amp.autocast_mode.autocast(*args)
-        region.__enter__()
-        self.regions.append(region)
-
-    def _exit_autocast(self) -> None:
-        self.regions.pop().__exit__(None, None, None)
-
-    def leave_all(self) -> None:
-        """Leave what a trace that failed half-way has entered."""
-        while self.regions:
-            self._exit_autocast()
-
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in self.subgraphs:
-            return self.subgraphs[target]
-        value = super().get_attr(target, args, kwargs)
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            return value
-        if target not in self._attributes:
-            self._attributes[target] = _record_attribute(target, value, self.fake_mode)
-        return self._attributes[target]
-
-
-def _refuse_functorch(target: Any) -> None:
-    """Grad transforms trace autograd inside the graph: they need inputs that require grad; ours do not."""
-    name = getattr(target, "__name__", "")
-    if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad", "_wrap_for_grad"):
-        raise CannotNormalize(f"a functorch grad transform ({name}) is traced inside the graph")
-
-
-def _record_call(
-    op: HigherOrderOperator,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    node: fx.Node,
-    mode: FakeTensorMode,
-) -> Any:
-    """Record `op` as one call, with the outputs that Dynamo recorded for it as fresh fakes."""
-    if "example_value" not in node.meta:
-        raise CannotNormalize(f"higher-order op {op} has no recorded output")
-    proxy_mode = get_proxy_mode()
-    if proxy_mode is None:
-        raise CannotNormalize(f"higher-order op {op} met outside of tracing")
-    tracer: Any = proxy_mode.tracer
-
-    def to_proxy(value: Any) -> Any:
-        if isinstance(value, torch.nn.Module):
-            return _module_proxy(tracer, value)
-        return tracer.unwrap_proxy(value)
-
-    is_leaf = _is_module
-    proxy_args, proxy_kwargs = pytree.tree_map(to_proxy, (args, kwargs), is_leaf=is_leaf)
-    with disable_proxy_modes_tracing():
-        outputs = pytree.tree_map(lambda v: _fresh(v, mode), node.meta["example_value"])
-    proxy = tracer.create_proxy("call_function", op, proxy_args, proxy_kwargs, name=node.name)
-    return track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, torch.nn.Module)
-
-
-def _module_proxy(tracer: Any, module: torch.nn.Module) -> Any:
-    """A get_attr of `module`, registered once on the traced root."""
-    root = tracer.root
-    for name, known in root._modules.items():
-        if known is module:
-            return tracer.create_proxy("get_attr", name, (), {})
-    base = getattr(module, "_fxopt_name", "subgraph")
-    name, count = base, 0
-    while hasattr(root, name):
-        count += 1
-        name = f"{base}_{count}"
-    root.register_module(name, module)
-    return tracer.create_proxy("get_attr", name, (), {})
-
-
-def _record_attribute(target: str, value: torch.Tensor, mode: FakeTensorMode) -> Any:
-    """A constant tensor held by the Dynamo graph module, as a get_attr of the new one."""
-    proxy_mode = get_proxy_mode()
-    if proxy_mode is None:
-        raise CannotNormalize(f"attribute {target} met outside of tracing")
-    tracer: Any = proxy_mode.tracer
-    name = "_fxopt_" + target.replace(".", "_")
-    if isinstance(value, torch.nn.Parameter):
-        tracer.root.register_parameter(name, value)
-    else:
-        tracer.root.register_buffer(name, value)
-    with disable_proxy_modes_tracing():
-        fake = mode.from_tensor(value, static_shapes=True)
-    return track_tensor_tree(
-        fake, tracer.create_proxy("get_attr", name, (), {}), constant=None, tracer=tracer
-    )
-
-
 def _normalize_subgraphs(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, fx.GraphModule]:
     """Normalized versions of the sub-graph modules that may be; the others stay as they are."""
     wanted = {
@@ -263,8 +141,8 @@ def _normalize_one(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModu
     placeholders = module.graph.find_nodes(op="placeholder")
     if any("example_value" not in node.meta for node in placeholders):
         return module
-    inputs = [_fresh(node.meta["example_value"], mode) for node in placeholders]
-    with preserve_grad_mode():
+    inputs = [fresh(node.meta["example_value"], mode) for node in placeholders]
+    with preserve_state():
         return _normalize(module, inputs, mode)
 
 
@@ -284,7 +162,7 @@ def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: FakeTe
     if len(placeholders) != len(example_inputs):
         raise CannotNormalize(f"{len(placeholders)} placeholders, {len(example_inputs)} inputs")
     return [
-        _fresh(_recorded(node, value, mode), mode)
+        fresh(_recorded(node, value, mode), mode)
         for node, value in zip(placeholders, example_inputs, strict=True)
     ]
 
@@ -296,28 +174,6 @@ def _recorded(node: fx.Node, value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value)
     return value
-
-
-def _fresh(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake with the same metadata and no history. Symbolic sizes are shared with the original."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if is_subclass(value):
-        raise CannotNormalize(f"a tensor subclass {type(value).__name__} is an input")
-    if value.layout is not torch.strided or value.is_quantized:
-        raise CannotNormalize(f"a tensor with layout {value.layout}, dtype {value.dtype} is an input")
-    if value.is_conj() or value.is_neg():
-        raise CannotNormalize("an input has its conjugate or negative bit set")
-    with mode:
-        fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    symbol = getattr(value, "item_memo", None)
-    if symbol is not None:
-        setattr(fresh, "item_memo", symbol)  # noqa: B010 - a Python number that Dynamo made an input
-    return fresh
-
-
-def is_subclass(value: Any) -> bool:
-    return is_traceable_wrapper_subclass(value)
 
 
 def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
