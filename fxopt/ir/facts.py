@@ -92,6 +92,13 @@ def is_number(value: Any, wanted: float | None = None) -> bool:
     return wanted is None or value == wanted
 
 
+def is_scalar(value: Any) -> bool:
+    """A Python number, or a node that holds one which may differ from call to call (`dynamic=True`)."""
+    if isinstance(value, fx.Node):
+        return isinstance(val(value), (torch.SymFloat, torch.SymInt))
+    return is_number(value)
+
+
 CASTS = (
     aten.to.dtype,
     aten.to.dtype_layout,
@@ -312,9 +319,15 @@ def _modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
     modes: dict[fx.Node, Mode] = {}
     grad = torch.is_grad_enabled()
     entered: dict[fx.Node, tuple[Any, ...]] = {}
+    outside: dict[Any, bool] = {}  # inference mode entered at -> grad mode to return to
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
+        elif node.target is torch.autograd.grad_mode._enter_inference_mode:
+            outside[node] = grad
+            grad = not node.args[0]
+        elif node.target is torch.autograd.grad_mode._exit_inference_mode:
+            grad = outside.pop(node.args[0], grad)
         elif node.target is torch.amp.autocast_mode._enter_autocast:
             entered[node] = tuple(node.args)
         elif node.target is torch.amp.autocast_mode._exit_autocast:
