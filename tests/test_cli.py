@@ -14,8 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from fxopt import __version__, cli
-from fxopt.commands import bench, doctor
-from fxopt.integrations import autoload
+from fxopt.commands import bench
 
 Run = Callable[..., Result]
 
@@ -45,7 +44,9 @@ def plain_function():
 
 def hugging_face():
     from transformers import BertConfig, BertModel
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
     return BertModel(config)
 
 def nothing():
@@ -93,7 +94,8 @@ class TestProgram:
         assert all(name in result.stdout for name in ("doctor", "demo", "bench", "explain"))
 
     def test_parsing_imports_neither_torch_nor_transformers(self) -> None:
-        code = "import sys, fxopt.cli; print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
+        heavy = ("torch", "transformers", "matplotlib")
+        code = f"import sys, fxopt.cli; print([name for name in {heavy} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
 
@@ -105,103 +107,6 @@ class TestProgram:
     @pytest.mark.parametrize("arguments", [["nonsense"], ["explain"], ["explain", "llama", "--nonsense"]])
     def test_wrong_usage_ends_with_2(self, run: Run, arguments: list[str]) -> None:
         assert run(*arguments).exit_code == 2
-
-
-class TestDoctor:
-    def test_here_all_is_well(self, run: Run) -> None:
-        result = run("doctor", "--json")
-        report = json.loads(result.stdout)
-        assert result.exit_code == 0
-        assert report["usable"] is True
-        statuses = {(check["group"], check["name"]): check["status"] for check in report["checks"]}
-        assert statuses["plugin", "backend"] == "ok"
-        assert statuses["trial", "host eager"] == "ok"
-        assert ("trial", "host inductor") not in statuses
-
-    def test_table(self, run: Run) -> None:
-        result = run("doctor")
-        assert result.exit_code == 0
-        assert "fxopt can be used" in result.stdout
-
-    @pytest.mark.parametrize("found", [None, "2.4.1"])
-    def test_without_a_usable_torch(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, found: str | None
-    ) -> None:
-        original = doctor.version
-        monkeypatch.setattr(doctor, "version", lambda name: found if name == "torch" else original(name))
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        (failed,) = _failed(result)
-        assert failed["name"] == "torch"
-        assert failed["fix"] == "pip install -U 'torch>=2.11'"
-
-    def test_backend_not_registered(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.compiler, "list_backends", lambda exclude_tags=(): ["inductor"])
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        assert [check["name"] for check in _failed(result)] == ["backend"]
-
-    def test_compilation_that_fails(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError("no compiler today")
-
-        monkeypatch.setattr(torch, "compile", broken)
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        (failed,) = _failed(result)
-        assert failed["name"] == "host eager"
-        assert "no compiler today" in failed["value"]
-
-    def test_compilation_that_is_wrong(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch, "compile", lambda function, **kwargs: lambda *args: function(*args) + 1)
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        assert [check["name"] for check in _failed(result)] == ["host eager"]
-
-    def test_failure_of_the_plugin_is_shown(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(autoload, "_failures", {"accelerate": "ValueError: changed"})
-        monkeypatch.setattr(autoload, "_outcomes", {"accelerate": "failed: ValueError: changed"})
-        result = run("doctor", "--json")
-        assert result.exit_code == 0
-        checks = json.loads(result.stdout)["checks"]
-        assert ("accelerate", "note", "failed: ValueError: changed") in [
-            (check["name"], check["status"], check["value"]) for check in checks
-        ]
-
-    def test_plugin_that_was_not_loaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(autoload, "_outcomes", {})
-        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-        result = run("doctor")
-        assert "unset TORCH_DEVICE_BACKEND_AUTOLOAD" in " ".join(result.stdout.split())
-
-    def test_no_compiler_is_no_failure(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fxopt.hosts.inductor.missing_compiler", lambda: "no g++")
-        result = run("doctor", "--json")
-        checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
-        assert result.exit_code == 0
-        assert "apt-get install g++" in checks["c++"]["fix"]
-        assert checks["host on the CPU"]["value"] == "eager"
-
-    def test_cache_that_cannot_be_written(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        monkeypatch.setattr(doctor, "_is_writable", lambda path: False)
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        assert "TORCHINDUCTOR_CACHE_DIR" in _failed(result)[0]["fix"]
-
-    def test_a_check_that_breaks_is_reported(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken() -> Any:
-            raise OSError("gone")
-
-        monkeypatch.setattr(doctor, "_caches", broken)
-        result = run("doctor", "--json")
-        assert result.exit_code == 1
-        assert "OSError: gone" in _failed(result)[0]["value"]
-
-
-def _failed(result: Result) -> list[dict[str, str]]:
-    return [check for check in json.loads(result.stdout)["checks"] if check["status"] == "fail"]
 
 
 class TestExplain:
