@@ -31,7 +31,15 @@ def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
             _lower_graph(module, record)
             restore_constants(module)
             module.recompile()
+            if module is not gm:
+                _forget_outputs(module)
     return gm
+
+
+def _forget_outputs(subgraph: fx.GraphModule) -> None:
+    """Torch reads from the values of a nested region's outputs which need grad; ours never do."""
+    for node in subgraph.graph.output_node().all_input_nodes:
+        node.meta.pop("val", None)
 
 
 def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:

@@ -60,7 +60,10 @@ class Retrace(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
         result = super().run_node(n)
-        rebind_unbacked(self.fake_mode.shape_env, n, result)
+        if not isinstance(
+            n.target, HigherOrderOperator
+        ):  # its outputs are recorded with Dynamo's own symbols
+            rebind_unbacked(self.fake_mode.shape_env, n, result)
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             _call_checkpoint(module)
+            _call_regions(module)
     return gm.forward
 
 
@@ -39,6 +40,19 @@ def _checkpointed(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
     # As in the operator: the end of a recomputation may be what leaves a mode that the body has entered.
     options |= {"use_reentrant": False, "early_stop": False}
     return checkpoint(body, *args, context_fn=_contexts(body), **options)
+
+
+def _call_regions(gm: fx.GraphModule) -> None:
+    """Call nested compile regions directly: torch's operator for them has a backward for tracing only."""
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph, sort=False)
+    for node in calls:
+        node.target = _run_region
+    if calls:
+        gm.recompile()
+
+
+def _run_region(body: fx.GraphModule, identifier: str, *operands: Any) -> Any:
+    return body(*operands)
 
 
 def _contexts(body: fx.GraphModule) -> Callable[[], Any]:
