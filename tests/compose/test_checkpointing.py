@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, really recomputed, the same random numbers the second time."""
+"""Activation checkpointing: the same gradients, really recomputed, with the same random numbers as before."""
 
 from __future__ import annotations
 
