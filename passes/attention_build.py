@@ -70,8 +70,8 @@ class SiteBuilder:
         rank = val(mask.node).dim()
         if mask.fill is None:
             node = self._narrow(node, facts.dtype(mask.node))
-            if mask.factor != 1.0:
-                node = self._call(aten.mul.Scalar, node, mask.factor)
+            if not mask.factor.is_one:
+                node = self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
         if rank == 3 and mask.rank == 3 and not facts.same_size(val(mask.node).shape[0], 1):
             return self._rank4(node, val_rank=3)
         for _ in range(4 - rank):

@@ -8,7 +8,8 @@ through.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import operator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,13 +26,50 @@ PRODUCTS = (aten.matmul.default, aten.bmm.default)
 DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
 
 
+@dataclass(frozen=True)
+class Factor:
+    """A product of numbers and of nodes that hold numbers, some of them in the denominator."""
+
+    number: float = 1.0
+    over: tuple[fx.Node, ...] = ()
+    under: tuple[fx.Node, ...] = ()
+
+    def times(self, scalar: Any) -> Factor:
+        if isinstance(scalar, fx.Node):
+            return replace(self, over=(*self.over, scalar))
+        return replace(self, number=self.number * float(scalar))
+
+    def divided(self, scalar: Any) -> Factor:
+        if isinstance(scalar, fx.Node):
+            return replace(self, under=(*self.under, scalar))
+        return replace(self, number=self.number / float(scalar))
+
+    @property
+    def is_one(self) -> bool:
+        return self == Factor()
+
+    @property
+    def is_positive(self) -> bool:
+        """Known to be; of a node nothing is known."""
+        return self.number > 0 and not self.over and not self.under
+
+    def build(self, graph: fx.Graph) -> float | fx.Node:
+        """The value, computed at the graph's insertion point where nodes take part."""
+        value: float | fx.Node = self.number
+        for node in self.over:
+            value = node if value == 1.0 else graph.call_function(operator.mul, (node, value))
+        for node in self.under:
+            value = graph.call_function(operator.truediv, (value, node))
+        return value
+
+
 @dataclass
 class Mask:
     """One additive term: ``factor * node``, or `fill` where `node` (bool) is `where`, 0 elsewhere."""
 
     node: fx.Node
     rank: int
-    factor: float = 1.0
+    factor: Factor = Factor()
     fill: float | None = None
     where: bool = True
 
@@ -42,13 +80,13 @@ class Scores:
 
     query: fx.Node
     key_t: fx.Node
-    factor: float
+    factor: Factor
     product: fx.Node
     masks: list[Mask] = field(default_factory=list)
     shape: tuple[Any, ...] = ()
 
 
-def read_scores(node: fx.Node, factor: float = 1.0) -> Scores | Miss:
+def read_scores(node: fx.Node, factor: Factor = Factor()) -> Scores | Miss:  # noqa: B008 - immutable
     """Read the input of a softmax. Each value on the way must have no other reader."""
     if node.op != "call_function" or not facts.is_tensor(node):
         return Miss(
@@ -73,18 +111,18 @@ def read_scores(node: fx.Node, factor: float = 1.0) -> Scores | Miss:
     return found
 
 
-Step = tuple[fx.Node, float, list[Mask]]
+Step = tuple[fx.Node, Factor, list[Mask]]
 
 
-def _step(node: fx.Node, factor: float) -> Step | None:
+def _step(node: fx.Node, factor: Factor) -> Step | None:
     """One operation between the product and the softmax: what is under it, its factor, the masks it adds."""
     if facts.is_cast(node) and facts.is_floating(node.args[0]):  # type: ignore[arg-type]
         return node.args[0], factor, []  # type: ignore[return-value]
     if is_call(node, *VIEWS) and keeps_rows(node):
         return node.args[0], factor, []  # type: ignore[return-value]
-    number = _scalar_factor(node)
-    if number is not None:
-        return number[0], factor * number[1], []
+    scaled = _scaled(node, factor)
+    if scaled is not None:
+        return *scaled, []
     if is_call(node, aten.add.Tensor):
         return _addition(node, factor)
     return _filled(node, factor)
@@ -95,18 +133,19 @@ def keeps_rows(node: fx.Node) -> bool:
     return before.dim() >= 2 and after.dim() >= 2 and facts.same_shape(before.shape[-2:], after.shape[-2:])
 
 
-def _scalar_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(operand, factor) of a product with, or a quotient by, a Python number."""
+def _scaled(node: fx.Node, factor: Factor) -> tuple[fx.Node, Factor] | None:
+    """The operand of a product with, or a quotient by, a number; and `factor` with that number in it."""
     if is_call(node, aten.mul.Tensor, aten.mul.Scalar):
         for operand, number in facts.commuted(node):
-            if isinstance(operand, fx.Node) and is_number(number):
-                return operand, float(number)
-    if is_call(node, aten.div.Tensor, aten.div.Scalar) and is_number(node.args[1]) and node.args[1] != 0:
-        return node.args[0], 1.0 / float(node.args[1])  # type: ignore[return-value, arg-type]
+            if facts.is_tensor(operand) and facts.is_scalar(number):
+                return operand, factor.times(number)
+    divides = is_call(node, aten.div.Tensor, aten.div.Scalar)
+    if divides and facts.is_scalar(node.args[1]) and node.args[1] != 0:
+        return node.args[0], factor.divided(node.args[1])  # type: ignore[return-value]
     return None
 
 
-def _addition(node: fx.Node, factor: float) -> Step | None:
+def _addition(node: fx.Node, factor: Factor) -> Step | None:
     """The operand that leads to the product, and the other one as a mask."""
     if not is_number(argument(node, "alpha"), 1):
         return None
@@ -134,7 +173,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
     return False
 
 
-def _filled(node: fx.Node, factor: float) -> Step | None:
+def _filled(node: fx.Node, factor: Factor) -> Step | None:
     """``masked_fill(scores, mask, fill)`` and ``where(mask, scores, fill)`` with a finite fill."""
     if is_call(node, aten.masked_fill.Scalar):
         scores, mask, fill, where = node.args[0], node.args[1], node.args[2], True
@@ -146,9 +185,9 @@ def _filled(node: fx.Node, factor: float) -> Step | None:
         return None
     if not is_absorbing(float(fill), facts.dtype(scores)):  # type: ignore[arg-type]
         return None
-    if factor <= 0 or not facts.same_shape(val(scores).shape, val(node).shape):
+    if not factor.is_positive or not facts.same_shape(val(scores).shape, val(node).shape):
         return None
-    return scores, factor, [Mask(mask, val(node).dim(), 1.0, float(fill), where)]  # type: ignore[return-value, arg-type]
+    return scores, factor, [Mask(mask, val(node).dim(), Factor(), float(fill), where)]  # type: ignore[return-value, arg-type]
 
 
 def is_absorbing(fill: float, dtype: torch.dtype) -> bool:
@@ -163,20 +202,20 @@ def constant(node: Any) -> Any:
     return node
 
 
-def _operand(node: Any, factor: float) -> tuple[fx.Node, float]:
+def _operand(node: Any, factor: Factor) -> tuple[fx.Node, Factor]:
     """Through casts that keep every value and scalar factors of one operand of the product."""
     while isinstance(node, fx.Node):
         if facts.is_cast(node) and facts.is_widening(node):
             node = node.args[0]
             continue
-        scaled = _scalar_factor(node)
+        scaled = _scaled(node, factor)
         if scaled is None:
             break
-        node, factor = scaled[0], factor * scaled[1]
+        node, factor = scaled
     return node, factor
 
 
-def _product(node: fx.Node, factor: float) -> Scores | Miss:
+def _product(node: fx.Node, factor: Factor) -> Scores | Miss:
     left, right = node.args[0], node.args[1]
     if not facts.is_tensor(left) or not facts.is_tensor(right):
         return Miss("a product of two tensors", node.name)
@@ -187,14 +226,14 @@ def _product(node: fx.Node, factor: float) -> Scores | Miss:
     return Scores(query, key_t, factor, node, [], tuple(val(node).shape))
 
 
-def _baddbmm(node: fx.Node, factor: float) -> Scores | Miss:
+def _baddbmm(node: fx.Node, factor: Factor) -> Scores | Miss:
     """beta * input + alpha * (b1 @ b2)."""
     beta, alpha = argument(node, "beta"), argument(node, "alpha")
-    if not is_number(beta) or not is_number(alpha):
+    if not facts.is_scalar(beta) or not facts.is_scalar(alpha):
         return Miss("beta and alpha that are numbers", f"beta {beta}, alpha {alpha}")
-    query, scaled = _operand(node.args[1], factor * float(alpha))
+    query, scaled = _operand(node.args[1], factor.times(alpha))
     key_t, scaled = _operand(node.args[2], scaled)
-    masks = [Mask(node.args[0], 3, factor * float(beta))] if beta else []  # type: ignore[arg-type]
+    masks = [] if is_number(beta, 0) else [Mask(node.args[0], 3, factor.times(beta))]  # type: ignore[arg-type]
     return Scores(query, key_t, scaled, node, masks, tuple(val(node).shape))
 
 

@@ -29,7 +29,7 @@ class Site:
     """One layer norm. `inner` are the nodes that only it reads."""
 
     x: fx.Node
-    eps: float
+    eps: sites.Eps
     compute_dtype: torch.dtype
     normed: fx.Node
     root: fx.Node

@@ -32,7 +32,7 @@ class Site:
     """One norm. `inner` are the nodes between input and root."""
 
     x: fx.Node
-    eps: float
+    eps: sites.Eps
     compute_dtype: torch.dtype
     normed: fx.Node
     root: fx.Node

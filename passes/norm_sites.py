@@ -18,13 +18,16 @@ ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor,)
 
 
-def added_eps(node: Any) -> tuple[fx.Node, float] | None:
-    """(operand, eps) of ``operand + eps`` with a Python number."""
+Eps = float | fx.Node
+
+
+def added_eps(node: Any) -> tuple[fx.Node, Eps] | None:
+    """(operand, eps) of ``operand + eps``. A number that may change from call to call is a node."""
     if not is_call(node, *ADDS) or not is_number(argument(node, "alpha", 1), 1):
         return None
     for operand, eps in facts.commuted(node):
-        if isinstance(operand, fx.Node) and is_number(eps):
-            return operand, float(eps)
+        if facts.is_tensor(operand) and facts.is_scalar(eps):
+            return operand, eps if isinstance(eps, fx.Node) else float(eps)
     return None
 
 
@@ -65,9 +68,11 @@ def is_row_vector(node: Any, size: facts.Size) -> bool:
 
 
 def offset_of(node: fx.Node) -> tuple[fx.Node, float]:
-    """(w, c) for ``c + w``; (node, 0) for anything else."""
+    """(w, c) for ``c + w`` with a Python number c; (node, 0) for anything else."""
     found = added_eps(node)
-    return found if found is not None else (node, 0.0)
+    if found is None or isinstance(found[1], fx.Node):
+        return node, 0.0
+    return found[0], found[1]
 
 
 def through_casts(node: fx.Node) -> fx.Node:

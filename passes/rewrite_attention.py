@@ -106,7 +106,7 @@ def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
 
 def _adoptable(node: fx.Node) -> Verdict:
     scale = argument(node, "scale")
-    if scale is not None and not facts.is_number(scale):
+    if scale is not None and not facts.is_scalar(scale):
         return Verdict.no(f"wanted a scale that is a number, saw {scale}")
     if val(node.args[0]).dim() != 4:
         return Verdict.no(f"wanted Q of rank 4, saw rank {val(node.args[0]).dim()}")
@@ -177,7 +177,7 @@ def _build(scores: Scores, weighted: Weighted, graph: fx.Graph) -> fx.Node:
     query = parts.operand(scores.query)
     key = parts.untransposed(scores.key_t)
     value = parts.operand(weighted.value)
-    kwargs: dict[str, Any] = {"scale": scores.factor, "finite_mask": True}
+    kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "finite_mask": True}
     if not facts.same_shape(val(scores.query).shape[:-2], val(scores.key_t).shape[:-2]):
         kwargs["enable_gqa"] = True
     mask = parts.mask()

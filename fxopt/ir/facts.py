@@ -195,7 +195,8 @@ class Facts:
         self._writes = [(self.order[node], self._written(node)) for node in graph.nodes if _may_write(node)]
         self._modes = _modes(graph)
         self._returned = {self.alias_class(node) for node in graph.output_node().all_input_nodes}
-        self.needs_grad = any(
+        recorded = any(grad for grad, _ in self._modes.values())
+        self.needs_grad = recorded and any(
             node.meta.get("fxopt_needs_grad") for node in graph.find_nodes(op="placeholder")
         )
 

@@ -10,7 +10,7 @@ from torch import fx
 from fxopt.ir.contract import Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import Facts, argument, val
-from fxopt.ir.ops.op import Provider, SemanticOp
+from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
 
 # Below these numbers of scores per head (Sq * Skv) the host's own fusion of product, softmax and product
 # beats the CPU flash kernel, whose forward has a fixed cost and whose backward recomputes the scores.
@@ -48,6 +48,9 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """
+    if finite_mask and scale is not None and is_symbol(scale):
+        # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
+        query, scale = query * scale, 1.0
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -126,7 +129,8 @@ ATTENTION = SemanticOp(
     name="attention",
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-        "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, bool finite_mask=False) -> Tensor"
+        "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, bool finite_mask=False) "
+        "-> Tensor"
     ),
     body=attention,
     providers=(

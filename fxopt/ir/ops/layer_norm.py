@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.ir.ops.op import SemanticOp
+from fxopt.ir.ops.op import SemanticOp, is_symbol
 
 
 def layer_norm(
@@ -33,9 +33,7 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, eq. 3 and 4.
     """
-    normed = torch.nn.functional.layer_norm(x.to(compute_dtype), (x.shape[-1],), None, None, eps).to(
-        norm_dtype
-    )
+    normed = _standardized(x.to(compute_dtype), eps).to(norm_dtype)
     if weight is not None:
         normed = normed * weight
     if bias is not None:
@@ -43,10 +41,18 @@ def layer_norm(
     return normed.to(out_dtype)
 
 
+def _standardized(x: torch.Tensor, eps: float) -> torch.Tensor:
+    if not is_symbol(eps):
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), None, None, eps)
+    # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+
+
 LAYER_NORM = SemanticOp(
     name="layer_norm",
     schema=(
-        "(Tensor x, Tensor? weight, Tensor? bias, float eps, *, ScalarType compute_dtype, "
+        "(Tensor x, Tensor? weight, Tensor? bias, Scalar eps, *, ScalarType compute_dtype, "
         "ScalarType norm_dtype, ScalarType out_dtype) -> Tensor"
     ),
     body=layer_norm,

@@ -70,6 +70,11 @@ class SemanticOp:
         return Provider("body", lambda *_: Verdict.yes(), self.body), refused
 
 
+def is_symbol(number: object) -> bool:
+    """Whether a number may change from call to call."""
+    return isinstance(number, torch.SymFloat | torch.SymInt)
+
+
 def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:

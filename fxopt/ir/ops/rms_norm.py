@@ -80,12 +80,12 @@ _CASTS = (
 
 RMS_NORM = SemanticOp(
     name="rms_norm",
-    schema=f"(Tensor x, Tensor? weight, float eps, {_CASTS}) -> Tensor",
+    schema=f"(Tensor x, Tensor? weight, Scalar eps, {_CASTS}) -> Tensor",
     body=rms_norm,
 )
 
 ADD_RMS_NORM = SemanticOp(
     name="add_rms_norm",
-    schema=f"(Tensor x, Tensor residual, Tensor? weight, float eps, {_CASTS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, Tensor residual, Tensor? weight, Scalar eps, {_CASTS}) -> (Tensor, Tensor)",
     body=add_rms_norm,
 )
