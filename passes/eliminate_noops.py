@@ -3,7 +3,7 @@
 Two kinds. *Views of everything*: `to` without a change, `contiguous` of contiguous, dropout in eval or with
 p = 0, expand and reshape to the same shape, slices of all: their result shares memory with the input, in
 the same layout, so whoever writes to one writes to the other before and after. *Copies of the same values*:
-dropout in eval or with p = 0, a product or quotient by 1, an integer plus 0, `and` with True: eliminating
+a product or quotient by 1, an integer plus 0, `and` with True, `clone`: eliminating
 them makes an alias of what was a copy, which is legal only when neither is written later and the copy does
 not leave the graph. ``x + 0`` on floats is kept: it turns -0.0 into 0.0.
 """
@@ -38,10 +38,7 @@ VIEWS = (
     aten.squeeze.dim,
     aten.flatten.using_ints,
 )
-# Dropout that drops nothing returns its input in eager and a copy of it in a traced graph: the stricter
-# rule holds.
 COPIES = (
-    aten.dropout.default,
     aten.mul.Tensor,
     aten.div.Tensor,
     aten.add.Tensor,
@@ -58,12 +55,12 @@ class EliminateNoops:
     """Removes operations that compute nothing."""
 
     name: ClassVar[str] = "eliminate-noops"
-    anchors: ClassVar[tuple[OpOverload, ...]] = (*VIEWS, *COPIES)
+    anchors: ClassVar[tuple[OpOverload, ...]] = (*VIEWS, *COPIES, aten.dropout.default)
     after: ClassVar[tuple[str, ...]] = ()
 
     def match(self, node: fx.Node) -> Match | None:
         copies = node.target in COPIES
-        source = _copied(node) if copies else node.args[0]
+        source = _copied(node) if copies else _passed_on(node)
         if not facts.is_tensor(source) or not equivalent(val(source), val(node)):
             return None
         if not copies and argument(node, "copy"):
@@ -100,10 +97,14 @@ class EliminateNoops:
         return source
 
 
+def _passed_on(node: fx.Node) -> Any:
+    """The operand that the op returns in eager if it changes nothing. A trace makes a copy in dropout."""
+    drops = is_call(node, aten.dropout.default) and argument(node, "train") and argument(node, "p")
+    return None if drops else node.args[0]
+
+
 def _copied(node: fx.Node) -> Any:
     """The operand whose values the op repeats, or None."""
-    if is_call(node, aten.dropout.default):
-        return None if argument(node, "train") and argument(node, "p") else node.args[0]
     if is_call(node, aten.clone.default):
         return None if argument(node, "memory_format") is not None else node.args[0]
     if is_call(node, aten.mul.Tensor):

@@ -300,8 +300,18 @@ def _alias_classes(graph: fx.Graph) -> dict[int, int]:
             shared = node.meta.get("fxopt_alias") if node.op == "placeholder" else None
             if shared is not None:
                 owner[key] = by_input.setdefault(shared, key)
+            passed = _passed_on(node)
+            if passed is not None:
+                owner[key] = owner[_storage(val(passed))]
             owner.setdefault(key, key)
     return owner
+
+
+def _passed_on(node: fx.Node) -> fx.Node | None:
+    """What a dropout that drops nothing returns: its input in eager, though the trace records a copy."""
+    if not is_call(node, aten.dropout.default) or not is_tensor(node.args[0]):
+        return None
+    return None if argument(node, "train") and argument(node, "p") else node.args[0]  # type: ignore[return-value]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

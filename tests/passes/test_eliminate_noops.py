@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
+from fxopt.report.record import collect
 from support.golden import assert_golden
 from support.rewriting import rewriting
 
@@ -139,6 +140,29 @@ def test_not_a_copy_that_a_write_tells_apart(f: F) -> None:
     assert same(found.call(mine), f(theirs))
     assert torch.equal(mine, theirs)
     assert "written later" in found.reasons()
+
+
+def write_to_the_source_of_a_dropout(x: torch.Tensor) -> torch.Tensor:
+    y = x.sin()
+    same_memory = dropout(y, 0.5, False)
+    y.add_(1)
+    return same_memory.view(-1) * 2
+
+
+def write_to_the_result_of_a_dropout(x: torch.Tensor) -> torch.Tensor:
+    dropout(x, 0.5, False)[1:].add_(1)
+    return x * 2
+
+
+@pytest.mark.parametrize("f", [write_to_the_source_of_a_dropout, write_to_the_result_of_a_dropout])
+@pytest.mark.parametrize("host", ["eager", "inductor"])
+def test_dropout_that_drops_nothing_returns_its_input_as_in_eager(f: F, host: str) -> None:
+    mine, theirs = torch.ones(4, 6), torch.ones(4, 6)
+    with collect() as records:
+        got = torch.compile(f, backend="fxopt", options={"host": host})(mine)
+    assert len(records[0].applied(NAME)) == 1
+    torch.testing.assert_close(got, f(theirs))
+    assert torch.equal(mine, theirs)
 
 
 def returned_copy(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
