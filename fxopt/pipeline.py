@@ -30,7 +30,9 @@ from fxopt.report.record import GraphRecord, recorded
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
-    # first: what does nothing hides structure from everyone below
+    # first: a write is a barrier to everyone below
+    ("functionalize-writes", "fxopt.passes.functionalize_writes:FunctionalizeWrites"),
+    # early: what does nothing hides structure
     ("eliminate-noops", "fxopt.passes.eliminate_noops:EliminateNoops"),
     # a layer norm without its mean is an RMS norm: the larger one goes first
     ("fuse-layer-norm", "fxopt.passes.fuse_layer_norm:FuseLayerNorm"),

@@ -79,6 +79,8 @@ class EliminateNoops:
             )
         if not match["copies"]:
             return Verdict.yes("a view of everything")
+        if ctx.facts.in_inference_mode(node) != ctx.facts.in_inference_mode(source):
+            return Verdict.no("wanted one mode, saw a copy that makes a tensor for autograd of one without")
         for value in (node, source):
             writer = ctx.facts.written_after(value, node)
             if writer is not None:

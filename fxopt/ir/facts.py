@@ -194,6 +194,7 @@ class Facts:
         self._owner = _alias_classes(graph)
         self._writes = [(self.order[node], self._written(node)) for node in graph.nodes if _may_write(node)]
         self._modes = _modes(graph)
+        self._inference = _in_inference_mode(graph)
         self._returned = {self.alias_class(node) for node in graph.output_node().all_input_nodes}
         recorded = any(grad for grad, _ in self._modes.values())
         self.needs_grad = recorded and any(
@@ -204,6 +205,15 @@ class Facts:
         """A number shared by all values that may share memory; None for what is no tensor."""
         value = val(node)
         return self._owner.get(_storage(value)) if isinstance(value, torch.Tensor) else None
+
+    def sharing(self, value: fx.Node) -> list[fx.Node]:
+        """All nodes with a value, or one of several, that may share memory with `value`; itself too."""
+        owner = self.alias_class(value)
+        return [
+            node
+            for node in self.order
+            if any(self._owner.get(_storage(each)) == owner for each in _tensors(node.meta.get("val")))
+        ]
 
     def written_between(self, value: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """A node after `first` and before `last` that may write to the memory of `value`."""
@@ -241,6 +251,10 @@ class Facts:
     def differentiates(self, node: fx.Node) -> bool:
         """Whether autograd may record this node: grad is enabled there and some graph input needs grad."""
         return self.needs_grad and self._modes[node][0]
+
+    def in_inference_mode(self, node: fx.Node) -> bool:
+        """Inside of an inference mode region that the graph itself opens."""
+        return node in self._inference
 
     def in_autocast(self, node: fx.Node) -> bool:
         """Inside of an enabled autocast region that the graph itself opens."""
@@ -345,3 +359,16 @@ def _modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
             entered.pop(node.args[0], None)
         modes[node] = (grad, tuple(entered.values()))
     return modes
+
+
+def _in_inference_mode(graph: fx.Graph) -> set[fx.Node]:
+    inside: set[fx.Node] = set()
+    entered: dict[Any, bool] = {}
+    for node in graph.nodes:
+        if node.target is torch.autograd.grad_mode._enter_inference_mode:
+            entered[node] = bool(node.args[0])
+        elif node.target is torch.autograd.grad_mode._exit_inference_mode:
+            entered.pop(node.args[0], None)
+        elif entered and list(entered.values())[-1]:
+            inside.add(node)
+    return inside

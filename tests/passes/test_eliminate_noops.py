@@ -198,3 +198,17 @@ def test_not_what_no_grad_cuts_off() -> None:
     f(other).sum().backward()
     assert torch.equal(x.grad, other.grad)  # type: ignore[arg-type]
     assert "no_grad" in found.reasons()
+
+
+def test_not_the_copy_that_makes_a_value_of_inference_mode_one_for_autograd() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            scale = x.abs() + 1
+        return x.sin() / scale.clone()
+
+    found = rewriting(f, (NAME,))
+    x, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    found.call(x).sum().backward()
+    f(other).sum().backward()
+    assert torch.equal(x.grad, other.grad)  # type: ignore[arg-type]
+    assert "autograd" in found.reasons()
