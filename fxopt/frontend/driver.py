@@ -184,7 +184,7 @@ class _Run:
         if len(news) != len(match.roots):
             raise Violation(f"{len(match.roots)} roots, {len(news)} replacements")
         self._check_order(match)
-        self._complete(edit.inserted, match.anchor)
+        self._complete(edit.inserted, match)
         for old, new in zip(match.roots, news, strict=True):
             check_replacement(old, new)
             edit.rewired.append((old, [user for user in old.users if user not in edit.inserted]))
@@ -194,16 +194,23 @@ class _Run:
         if self._mode is None:
             return
         for old, new in zip(match.roots, edit.replacements, strict=True):
-            propagate_from(new, old.meta.get("val"), self._mode, lambda n, v: edit.values.setdefault(n, v))
+            propagate_from(
+                new,
+                old.meta.get("val"),
+                self._mode,
+                lambda n, v: edit.values.setdefault(n, v),
+                lambda n: self.facts.mode_at(n if n in self.facts.order else last)[1],
+            )
 
-    def _complete(self, inserted: list[fx.Node], anchor: fx.Node) -> None:
+    def _complete(self, inserted: list[fx.Node], match: Match) -> None:
         """Give new nodes the anchor's source line and their own values."""
+        anchor, regions = match.anchor, self.facts.mode_at(match.roots[-1])[1]
         for node in inserted:
             for key in COPIED_META:
                 if key in anchor.meta:
                     node.meta.setdefault(key, anchor.meta[key])
             if "val" not in node.meta and node.op == "call_function" and self._mode is not None:
-                node.meta["val"] = evaluate(node, self._mode)
+                node.meta["val"] = evaluate(node, self._mode, regions)
 
     def _check_order(self, match: Match) -> None:
         """The replacement stands at the last root; whoever reads an earlier root must come after it."""

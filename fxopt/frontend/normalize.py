@@ -80,11 +80,8 @@ _SDP_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
 def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
     subgraphs = _normalize_subgraphs(gm, mode)
     retrace = Retrace(fold_vmap(gm), subgraphs, mode)
-    try:
-        with preserve_node_meta(), mode:
-            new = make_fx(_named(retrace.run, len(inputs)), pre_dispatch=True)(*inputs)
-    finally:
-        retrace.leave_all()
+    with preserve_node_meta(), mode:
+        new = make_fx(_named(retrace.run, len(inputs)), pre_dispatch=True)(*inputs)
     _check_constants(new)
     new.graph.eliminate_dead_code(_must_stay)
     _carry_over(gm, new)

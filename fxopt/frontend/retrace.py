@@ -52,10 +52,20 @@ class Retrace(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=True)
         self.subgraphs = subgraphs
         self.fake_mode = mode
-        self.regions: list[torch.amp.autocast_mode.autocast] = []
+        self._exits: list[Callable[[], None]] = []  # of the regions that the graph is in, innermost last
         self._attributes: dict[str, Any] = {}
         # Results of calls that are no values, by identity: (result, its proxy).
         self._states: dict[int, tuple[Any, Any]] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Regions that a trace entered before it failed are left here, inside of the tracing modes that
+        stand around them: to leave them later would bring those back.
+        """
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._exits:
+                self._exits.pop()()
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
@@ -72,11 +82,16 @@ class Retrace(fx.Interpreter):
         if target is torch.amp.autocast_mode._enter_autocast:
             return self._enter_autocast(args)
         if target is torch.amp.autocast_mode._exit_autocast:
-            return self._exit_autocast()
+            return self._exits.pop()()
         _refuse_call(target)
-        return self._traced(
+        result = self._traced(
             lambda: super(Retrace, self).call_function(target, args, kwargs), target, args, kwargs
         )
+        if target is torch.autograd.grad_mode._enter_inference_mode:
+            self._exits.append(lambda: torch.autograd.grad_mode._exit_inference_mode(result))
+        elif target is torch.autograd.grad_mode._exit_inference_mode:
+            self._exits.pop()
+        return result
 
     def _traced(
         self, run: Callable[[], Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -114,15 +129,7 @@ class Retrace(fx.Interpreter):
         """Really enter: the context manager records the call; traced values are what autocast makes them."""
         region = torch.amp.autocast_mode.autocast(*args)
         region.__enter__()
-        self.regions.append(region)
-
-    def _exit_autocast(self) -> None:
-        self.regions.pop().__exit__(None, None, None)
-
-    def leave_all(self) -> None:
-        """Leave what a trace that failed half-way has entered."""
-        while self.regions:
-            self._exit_autocast()
+        self._exits.append(lambda: region.__exit__(None, None, None))
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in self.subgraphs:

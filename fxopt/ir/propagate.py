@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,13 +23,21 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     return None
 
 
-def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
-    """The fake value of a call from the fake values of its arguments. Writes are not repeated."""
+Region = tuple[Any, ...]  # the arguments of an autocast region
+
+
+def evaluate(node: fx.Node, mode: FakeTensorMode, autocast: Iterable[Region] = ()) -> Any:
+    """The fake value of a call from the fake values of its arguments. Writes are not repeated.
+
+    `autocast` are the regions that the node is in, outermost first: they decide dtypes.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     target = node.target
     if not callable(target):
         raise TypeError(f"{node.format_node()} is no function call")
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), ExitStack() as regions:
+        for region in autocast:
+            regions.enter_context(torch.amp.autocast_mode.autocast(*region))
         return target(*args, **kwargs)
 
 
@@ -56,11 +65,15 @@ def describe(value: Any) -> str:
 
 
 def propagate_from(
-    start: fx.Node, replaced: Any, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]
+    start: fx.Node,
+    replaced: Any,
+    mode: FakeTensorMode,
+    on_change: Callable[[fx.Node, Any], None],
+    autocast_at: Callable[[fx.Node], Iterable[Region]] = lambda node: (),
 ) -> None:
     """Bring the values of everything that reads `start`, directly or not, up to date.
 
-    `replaced` is the value of what stood in its place.
+    `replaced` is the value of what stood in its place; `autocast_at` tells the regions that a node is in.
 
     `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an
     op raises when it cannot take the new strides is passed on.
@@ -71,7 +84,7 @@ def propagate_from(
     while dirty and node.op != "root":
         if node in dirty:
             dirty.discard(node)
-            dirty |= _update(node, moved, mode, on_change)
+            dirty |= _update(node, moved, lambda n: evaluate(n, mode, autocast_at(n)), on_change)
         node = node.next
 
 
@@ -84,7 +97,10 @@ def storage_of(value: Any) -> int | None:
 
 
 def _update(
-    node: fx.Node, moved: int | None, mode: FakeTensorMode, on_change: Callable[[fx.Node, Any], None]
+    node: fx.Node,
+    moved: int | None,
+    value_of: Callable[[fx.Node], Any],
+    on_change: Callable[[fx.Node, Any], None],
 ) -> set[fx.Node]:
     """Re-evaluate one node; returns who must follow. Views of what was replaced move to the new memory."""
     old = node.meta.get("val")
@@ -94,7 +110,7 @@ def _update(
     elif node.op == "output" or not can_evaluate(node):
         return set()
     else:
-        new = evaluate(node, mode)
+        new = value_of(node)
     if not isinstance(new, torch.Tensor) or (equivalent(old, new) and not aliases):
         return set()
     on_change(node, old)
