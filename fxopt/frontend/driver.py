@@ -65,7 +65,9 @@ class _Edit:
         for (old, users), new in zip(self.rewired, self.replacements, strict=True):
             for user in users:
                 user.replace_input_with(new, old)
-        for node in reversed(self.inserted):
+        for node in self.inserted:  # what was inserted in a wrong order can be erased in none
+            node.args, node.kwargs = (), {}
+        for node in self.inserted:
             node.graph.erase_node(node)
 
 
