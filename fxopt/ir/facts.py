@@ -65,8 +65,8 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def is_last_dim(node: fx.Node, dim: int) -> bool:
-    """`dim` names the last dimension of the tensor `node`."""
-    return dim in (-1, rank(node) - 1)
+    """`dim` names the last dimension of the tensor `node`, which has one."""
+    return rank(node) > 0 and dim in (-1, rank(node) - 1)
 
 
 def is_call(node: Any, *targets: OpOverload) -> bool:
