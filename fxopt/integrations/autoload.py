@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -73,9 +74,14 @@ def _check_options_in_torch_compile() -> str:
     if getattr(original, "_fxopt_checks_options", False):
         return "done"
 
+    lookup = threading.RLock()
+
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+        with (
+            lookup
+        ):  # torch finds a backend by its name only once; a second thread on its way there would fail
+            original(self, *args, **kwargs)
         validate: Any = getattr(getattr(self, "compiler_fn", None), "validate", None)
         if _is_from_fxopt(validate):
             validate(**getattr(self, "kwargs", {}))
