@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from fxopt.hosts.eager import EAGER
 from fxopt.hosts.host import Host
 from fxopt.hosts.inductor import INDUCTOR, missing_compiler
@@ -14,10 +16,16 @@ from fxopt.options import Options
 
 
 def choose_host(options: Options, example_inputs: Sequence[Any]) -> Host:
-    """The host for one graph. ``"auto"`` is Inductor; eager for the CPU where there is no C++ compiler."""
+    """The host for one graph. ``"auto"`` is Inductor; eager for the CPU where there is no C++ compiler, and
+    for inputs that Inductor misreads.
+    """
     if options.host == "eager":
         return EAGER
-    if options.host == "inductor" or not _on_cpu(example_inputs):
+    if options.host == "inductor":
+        return INDUCTOR
+    if any(_is_lazy(value) for value in example_inputs):
+        return EAGER
+    if not _on_cpu(example_inputs):
         return INDUCTOR
     reason = missing_compiler()
     if reason is None:
@@ -29,6 +37,11 @@ def choose_host(options: Options, example_inputs: Sequence[Any]) -> Host:
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:
     devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
     return not devices or "cpu" in devices
+
+
+def _is_lazy(value: Any) -> bool:
+    """A view that is conjugated or negated when it is read: Inductor computes with the memory as it is."""
+    return isinstance(value, torch.Tensor) and (value.is_conj() or value.is_neg())
 
 
 @functools.cache
