@@ -180,6 +180,19 @@ def test_meta_tensors_have_eagers_metadata(host: str) -> None:
     assert records[0].normalized
 
 
+def plus_one_in_place(x: torch.Tensor) -> torch.Tensor:
+    return x.add_(1.0) * 2.0
+
+
+@pytest.mark.parametrize("part", [lambda c: c.conj(), lambda c: c.conj().imag, lambda c: c, lambda c: c.imag])
+def test_lazy_conjugates_and_negatives_on_the_automatic_host(part: Callable[..., Any]) -> None:
+    """Inductor alone ignores the bits."""
+    compiled = torch.compile(plus_one_in_place, backend="fxopt")
+    mine, theirs = complex_numbers(), complex_numbers()
+    assert torch.equal(compiled(part(mine)), plus_one_in_place(part(theirs)))
+    assert torch.equal(mine, theirs)
+
+
 REFUSED = {
     "conjugated input": "conjugate",
     "negative bit": "negative",
