@@ -15,6 +15,13 @@ from .attention_sites import Mask, Scores
 
 aten = torch.ops.aten
 
+# where(condition, a, b): (a is a tensor, b is a tensor) -> the overload for it
+_WHERE: dict[tuple[bool, ...], Any] = {
+    (False, False): aten.where.Scalar,
+    (True, False): aten.where.ScalarOther,
+    (False, True): aten.where.ScalarSelf,
+}
+
 
 @dataclass
 class SiteBuilder:
@@ -45,6 +52,24 @@ class SiteBuilder:
             total = term if total is None else self._call(aten.add.Tensor, total, term)
         return total
 
+    def exact_mask(self, finite: bool) -> fx.Node:
+        """All steps of masking in the model's order and dtypes: the sum overflows where the model's does."""
+        total: fx.Node | None = None
+        for mask in self.scores.masks:
+            node = self._broadcastable(mask.node, mask)
+            if mask.fill is None:
+                if not mask.factor.is_one:
+                    node = self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
+                total = node if total is None else self._call(aten.add.Tensor, total, node)
+            else:
+                rest = 0.0 if total is None else total
+                chosen = (mask.fill, rest) if mask.where else (rest, mask.fill)
+                total = self._call(_WHERE[tuple(isinstance(each, fx.Node) for each in chosen)], node, *chosen)
+            total = self._call(aten.to.dtype, total, mask.dtype)
+        if total is None:
+            raise ValueError("a site without masks")
+        return self._narrow(total, self.scores.masks[-1].dtype) if finite else total
+
     def like_root(self, result: fx.Node, out: torch.Tensor) -> fx.Node:
         """(B, H, Sq, Dv) in the shape of the replaced product."""
         if out.dim() == 4:
@@ -67,11 +92,15 @@ class SiteBuilder:
 
     def _term(self, mask: Mask) -> fx.Node:
         node = self._filled(mask) if mask.fill is not None else mask.node
-        rank = val(mask.node).dim()
         if mask.fill is None:
             node = self._narrow(node, facts.dtype(mask.node))
             if not mask.factor.is_one:
                 node = self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
+        return self._broadcastable(node, mask)
+
+    def _broadcastable(self, node: fx.Node, mask: Mask) -> fx.Node:
+        """A mask as the site has it, with four dimensions."""
+        rank = val(mask.node).dim()
         if rank == 3 and mask.rank == 3 and not facts.same_size(val(mask.node).shape[0], 1):
             return self._rank4(node, val_rank=3)
         for _ in range(4 - rank):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, is_number
+from fxopt.ir.ops.attention import LOWEST_SHARE
+
+from .attention_sites import Mask
 
 aten = torch.ops.aten
 
@@ -30,6 +34,33 @@ _MAY_OVERFLOW = (aten.log.default, aten.exp.default, aten.reciprocal.default, at
 # A number this low excludes a key: no score outweighs it. Smaller fills (-1e4, -100) are biases.
 EXCLUDES = 1e9
 DEPTH = 40
+
+
+def never_infinite(masks: Sequence[Mask]) -> bool:
+    """No sum of these steps of masking, the innermost first, holds -inf, as far as the operations tell."""
+    lowest = 0
+    for mask in masks:
+        if mask.fill is None:
+            lowest += fills(mask.node)
+            if not is_finite(mask.node) or lowest > 1:
+                return False
+        else:
+            lowest = 1
+            if not math.isfinite(mask.fill):
+                return False
+    return True
+
+
+def commute(masks: Sequence[Mask]) -> bool:
+    """The order of the steps makes no difference: at most one of them excludes keys."""
+    return sum(mask.fill is not None or fills(mask.node) > 0 for mask in masks) <= 1
+
+
+def replaces(masks: Sequence[Mask]) -> bool | None:
+    """Whether the entries that exclude a key replace the score; None when some do and others are added."""
+    filled = [mask.fill is not None for mask in masks]
+    added = [mask.fill is None and (fills(mask.node) > 0 or not is_finite(mask.node)) for mask in masks]
+    return any(filled) if not (any(filled) and any(added)) else None
 
 
 def is_finite(node: Any, depth: int = DEPTH) -> bool:
@@ -72,15 +103,16 @@ def _narrows(node: fx.Node) -> bool:
 
 def fills(node: Any, depth: int = DEPTH) -> int:
     """How often the lowest number may be added up in one entry: 0 for a bias, 1 for a mask, 2 overflows."""
-    if is_number(node):
-        return int(abs(node) >= EXCLUDES)
     if depth == 0 or not isinstance(node, fx.Node):
         return 0
     if node.op == "placeholder":
         return max((fills(each, depth - 1) for each in node.meta.get("fxopt_outer", ())), default=0)
     if node.op != "call_function" or not facts.is_floating(node):
         return 0
-    counts = [fills(arg, depth - 1) for arg in node.args if is_number(arg) or isinstance(arg, fx.Node)]
+    # float16's lowest number is a small one elsewhere.
+    excludes = min(EXCLUDES, torch.finfo(facts.dtype(node)).max * LOWEST_SHARE)
+    arguments: list[Any] = list(node.args)
+    counts = [int(abs(arg) >= excludes) if is_number(arg) else fills(arg, depth - 1) for arg in arguments]
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return sum(counts)
     return max(counts, default=0)

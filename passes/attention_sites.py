@@ -7,7 +7,6 @@ through.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +17,14 @@ from torch import fx
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, is_number, val
+from fxopt.ir.ops.attention import LOWEST_SHARE
 
 aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
+# What a trace makes of ``torch.tensor(number)``.
+_LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default)
 DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
 
 
@@ -65,10 +67,14 @@ class Factor:
 
 @dataclass
 class Mask:
-    """One additive term: ``factor * node``, or `fill` where `node` (bool) is `where`, 0 elsewhere."""
+    """One step of masking: ``factor * node`` is added, or `fill` replaces where `node` (bool) is `where`.
+
+    `rank` and `dtype` are those of the scores after the step.
+    """
 
     node: fx.Node
     rank: int
+    dtype: torch.dtype
     factor: Factor = Factor()
     fill: float | None = None
     where: bool = True
@@ -82,7 +88,7 @@ class Scores:
     key_t: fx.Node
     factor: Factor
     product: fx.Node
-    masks: list[Mask] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)  # the innermost first
     shape: tuple[Any, ...] = ()
 
 
@@ -153,7 +159,7 @@ def _addition(node: fx.Node, factor: Factor) -> Step | None:
         if facts.is_tensor(operand) and facts.is_floating(mask) and _leads_to_product(operand):
             if not facts.same_shape(val(operand).shape, val(node).shape):
                 return None
-            return operand, factor, [Mask(mask, val(node).dim(), factor)]
+            return operand, factor, [Mask(mask, val(node).dim(), facts.dtype(node), factor)]
     return None
 
 
@@ -165,41 +171,54 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
         return True
     if is_call(node, aten.add.Tensor, aten.mul.Tensor):
         return any(_leads_to_product(arg, depth - 1) for arg in node.args[:2])
-    single = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.masked_fill.Scalar, aten.mul.Scalar)
-    if is_call(node, *single):
-        return _leads_to_product(node.args[0], depth - 1)
-    if is_call(node, aten.where.ScalarOther, aten.where.self):
-        return _leads_to_product(node.args[1], depth - 1)
-    return False
+    filled = _fill_of(node)
+    if filled is not None:
+        return _leads_to_product(filled[0], depth - 1)
+    single = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.mul.Scalar)
+    return is_call(node, *single) and _leads_to_product(node.args[0], depth - 1)
 
 
 def _filled(node: fx.Node, factor: Factor) -> Step | None:
-    """``masked_fill(scores, mask, fill)`` and ``where(mask, scores, fill)`` with a finite fill."""
-    if is_call(node, aten.masked_fill.Scalar):
-        scores, mask, fill, where = node.args[0], node.args[1], node.args[2], True
-    elif is_call(node, aten.where.ScalarOther, aten.where.self):
-        mask, scores, fill, where = node.args[0], node.args[1], constant(node.args[2]), False
-    else:
+    """``masked_fill(scores, mask, fill)`` and ``where(mask, scores, fill)``, either way around."""
+    read = _fill_of(node)
+    if read is None or not all(facts.is_tensor(each) for each in read[:2]):
         return None
-    if not is_number(fill) or not facts.is_tensor(scores) or not facts.is_tensor(mask):
+    scores, mask, fill, where = read
+    if not is_absorbing(fill, facts.dtype(scores)) or not factor.is_positive:
         return None
-    if not is_absorbing(float(fill), facts.dtype(scores)):  # type: ignore[arg-type]
+    if not facts.same_shape(val(scores).shape, val(node).shape):
         return None
-    if not factor.is_positive or not facts.same_shape(val(scores).shape, val(node).shape):
+    return scores, factor, [Mask(mask, val(node).dim(), facts.dtype(node), fill=fill, where=where)]
+
+
+def _fill_of(node: fx.Node) -> tuple[Any, Any, float, bool] | None:
+    """(scores, mask, fill, where): the fill replaces where the mask is `where`."""
+    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        scores, mask, fill = node.args[:3]
+        return (scores, mask, float(constant(fill)), True) if is_number(constant(fill)) else None
+    if not is_call(node, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
         return None
-    return scores, factor, [Mask(mask, val(node).dim(), Factor(), float(fill), where)]  # type: ignore[return-value, arg-type]
+    mask, first, second = node.args[:3]
+    if is_number(constant(second)):
+        return first, mask, float(constant(second)), False
+    return (second, mask, float(constant(first)), True) if is_number(constant(first)) else None
 
 
 def is_absorbing(fill: float, dtype: torch.dtype) -> bool:
-    """Finite and so low that adding a score does not change it: to fill with it is to add it."""
-    return math.isfinite(fill) and fill <= torch.finfo(dtype).min * 0.5
+    """So low that adding a score does not change it: to fill with it is to add it."""
+    return fill <= torch.finfo(dtype).min * LOWEST_SHARE
 
 
 def constant(node: Any) -> Any:
-    """The Python number that a node is known to be: a 0-d full or scalar_tensor; else the node."""
-    if is_call(node, aten.full.default, aten.scalar_tensor.default) and val(node).dim() == 0:
+    """The number that a node is known to be, made by `full` or a tensor of one literal; else the node."""
+    if not isinstance(node, fx.Node) or not facts.is_tensor(node) or val(node).dim() > 0:
+        return node
+    if is_call(node, aten.full.default, aten.scalar_tensor.default):
         return node.args[1] if is_call(node, aten.full.default) else node.args[0]
-    return node
+    if is_call(node, *_LITERALS, *facts.CASTS):
+        return constant(node.args[0])
+    held = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    return held.item() if type(held) is torch.Tensor and len(node.users) == 1 else node
 
 
 def _operand(node: Any, factor: Factor) -> tuple[fx.Node, Factor]:
@@ -233,7 +252,8 @@ def _baddbmm(node: fx.Node, factor: Factor) -> Scores | Miss:
         return Miss("beta and alpha that are numbers", f"beta {beta}, alpha {alpha}")
     query, scaled = _operand(node.args[1], factor.times(alpha))
     key_t, scaled = _operand(node.args[2], scaled)
-    masks = [] if is_number(beta, 0) else [Mask(node.args[0], 3, factor.times(beta))]  # type: ignore[arg-type]
+    added = Mask(node.args[0], 3, facts.dtype(node), factor.times(beta))  # type: ignore[arg-type]
+    masks = [] if is_number(beta, 0) else [added]
     return Scores(query, key_t, scaled, node, masks, tuple(val(node).shape))
 
 

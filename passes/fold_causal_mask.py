@@ -23,7 +23,7 @@ from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import numel
 from fxopt.ir.facts import Facts, argument, val
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.attention import ATTENTION, NAN, NONE
 
 from .mask_proof import show
 
@@ -76,6 +76,9 @@ class FoldCausalMask:
         names = [formal.name for formal in node.target._schema.arguments]  # type: ignore[union-attr]
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         given |= {"attn_mask": None, "is_causal": shown.causal}
+        if given.get("dead_rows") == NAN:
+            given["dead_rows"] = NONE  # each query sees a key
+        given.pop("mask_replaces", None)
         positional = tuple(given.pop(name) for name in ("query", "key", "value"))
         return graph.call_function(node.target, positional, given)  # type: ignore[arg-type]
 

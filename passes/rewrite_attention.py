@@ -1,9 +1,8 @@
 """softmax(scale * Q K^T + mask) V, however it is spelled -> ``fxopt::attention``.
 
-Anchored on the softmax (and on scaled_dot_product_attention, which is adopted as it is). Assumed: additive
-masks that are made in the graph are finite; a float mask that is itself a graph input may hold whole rows
-of -inf, for which softmax gives NaN and attention kernels give 0, so it is refused. The softmax may become
-more precise (float32 inside), never less.
+Anchored on the softmax (and on scaled_dot_product_attention, which is adopted as it is). A mask that may
+hold whole rows of -inf (it is a graph input, or a sum of two masks that overflows) keeps softmax's answer for
+them, which is NaN. Assumed: parameters are finite. The softmax may become more precise, never less.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import argument, val
-from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.attention import ATTENTION, NAN, NONE
 
 from .attention_build import SiteBuilder
-from .attention_masks import fills, is_finite
+from .attention_masks import commute, never_infinite, replaces
 from .attention_sites import Scores, Weighted, read_scores, read_weighted
 
 aten = torch.ops.aten
@@ -63,9 +62,9 @@ class RewriteAttention:
             if not verdict:
                 return verdict
         reads = [scores.query, scores.key_t, weighted.value, *(mask.node for mask in scores.masks)]
-        if ctx.facts.differentiates(weighted.root) and any(mask.fill is not None for mask in scores.masks):
+        if ctx.facts.differentiates(weighted.root) and replaces(scores.masks) is None:
             return Verdict.no(
-                "filled scores have no gradient, masked ones do: rows without a live key would differ"
+                "some scores are filled, which stops their gradient, and some masked by a sum, which does not"
             )
         for value in reads:
             stale = ctx.facts.unsafe_read([value], value, weighted.root)
@@ -164,10 +163,6 @@ def _masks(scores: Scores, weighted: Weighted) -> Verdict:
             return Verdict.no(f"wanted a bool condition, saw {value.dtype}")
         if value.dim() > mask.rank:
             return Verdict.no(f"wanted a mask that broadcasts to the scores, saw {tuple(value.shape)}")
-        if mask.fill is None and not is_finite(mask.node):
-            return Verdict.no(f"the mask {mask.node.name} may hold rows of -inf, for which softmax gives NaN")
-    if sum(1 if mask.fill is not None else fills(mask.node) for mask in scores.masks) > 1:
-        return Verdict.no("two masks exclude keys by the lowest number: their sum may be -inf")
     return Verdict.yes()
 
 
@@ -177,10 +172,13 @@ def _build(scores: Scores, weighted: Weighted, graph: fx.Graph) -> fx.Node:
     query = parts.operand(scores.query)
     key = parts.untransposed(scores.key_t)
     value = parts.operand(weighted.value)
-    kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "finite_mask": True}
+    finite = never_infinite(scores.masks)
+    kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "dead_rows": NONE if finite else NAN}
+    if replaces(scores.masks):
+        kwargs["mask_replaces"] = True
     if not facts.same_shape(val(scores.query).shape[:-2], val(scores.key_t).shape[:-2]):
         kwargs["enable_gqa"] = True
-    mask = parts.mask()
+    mask = parts.mask() if finite and commute(scores.masks) else parts.exact_mask(finite)
     result = graph.call_function(
         ATTENTION.overload, (query, key, value, mask, weighted.dropout_p, False), kwargs
     )

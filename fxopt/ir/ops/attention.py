@@ -19,6 +19,11 @@ from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
 FLASH_FORWARD_SCORES = 64 * 64
 FLASH_BACKWARD_SCORES = 256 * 256
 
+# What a row without a live key gives; see `attention`.
+ZERO, NAN, NONE = "zero", "nan", "none"
+# An entry of a mask below this share of its dtype's lowest number absorbs a score.
+LOWEST_SHARE = 0.5
+
 
 def attention(
     query: torch.Tensor,
@@ -30,7 +35,8 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    finite_mask: bool = False,
+    dead_rows: str = ZERO,
+    mask_replaces: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention.
 
@@ -39,16 +45,24 @@ def attention(
         value: (B, Hkv, Skv, Dv). attn_mask: broadcastable to (B, Hq, Sq, Skv); bool (True takes part) or
         additive, float32 or query's dtype. dropout_p: probability of dropping an attention weight.
         is_causal: mask j > i, aligned to the upper left corner. scale: factor of the scores; 1/sqrt(D) when
-        None. enable_gqa: query head h reads key and value head h // (Hq / Hkv). finite_mask: promise that
-        `attn_mask` is additive and has no infinite entry. A row whose keys are all masked
-            by the lowest finite number is then the softmax of equal scores, the mean of V, and not 0.
+        None. enable_gqa: query head h reads key and value head h // (Hq / Hkv). dead_rows: what a row
+        whose keys are all masked by -inf gives: `ZERO`, as SDPA; `NAN`, as softmax; `NONE`, a promise that
+        `attn_mask` is additive and has no infinite entry. (A row that is masked by the lowest finite number
+        throughout is the softmax of equal scores, the mean of V.) mask_replaces: an entry of an additive mask
+        that is so low that it absorbs any score stands in the place of the score, which gets no gradient
+        (``masked_fill``, not a sum). It shows in rows that hold nothing else.
 
     Returns:
-        (B, Hq, Sq, Dv), of query's dtype. A row without a live key is 0, unless `finite_mask`.
+        (B, Hq, Sq, Dv), of query's dtype.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """
-    if finite_mask and scale is not None and is_symbol(scale):
+    if dead_rows == NAN or mask_replaces:
+        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        return decomposed(
+            *given, scale=scale, enable_gqa=enable_gqa, dead_rows=dead_rows, mask_replaces=mask_replaces
+        )
+    if dead_rows == NONE and scale is not None and is_symbol(scale):
         # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
         query, scale = query * scale, 1.0
     return torch.nn.functional.scaled_dot_product_attention(
@@ -66,7 +80,8 @@ def decomposed(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    finite_mask: bool = False,
+    dead_rows: str = ZERO,
+    mask_replaces: bool = False,
 ) -> torch.Tensor:
     """The same as product, softmax in float32, product. Keys of a group are not repeated."""
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -81,8 +96,8 @@ def decomposed(
         live = torch.ones(rows, key.shape[-2], dtype=torch.bool, device=query.device).tril()
         scores = torch.where(live, scores, -math.inf)
     elif attn_mask is not None:
-        scores = _masked(scores, attn_mask)
-    weights = _softmax(scores, finite_mask or attn_mask is None).to(query.dtype)
+        scores = _masked(scores, attn_mask, mask_replaces)
+    weights = _softmax(scores, dead_rows != ZERO or attn_mask is None).to(query.dtype)
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     if not grouped:
@@ -91,14 +106,21 @@ def decomposed(
     return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1])
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _masked(scores: torch.Tensor, mask: torch.Tensor, mask_replaces: bool) -> torch.Tensor:
     if mask.dtype is torch.bool:
         return torch.where(mask, scores, -math.inf)
-    return scores + mask
+    if not mask_replaces:
+        return scores + mask
+    return torch.where(absorbs(mask), mask.to(scores.dtype), scores + mask)
 
 
-def _softmax(scores: torch.Tensor, every_row_lives: bool) -> torch.Tensor:
-    if every_row_lives:
+def absorbs(mask: torch.Tensor) -> torch.Tensor:
+    """Where adding a score of the mask's dtype changes nothing."""
+    return mask <= LOWEST_SHARE * torch.finfo(mask.dtype).min
+
+
+def _softmax(scores: torch.Tensor, plain: bool) -> torch.Tensor:
+    if plain:
         return torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
     wide = scores if scores.dtype == torch.float64 else scores.float()
     safe: torch.Tensor = torch.ops.aten._safe_softmax.default(wide, -1)
@@ -108,11 +130,15 @@ def _softmax(scores: torch.Tensor, every_row_lives: bool) -> torch.Tensor:
 def _decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
     """Where the decomposed form is the faster one, or the only one with the right answer."""
     query, key, mask = val(node.args[0]), val(node.args[1]), val(argument(node, "attn_mask"))
-    if query.dtype is torch.float16 and mask is not None and argument(node, "finite_mask"):
+    if argument(node, "dead_rows") == NAN:
+        return Verdict.yes("a row of -inf gives NaN, as softmax does; kernels give 0")
+    if argument(node, "mask_replaces") and facts.differentiates(node):
+        return Verdict.yes("filled scores get no gradient; kernels give them one in rows of nothing else")
+    if query.dtype is torch.float16 and mask is not None and argument(node, "dead_rows") == NONE:
         return Verdict.yes(
             "kernels add masks in float32, where float16's lowest number does not absorb a score"
         )
-    if not argument(node, "finite_mask"):
+    if argument(node, "dead_rows") == ZERO:
         return Verdict.no("written as scaled_dot_product_attention, whose rounding is kept")
     if query.device.type != "cpu":
         return Verdict.no(f"device {query.device.type} has fused kernels")
@@ -129,8 +155,8 @@ ATTENTION = SemanticOp(
     name="attention",
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-        "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, bool finite_mask=False) "
-        "-> Tensor"
+        "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
+        "bool mask_replaces=False) -> Tensor"
     ),
     body=attention,
     providers=(

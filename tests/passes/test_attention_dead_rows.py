@@ -1,0 +1,176 @@
+"""rewrite-attention: rows without a live key keep the model's own answer, NaN or mean, and its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.functional import softmax
+
+from support.numerics import assert_closer
+from support.reference import reference_mode
+from support.rewriting import rewriting
+
+NAME = "rewrite-attention"
+PASSES = ("functionalize-writes", "eliminate-noops", NAME)
+B, H, S, D = 2, 3, 9, 4
+Site = Callable[..., torch.Tensor]
+
+
+def low(x: torch.Tensor) -> float:
+    return torch.finfo(x.dtype).min
+
+
+def added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """A row of -inf is NaN."""
+    return softmax(q @ k.mT + torch.where(keep, 0.0, -math.inf).to(q.dtype), dim=-1) @ v
+
+
+def filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return softmax((q @ k.mT * 0.5).masked_fill(~keep, -math.inf), dim=-1) @ v
+
+
+def filled_in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.mT
+    scores *= 0.5
+    scores.masked_fill_(~keep, -math.inf)
+    return softmax(scores, dim=-1) @ v
+
+
+def where_swapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return softmax(torch.where(~keep, -math.inf, q @ k.mT), dim=-1) @ v
+
+
+def sum_of_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Where both exclude, the sum overflows to -inf, and elsewhere it stays finite."""
+    causal, padding = (torch.where(m, torch.zeros((), dtype=q.dtype), low(q)) for m in split(keep))
+    return softmax((q @ k.mT) * 0.5 + causal + padding, dim=-1) @ v
+
+
+def fill_then_sum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """GPT-Neo."""
+    causal, padding = split(keep)
+    lowest = torch.tensor(low(q), dtype=q.dtype)
+    scores = torch.where(causal, q @ k.mT, lowest)
+    return softmax(scores + torch.where(padding, torch.zeros((), dtype=q.dtype), low(q)), dim=-1) @ v
+
+
+def sum_then_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The fill replaces the sum: nothing overflows."""
+    causal, padding = split(keep)
+    scores = q @ k.mT + torch.where(padding, torch.zeros((), dtype=q.dtype), low(q))
+    return softmax(scores.masked_fill(~causal, low(q)), dim=-1) @ v
+
+
+def two_fills(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    causal, padding = split(keep)
+    scores = (q @ k.mT).masked_fill(~padding, low(q))
+    return softmax(torch.where(causal, scores, -math.inf), dim=-1) @ v
+
+
+def split(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(causal, padding): the two conditions that `keep` is made of."""
+    return torch.ones(S, S, dtype=torch.bool).tril(), keep[:, :, -1:, :]
+
+
+SITES: dict[str, Site] = {
+    f.__name__: f
+    for f in (added, filled, filled_in_place, where_swapped, sum_of_two, fill_then_sum, sum_then_fill,
+              two_fills)
+}  # fmt: skip
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Left padding: the first three rows of the first sequence have no live key."""
+    q, k, v = (torch.randn(B, S, H, D).to(dtype).transpose(1, 2) for _ in range(3))
+    keep = torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S).clone()
+    keep[0, :, :, :3] = False
+    return [q, k, v, keep]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SITES)
+def test_fires(name: str, dtype: torch.dtype) -> None:
+    site = SITES[name]
+    found = rewriting(site, PASSES)
+    q, k, v, keep = inputs(dtype)
+    out, eager = found.call(q, k, v, keep), site(q, k, v, keep)
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+    assert torch.equal(out.isnan(), eager.isnan())
+    with reference_mode():
+        exact = site(q.double(), k.double(), v.double(), keep)
+    assert_closer(exact, out, eager, strides=False)
+
+
+def gradients(call: Site, keep: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = call(*leaves, keep)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+TRAINED = [name for name in SITES if name not in ("fill_then_sum", "sum_then_fill")]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_fires_with_eagers_gradients(name: str) -> None:
+    """Of rows without a live key too: what is filled gets none, what is masked by a sum does."""
+    site = SITES[name]
+    found = rewriting(site, PASSES)
+    q, k, v, keep = inputs()
+    with reference_mode():
+        exact = gradients(site, keep, q.double(), k.double(), v.double())
+    got, eager = (gradients(call, keep, q, k, v) for call in (found.call, site))
+    assert_closer(exact, got, eager, strides=False)
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+
+
+@pytest.mark.parametrize("name", ["fill_then_sum", "sum_then_fill"])
+def test_not_what_is_half_filled_and_half_added_in_training(name: str) -> None:
+    site = SITES[name]
+    found = rewriting(site, PASSES)
+    q, k, v, keep = inputs()
+    got, eager = (gradients(call, keep, q, k, v) for call in (found.call, site))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, eager, strict=True))
+    assert found.applied(NAME) == 0
+    assert "stops their gradient" in found.reasons(NAME)
+
+
+def test_fires_with_a_float_mask_given_from_outside() -> None:
+    def site(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return softmax(q @ k.mT + mask, dim=-1) @ v
+
+    found = rewriting(site, PASSES)
+    q, k, v, keep = inputs()
+    mask = torch.zeros(B, 1, S, S).masked_fill(~keep, -math.inf)
+    out, eager = found.call(q, k, v, mask), site(q, k, v, mask)
+    assert torch.equal(out.isnan(), eager.isnan())
+    assert eager.isnan().any()
+    assert_closer(site(q.double(), k.double(), v.double(), mask.double()), out, eager, strides=False)
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+    assert found.providers == ["('attention', 'decomposed', '')"]
+
+
+def test_a_large_site_that_may_have_such_rows_is_not_given_to_a_kernel() -> None:
+    """Kernels give 0 for them."""
+    rows = 80
+    found = rewriting(added, PASSES)
+    q, k, v = (torch.randn(1, 2, rows, 4) for _ in range(3))
+    keep = torch.ones(rows, rows, dtype=torch.bool).tril()
+    keep[5] = False
+    out = found.call(q, k, v, keep)
+    assert out[:, :, 5].isnan().all()
+    assert not out[:, :, 6:].isnan().any()
+
+
+def test_not_a_fill_that_a_score_outweighs() -> None:
+    def site(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return softmax((q @ k.mT).masked_fill(~keep, -1e4), dim=-1) @ v
+
+    found = rewriting(site, PASSES)
+    args = inputs()
+    assert torch.equal(found.call(*args), site(*args))
+    assert found.applied(NAME) == 0
+    assert "masked_fill" in found.reasons(NAME)
