@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from fxopt.ir.facts import same_shape
 from support.compile_stats import Counting, compile_stats
 from support.compiled import all_handled, compile_fxopt
 from support.frontend import capture
@@ -163,4 +165,29 @@ def test_dynamic_sizes_inside_of_subgraphs() -> None:
         for shape in ((2, 3), (5, 4), (3, 7)):
             for sign in (1.0, -1.0):
                 assert torch.equal(compiled(sign * torch.ones(shape)), f(sign * torch.ones(shape)))
+    assert len(records) == 1
+
+
+@pytest.mark.usefixtures("captures_data_dependent_values")
+@pytest.mark.parametrize("host", HOSTS)
+def test_sizes_from_data_are_the_same_inside_and_outside_of_subgraphs(host: str) -> None:
+    """What a call returns has the symbols that Dynamo noted, what is traced anew has new ones."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        count = x.sum().item()
+        torch._check(count >= 2)
+        made = torch.ones(count)
+        called = torch.cond(x[0] > 1, torch.sin, torch.cos, (made,))
+        return called * made + called.view(count)
+
+    graph = capture(f, torch.tensor([1, 2])).graph.graph
+    (made,) = graph.find_nodes(op="call_function", target=torch.ops.aten.ones.default)
+    (called,) = graph.find_nodes(op="call_function", target=operator.getitem)
+    assert same_shape(made.meta["val"].shape, called.meta["val"].shape)
+
+    torch._dynamo.reset()
+    compiled = compile_fxopt(f, host)
+    with all_handled() as records:
+        for data in ([1, 2], [3, 1]):
+            torch.testing.assert_close(compiled(torch.tensor(data)), f(torch.tensor(data)))
     assert len(records) == 1

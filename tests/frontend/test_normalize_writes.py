@@ -221,3 +221,23 @@ def test_a_write_to_what_is_not_read_is_no_barrier() -> None:
 def test_reads_after_writes_are_no_views_of_before() -> None:
     gm = capture(keys_written, *(torch.randn(1, 2, 3, 4) for _ in range(3))).graph
     assert targets(gm).index("aten.matmul.default") < targets(gm).index("aten.add_.Tensor")
+
+
+def test_reads_for_nothing_are_dropped_and_effects_stay() -> None:
+    """A dead reader would hide from the passes that a value has one reader only."""
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = x.sin()
+        z.cos().exp()
+        y.add_(1.0).tan()
+        torch.rand(3)
+        add_one_(y)
+        return z * 2.0
+
+    gm = capture(f, torch.ones(3), torch.ones(3)).graph
+    names = targets(gm)
+    assert not {"aten.cos.default", "aten.exp.default", "aten.tan.default"} & set(names)
+    kept = ("aten.sin.default", "aten.add_.Tensor", "aten.rand.default", "fxopt_tests.add_one_.default")
+    assert [name for name in names if name in kept] == list(kept)
+    (sine,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    assert len(sine.users) == 1
