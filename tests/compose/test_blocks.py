@@ -19,7 +19,7 @@ from support.rounding import perturbed
 from support.runs import infer, infer64, train, train64
 from support.zoo_text import DENSE
 
-LAYERS = 4
+LAYERS = 3
 LENGTHS = (13, 17, 22)
 OPTIONS = {"host": "eager", "strict": True}
 

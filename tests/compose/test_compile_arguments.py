@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ def compile_with(model: Callable[..., Any], **arguments: Any) -> Callable[..., A
     return compiled
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_whole_graph(name: str) -> None:
     architecture = ZOO[name]
     model = architecture.make_model().train()
@@ -39,7 +40,7 @@ def test_whole_graph(name: str) -> None:
     eager = train(model, model, inputs)
     assert_closer(train64(model, inputs), candidate, eager, roundings=others)
     (record,) = records
-    assert len(record.applied("rewrite-attention")) >= LAYERS
+    assert len(record.applied("rewrite-attention")) == LAYERS
 
 
 def test_whole_graph_is_refused_by_dynamo_where_there_is_none() -> None:
@@ -53,12 +54,11 @@ def test_whole_graph_is_refused_by_dynamo_where_there_is_none() -> None:
     torch.testing.assert_close(compile_with(model)(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("llama", None), ("llama", True), ("llama", False)])
-def test_shapes(name: str, dynamic: bool | None) -> None:
-    architecture = ZOO[name]
-    mask = architecture.masks[-1]
-    model = architecture.make_model()
-    inputs = [architecture.make_inputs(batch, length, mask=mask) for batch, length in SIZES]
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_shapes(dynamic: bool | None) -> None:
+    llama = dataclasses.replace(ZOO["llama"], config=ZOO["llama"].config | {"num_hidden_layers": 1})
+    model = llama.make_model()
+    inputs = [llama.make_inputs(batch, length, mask="left") for batch, length in SIZES]
     with all_handled() as records:
         compiled = compile_with(model, dynamic=dynamic)
         for one in inputs:
@@ -66,7 +66,7 @@ def test_shapes(name: str, dynamic: bool | None) -> None:
             others = perturbed(lambda one=one: infer(model, one))
             what = f"{tuple(one['input_ids'].shape)}"
             assert_closer(infer64(model, one), candidate, eager, roundings=others, what=what)
-    assert [len(record.applied("rewrite-attention")) for record in records] == [LAYERS] * len(records)
+    assert [len(record.applied("rewrite-attention")) for record in records] == [1] * len(records)
     if dynamic is False:
         assert [record.dynamic for record in records] == [False] * len(inputs)
     else:

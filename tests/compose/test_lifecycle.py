@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,15 +31,7 @@ def unpickled(model: torch.nn.Module) -> torch.nn.Module:
     return copied
 
 
-def saved(model: torch.nn.Module) -> torch.nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: torch.nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-COPIERS: dict[str, Copier] = {"deepcopy": copy.deepcopy, "pickle": unpickled, "torch_save": saved}
+COPIERS: dict[str, Copier] = {"deepcopy": copy.deepcopy, "pickle": unpickled}
 
 
 def make_model() -> tuple[torch.nn.Module, dict[str, Any]]:
