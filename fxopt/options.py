@@ -27,7 +27,8 @@ class Options:
     Attributes:
         mode: torch.compile's mode, with the meaning it has for Inductor.
         host: who compiles what fxopt leaves: ``"inductor"``, ``"eager"`` (no compiler), or ``"auto"``:
-            Inductor, and eager with one warning on a CPU-only machine without a C++ compiler.
+            Inductor; eager with one warning on a CPU-only machine without a C++ compiler, and for graphs with
+            lazily conjugated or negated inputs, which Inductor misreads.
         disable: names of passes not to run, see ``fxopt.pipeline``; ``("all",)`` runs none.
         strict: raise `InternalError` when a stage of fxopt fails, instead of handing the graph to the host.
         fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.

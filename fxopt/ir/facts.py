@@ -259,7 +259,9 @@ class Facts:
     def in_autocast(self, node: fx.Node) -> bool:
         """Inside of an enabled autocast region that the graph itself opens."""
         autocast = self._modes[node][1]  # (device, dtype, enabled, cache) each
-        return bool(autocast) and bool(autocast[-1][2])
+        return any(
+            {device: enabled for device, _, enabled, *_ in autocast}.values()
+        )  # innermost of each device
 
     def _written(self, node: fx.Node) -> tuple[fx.Node, frozenset[int | None]]:
         return node, frozenset(self.alias_class(arg) for arg in _written_args(node))
