@@ -224,6 +224,15 @@ def test_modes() -> None:
     assert len(facts.mode_at(node("exp"))[1]) == 2
 
 
+def test_autocast_of_another_device_does_not_end_a_region() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("xpu", enabled=False):
+            return x.sin() * 2.0
+
+    facts, node = graph_of(f, ones(3))
+    assert facts.in_autocast(node("sin"))
+
+
 def test_grad_modes_are_no_modes_where_nothing_needs_grad() -> None:
     facts, node = graph_of(in_modes, ones(3))
     assert facts.mode_at(node("sin")) == facts.mode_at(node("tanh"))
