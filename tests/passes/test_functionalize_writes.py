@@ -127,7 +127,7 @@ def test_fires_in_attention_and_uncovers_it() -> None:
 def test_fires_golden() -> None:
     found = rewriting(chain, (NAME,))
     found.call(torch.randn(4, 6))
-    assert_golden(found.before[0] + "->\n" + found.after[0], NAME, "chain")
+    assert_golden(found.before[0] + "->\n" + found.after[0], NAME.replace("-", "_"), "chain")
 
 
 def input_itself(x: torch.Tensor) -> torch.Tensor:
