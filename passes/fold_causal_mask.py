@@ -25,6 +25,7 @@ from fxopt.ir.facts import Facts, argument, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention import ATTENTION, NAN, NONE
 
+from .mask_program import recover
 from .mask_proof import show
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ class FoldCausalMask:
             return Miss("a mask made by few operations", str(refusal))
         data = next((each for each in made_by if each.op != "call_function" and not reads(each)), None)
         if data is not None:
-            return Miss("a mask made from sizes alone", f"it depends on {data.name}")
+            return Miss("a mask made from sizes alone", _program(mask, node) or f"it depends on {data.name}")
         return Match(node, (node,), {"mask": mask, "made_by": made_by})
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
@@ -63,7 +64,8 @@ class FoldCausalMask:
         try:
             shown = show(match["mask"], match["made_by"], match.anchor)
         except Unsupported as refusal:
-            return Verdict.no(f"wanted a mask proven causal, saw {refusal}")
+            saw = _program(match["mask"], match.anchor) or refusal
+            return Verdict.no(f"wanted a mask proven causal, saw {saw}")
         return Verdict.yes(f"{'causal' if shown.causal else 'masks nothing'}, {shown.how}")
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
@@ -81,6 +83,14 @@ class FoldCausalMask:
         given.pop("mask_replaces", None)
         positional = tuple(given.pop(name) for name in ("query", "key", "value"))
         return graph.call_function(node.target, positional, given)  # type: ignore[arg-type]
+
+
+def _program(mask: fx.Node, attention: fx.Node) -> str | None:
+    """The mask as a formula, where it is one."""
+    try:
+        return str(recover(mask, attention))
+    except Unsupported:
+        return None
 
 
 def _written(made_by: list[fx.Node], attention: fx.Node, ctx: Context) -> str | None:

@@ -79,7 +79,7 @@ def _by_indices(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Sh
     sizes = Sizes(getattr(val(mask).fake_mode, "shape_env", None))
     target = _scores_shape(sizes, attention)
     moved = dict(zip(INDEX, broadcast(value.shape, target), strict=False))
-    live = _live(value).xreplace(moved)
+    live = live_of(value).xreplace(moved)
     row, column = INDEX[len(target) - 2], INDEX[len(target) - 1]
     if sizes.implies(box(target), live):
         causal = False
@@ -90,7 +90,7 @@ def _by_indices(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Sh
     return Shown(causal, "proven for all sizes" + _confirm(mask, made_by, attention, causal))
 
 
-def _live(value: Value) -> sympy.logic.boolalg.Boolean:
+def live_of(value: Value) -> sympy.logic.boolalg.Boolean:
     """Where a key takes part."""
     if value.dtype is torch.bool:
         return value.where(1)

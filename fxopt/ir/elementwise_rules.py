@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from fxopt.ir.facts import argument, dtype, val
@@ -134,7 +135,10 @@ def _decided(condition: Any) -> list[Case]:
 def linear_sum(a: Any, b: Any, factor: Any) -> list[Case]:
     if isinstance(a, float) or isinstance(b, float):
         raise Unsupported("sums of indices and fractions")
-    return [Case(sympy.true, sympy.expand(a + factor * b))]
+    total = sympy.expand(a + factor * b)
+    if total.has(AppliedUndef) and total not in (a, b):
+        raise Unsupported("arithmetic on captured integers, which may leave 64 bits")
+    return [Case(sympy.true, total)]
 
 
 def _alpha(node: fx.Node) -> int:

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.ir.cone import cone, outer_of
+from fxopt.ir.cone import cone, outer_of, reads
 from fxopt.ir.elementwise_rules import Rule, cast, elementwise_rules, linear_sum, stored
 from fxopt.ir.facts import argument, dtype, location, val
 from fxopt.ir.linear import Unsupported
@@ -29,6 +29,7 @@ from fxopt.ir.predicate import (
     known_value,
     made,
 )
+from fxopt.ir.program import capture
 
 aten = torch.ops.aten
 
@@ -285,12 +286,40 @@ RULES: dict[Any, Rule] = {
 def value_of(root: fx.Node) -> Value:
     """The tensor that `root` computes, as a function of its indices.
 
+    Integers and bools that come from data, or are computed from data in a way that no rule covers, are
+    captured: their value is an unknown function of the indices that bears the name of their node.
+
     Raises:
-        Unsupported: it depends on data, or on an op that has no rule.
+        Unsupported: it depends on other data, or on an op that has no rule.
     """
+    from_data: set[fx.Node] = set()
     for node in cone(root):
-        keep(node, _value_of)
+        inputs = reads(node)
+        if (node.op != "call_function" and not inputs) or not from_data.isdisjoint(inputs):
+            from_data.add(node)
+        keep(node, _captured_or_computed if node in from_data else _value_of)
     return known_value(root)
+
+
+def _captured_or_computed(node: fx.Node) -> Value:
+    try:
+        return _value_of(node)
+    except Unsupported:
+        value = val(node)
+        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.bool, torch.int64):
+            raise
+        return captured(Sizes(_shape_env(value)), node)
+
+
+def captured(sizes: Sizes, node: fx.Node) -> Value:
+    """A tensor of which nothing is known: at each index an unknown number, or an unknown truth."""
+    shape = sizes.shape(val(node))
+    places = [sympy.Integer(0) if size == 1 else index for size, index in zip(shape, INDEX, strict=False)]
+    number = capture(node.name)(*places)
+    if dtype(node) is not torch.bool:
+        return Value(shape, torch.int64, (Case(sympy.true, number),))
+    true = sympy.Ne(number, 0)
+    return Value(shape, torch.bool, (Case(true, sympy.Integer(1)), Case(sympy.Not(true), sympy.Integer(0))))
 
 
 def _value_of(node: fx.Node) -> Value:

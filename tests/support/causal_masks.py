@@ -79,25 +79,28 @@ ALL: dict[str, Mask] = {
 }
 
 NEAR_MISSES: dict[str, tuple[Mask, str]] = {
-    "one_ahead": (lambda x: q_and_k(x)[1] <= q_and_k(x)[0] + 1, "keys taking part where"),
-    "strictly_before": (lambda x: (q_and_k(x)[1] < q_and_k(x)[0]) | (q_and_k(x)[1] == 0), "keys taking part"),
-    "anticausal": (lambda x: q_and_k(x)[0] <= q_and_k(x)[1], "keys taking part where"),
+    "one_ahead": (lambda x: q_and_k(x)[1] <= q_and_k(x)[0] + 1, "saw k <= q + 1"),
+    "strictly_before": (
+        lambda x: (q_and_k(x)[1] < q_and_k(x)[0]) | (q_and_k(x)[1] == 0),
+        "saw k < q or k == 0",
+    ),
+    "anticausal": (lambda x: q_and_k(x)[0] <= q_and_k(x)[1], "saw k >= q"),
     "window": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & (q_and_k(x)[1] > q_and_k(x)[0] - 4),
-        "keys taking part where",
+        "saw k <= q and k > q - 4",
     ),
-    "prefix": (lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (q_and_k(x)[1] < 3), "keys taking part where"),
+    "prefix": (lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (q_and_k(x)[1] < 3), "saw k < 3 or k <= q"),
     "one_hole": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & ~((q_and_k(x)[0] == 7) & (q_and_k(x)[1] == 2)),
-        "keys taking part where",
+        "saw (k != 2 or q != 7) and k <= q",
     ),
     "first_batch_only": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (torch.arange(x.shape[0]) > 0)[:, None, None, None],
-        "keys taking part where",
+        "saw b > 0 or k <= q",
     ),
     "one_head_only": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (torch.arange(x.shape[1]) == 1)[:, None, None],
-        "keys taking part where",
+        "saw h == 1 or k <= q",
     ),
     "documents": (documents, "floor_divide"),
     "bias": (lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 0.0, -1e4), "the entry -10000.0"),
@@ -112,7 +115,10 @@ NEAR_MISSES: dict[str, tuple[Mask, str]] = {
     "raised": (lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 1.0, -math.inf), "the entry 1.0"),
     "slopes": (lambda x: (q_and_k(x)[1] - q_and_k(x)[0]).float() * 0.5, "torch.float32"),
     "random": (lambda x: torch.rand(x.shape[2], x.shape[2]) > 0.5, "aten.rand"),
-    "data": (lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & (x[0, 0, :, 0] < 9), "it depends on"),
+    "data": (
+        lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & (x[0, 0, :, 0] < 9),
+        "saw c0[k] and k <= q; c0 is lt",
+    ),
     "int_remainder": (lambda x: q_and_k(x)[1] % 5 <= q_and_k(x)[0], "remainder"),
 }
 

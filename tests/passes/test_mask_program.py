@@ -1,0 +1,193 @@
+"""Mask programs: recovered from the operations that make the mask, and equal to it at every entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt.ir.linear import Unsupported
+from fxopt.passes.mask_program import Recovered, recover
+
+B, H, S, T, D = 2, 3, 6, 8, 4
+Mask = Callable[..., torch.Tensor]
+
+q_index = torch.arange(S).view(1, 1, S, 1)
+k_index = torch.arange(T).view(1, 1, 1, T)
+
+
+def site(mask: Mask, *data: torch.Tensor) -> tuple[Recovered, dict[str, torch.Tensor]]:
+    """The program of the mask of an attention over S queries and T keys; its captured tensors by name."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
+        rows, columns = torch.arange(S).view(1, 1, S, 1), torch.arange(T).view(1, 1, 1, T)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask(rows, columns, *data))
+
+    inputs = [torch.randn(B, H, S, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D), *data]
+    gm = make_fx(attend, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    found = recover(node.args[3], node)
+    return found, _captured(gm, found, inputs)
+
+
+def _captured(gm: fx.GraphModule, found: Recovered, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    values: dict[str, torch.Tensor] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            values[n.name] = result
+            return result
+
+    Watch(gm).run(*inputs)
+    return {name: values[node.name] for name, node in found.captures.items()}
+
+
+def check(mask: Mask, *data: torch.Tensor) -> str:
+    """Recover the program, compare it with the mask entry by entry, and return its text."""
+    found, captured = site(mask, *data)
+    wanted = mask(q_index, k_index, *data)
+    if wanted.is_floating_point():
+        wanted = wanted == 0
+    got = found.program.compute((B, H), (0, S), (0, T), captured, {}, torch.device("cpu"))
+    assert torch.equal(got.expand(B, H, S, T), wanted.expand(B, H, S, T)), str(found)
+    return str(found.program)
+
+
+padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
+documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 2, 3]])
+lowest = torch.finfo(torch.float32).min
+batches = torch.arange(B).view(B, 1, 1, 1)
+
+
+def spelled(m: torch.Tensor) -> torch.Tensor:
+    return torch.where(m, torch.zeros(()), lowest)
+
+
+def excluded(p: torch.Tensor) -> torch.Tensor:
+    return p[:, None, None] == 0
+
+
+PROGRAMS: dict[str, tuple[Mask, tuple[torch.Tensor, ...], str]] = {
+    "causal": (lambda q, k: k <= q, (), "k <= q"),
+    "causal_with_a_cache": (lambda q, k: k - 2 <= q, (), "k <= q + 2"),
+    "padding": (lambda q, k, p: p.bool()[:, None, None, :], (padding,), "c0[b, k]"),
+    "gathered_padding": (
+        lambda q, k, p: (k <= q) & p.bool()[torch.arange(B).view(B, 1, 1, 1), k],
+        (padding,),
+        "c0[b, k] and k <= q",
+    ),
+    "window": (lambda q, k, p: (k <= q) & (q - k < 3) & (p[:, None, None] != 0), (padding,),
+               "c0[b, k] and k <= q and k > q - 3"),
+    "both_ways": (lambda q, k: (k - q <= 2) & (q - k <= 1), (), "k <= q + 2 and k >= q - 1"),
+    "prefix": (lambda q, k: (k <= q) | (k < 3), (), "k < 3 or k <= q"),
+    "documents": (
+        lambda q, k, d: (k <= q) & (d[:, None, :S, None] == d[:, None, None, :]),
+        (documents,),
+        "c0[b, k] == c0[b, q] and k <= q",
+    ),
+    "images": (
+        lambda q, k, d: (k <= q) | ((d[:, None, :S, None] == d[:, None, None]) & (d[:, None, :S, None] > 0)),
+        (documents,),
+        "(c0[b, k] == c0[b, q] and c0[b, q] > 0) or k <= q",
+    ),
+    "additive": (lambda q, k, p: spelled((k <= q) & p.bool()[:, None, None]), (padding,),
+                 "c0[b, k] and k <= q"),
+    "filled": (
+        lambda q, k, p: torch.zeros(S, T).masked_fill(k > q, lowest).masked_fill(excluded(p), lowest),
+        (padding,),
+        "c0[b, k] and k <= q",
+    ),
+    "not_of_or": (lambda q, k, p: ~((k > q) | (p[:, None, None] == 0)), (padding,), "c0[b, k] and k <= q"),
+    "whole_tensor": (lambda q, k, m: m, (torch.rand(B, 1, S, T) > 0.5,), "c0[b, 0, q, k]"),
+    "of_each_head": (lambda q, k, m: (k <= q) & m[None, :, None, :], (torch.rand(H, T) > 0.5,),
+                     "c0[h, k] and k <= q"),
+    "running_sum_is_captured": (
+        lambda q, k, d: d.diff(dim=-1, prepend=d[:, :1]).ne(0).cumsum(-1)[:, None, None, :] == q,
+        (documents,),
+        "c0[b, k] == q",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_recovered(name: str) -> None:
+    mask, data, text = PROGRAMS[name]
+    assert check(mask, *data) == text
+
+
+REFUSED: dict[str, tuple[Mask, tuple[torch.Tensor, ...], str]] = {
+    "a_bias": (lambda q, k: (k - q).float() * 0.5, (), "torch.float32"),
+    "a_learned_bias": (lambda q, k, t: t[:, k.view(-1)][None, :, None], (torch.rand(H, T),), "input|index"),
+    "float_data": (lambda q, k, m: m, (torch.rand(B, 1, S, T),), "input"),
+    "an_entry_between": (lambda q, k: torch.where(k <= q, 0.0, -1e4), (), "neither keeps nor excludes"),
+    "random": (lambda q, k: torch.rand(S, T) > 0.5, (), "rand"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_not_what_is_no_function_of_indices_and_integers(name: str) -> None:
+    mask, data, reason = REFUSED[name]
+    with pytest.raises(Unsupported, match=reason):
+        site(mask, *data)
+
+
+def test_captured_integers_are_not_computed_with() -> None:
+    """They may be as large as they like: a sum of them is a tensor of its own."""
+    text = check(lambda q, k, d: (d + 2)[:, None, None, :] > q, documents)
+    assert text == "c0[b, k] > q"
+
+
+def shifted(number: torch.Tensor, shift: int) -> torch.Tensor:
+    return number - shift if shift else number
+
+
+def masks() -> st.SearchStrategy[Mask]:
+    numbers = st.sampled_from(
+        [
+            lambda q, k, p, d: q,
+            lambda q, k, p, d: k,
+            lambda q, k, p, d: q - k,
+            lambda q, k, p, d: d[:, None, None, :],
+            lambda q, k, p, d: d[:, None, :S, None],
+        ]
+    )
+    conditions = st.one_of(
+        st.builds(
+            lambda compare, a, b, shift: (
+                lambda *args: compare(a(*args), b(*args) - shift if shift else b(*args))
+            ),
+            st.sampled_from([torch.le, torch.lt, torch.eq, torch.ge, torch.ne]),
+            numbers,
+            numbers,
+            st.integers(-2, 3),
+        ),
+        st.just(lambda q, k, p, d: p.bool()[:, None, None, :]),
+        st.just(lambda q, k, p, d: p[:, None, None, :] == 0),
+    )
+    joins = st.sampled_from([torch.logical_and, torch.bitwise_or, lambda a, b: a & ~b, lambda a, b: ~(a | b)])
+    return st.recursive(
+        conditions,
+        lambda inner: st.builds(
+            lambda join, a, b: lambda *args: join(a(*args), b(*args)), joins, inner, inner
+        ),
+        max_leaves=5,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(masks(), st.booleans())
+def test_recovered_from_random_code(mask: Mask, additive: bool) -> None:
+    def shaped(q: torch.Tensor, k: torch.Tensor, p: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        found = mask(q, k, p, d).expand(B, 1, S, T)
+        return spelled(found) if additive else found
+
+    check(shaped, padding, documents)
