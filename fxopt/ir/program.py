@@ -130,7 +130,9 @@ def _relation(formula: Any) -> str:
     if factor in (1, -1) and not difference.has(AppliedUndef):
         return f"k {sign if factor == 1 else mirrored[sign]} {_number(K - difference / factor)}"
     sides = [_number(left), _number(right)]
-    return f" {sign} ".join(sorted(sides) if sign in ("==", "!=") else sides)
+    if sign in ("==", "!="):  # no order of their own
+        sides.sort(key=lambda side: (side.lstrip("-").isdigit(), side))
+    return f" {sign} ".join(sides)
 
 
 def _number(expression: Any) -> str:
