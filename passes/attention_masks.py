@@ -11,7 +11,7 @@ from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, is_number
-from fxopt.ir.ops.attention import LOWEST_SHARE
+from fxopt.ir.ops.masking import LOWEST_SHARE
 
 from .attention_sites import Mask
 

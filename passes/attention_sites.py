@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, is_number, val
-from fxopt.ir.ops.attention import LOWEST_SHARE
+from fxopt.ir.ops.masking import LOWEST_SHARE
 
 aten = torch.ops.aten
 

@@ -21,11 +21,12 @@ from torch._ops import OpOverload
 from fxopt.ir.cone import cone, reads
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import numel
-from fxopt.ir.facts import Facts, argument, val
+from fxopt.ir.facts import argument, val
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.ops.attention import ATTENTION, NAN, NONE
+from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.masking import NAN, NONE
 
-from .mask_program import recover
+from .mask_program import recover, written
 from .mask_proof import show
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ class FoldCausalMask:
         return Match(node, (node,), {"mask": mask, "made_by": made_by})
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
-        stale = _written(match["made_by"], match.anchor, ctx)
+        stale = written(match["made_by"], match.anchor, ctx)
         if stale:
             return Verdict.no(stale)
         try:
@@ -91,17 +92,3 @@ def _program(mask: fx.Node, attention: fx.Node) -> str | None:
         return str(recover(mask, attention))
     except Unsupported:
         return None
-
-
-def _written(made_by: list[fx.Node], attention: fx.Node, ctx: Context) -> str | None:
-    """Why the mask is not what the operations alone say: something writes to it, or to what it is made of."""
-    outside: dict[fx.Graph, Facts] = {}
-    for node in made_by:
-        if node.graph is ctx.graph:
-            stale = ctx.facts.unsafe_read([node], node, attention)
-        else:
-            facts = outside.get(node.graph) or outside.setdefault(node.graph, Facts(node.graph))
-            stale = facts.unsafe_read([node], node, node.graph.output_node())
-        if stale:
-            return stale
-    return None

@@ -11,7 +11,8 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fxopt.ir.cone import cone
-from fxopt.ir.facts import shape, val
+from fxopt.ir.contract import Context
+from fxopt.ir.facts import Facts, shape, val
 from fxopt.ir.index_rules import value_of
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import INDEX, Sizes, box, broadcast
@@ -83,3 +84,17 @@ def _named(live: Boolean, mask: fx.Node) -> Recovered:
     if len(nodes) != len(cone(mask)):
         raise Unsupported("nodes of one name in nested graphs")
     return Recovered(MaskProgram(live), captures, found)
+
+
+def written(made_by: list[fx.Node], attention: fx.Node, ctx: Context) -> str | None:
+    """Why the mask is not what the operations alone say: something writes to it, or to what it is made of."""
+    outside: dict[fx.Graph, Facts] = {}
+    for node in made_by:
+        if node.graph is ctx.graph:
+            stale = ctx.facts.unsafe_read([node], node, attention)
+        else:
+            facts = outside.get(node.graph) or outside.setdefault(node.graph, Facts(node.graph))
+            stale = facts.unsafe_read([node], node, node.graph.output_node())
+        if stale:
+            return stale
+    return None

@@ -18,7 +18,8 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import argument, val
-from fxopt.ir.ops.attention import ATTENTION, NAN, NONE
+from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.masking import NAN, NONE
 
 from .attention_build import SiteBuilder
 from .attention_masks import commute, never_infinite, replaces

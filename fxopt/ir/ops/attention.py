@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -10,6 +11,7 @@ from torch import fx
 from fxopt.ir.contract import Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import Facts, argument, val
+from fxopt.ir.ops.masking import LOWEST_SHARE, NAN, NONE, ZERO, in_blocks
 from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
 
 # Below these numbers of scores per head (Sq * Skv) the host's own fusion of product, softmax and product
@@ -18,11 +20,6 @@ from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
 # with backward 0.87x at 128^2, 1.04x at 512^2.
 FLASH_FORWARD_SCORES = 64 * 64
 FLASH_BACKWARD_SCORES = 256 * 256
-
-# What a row without a live key gives; see `attention`.
-ZERO, NAN, NONE = "zero", "nan", "none"
-# An entry of a mask below this share of its dtype's lowest number absorbs a score.
-LOWEST_SHARE = 0.5
 
 
 def attention(
@@ -37,6 +34,8 @@ def attention(
     enable_gqa: bool = False,
     dead_rows: str = ZERO,
     mask_replaces: bool = False,
+    mask: str = "",
+    captures: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention.
 
@@ -50,13 +49,19 @@ def attention(
         `attn_mask` is additive and has no infinite entry. (A row that is masked by the lowest finite number
         throughout is the softmax of equal scores, the mean of V.) mask_replaces: an entry of an additive mask
         that is so low that it absorbs any score stands in the place of the score, which gets no gradient
-        (``masked_fill``, not a sum). It shows in rows that hold nothing else.
+        (``masked_fill``, not a sum). It shows in rows that hold nothing else. mask: instead of `attn_mask`,
+        the text of a `MaskProgram`; a dead row may then give `MEAN`, as of a finite mask. captures: its
+        tensors ``c0, c1, ...``.
 
     Returns:
         (B, Hq, Sq, Dv), of query's dtype.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """
+    if mask:
+        return in_blocks(
+            query, key, value, mask, captures or (), scale=scale, enable_gqa=enable_gqa, dead_rows=dead_rows
+        )
     if dead_rows == NAN or mask_replaces:
         given = (query, key, value, attn_mask, dropout_p, is_causal)
         return decomposed(
@@ -151,15 +156,20 @@ def _decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
     return Verdict.no(f"{scores} scores per head, decomposed pays below {limit}")
 
 
+def _has_program(node: fx.Node, facts: Facts) -> Verdict:
+    return Verdict(bool(argument(node, "mask")), "the mask is a tensor, or there is none")
+
+
 ATTENTION = SemanticOp(
     name="attention",
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
-        "bool mask_replaces=False) -> Tensor"
+        "bool mask_replaces=False, str mask='', Tensor[]? captures=None) -> Tensor"
     ),
     body=attention,
     providers=(
+        Provider("blocks", _has_program, attention),
         Provider("decomposed", _decomposed_wins, decomposed),
         Provider("sdpa", lambda node, facts: Verdict.yes(), attention),
     ),

@@ -1,0 +1,265 @@
+"""block-attention: masks that bound the keys are computed block by block, with the answer of the whole."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.functional import softmax
+
+from support.golden import assert_golden
+from support.numerics import assert_closer
+from support.reference import reference_mode
+from support.rewriting import Rewritten, rewriting
+
+NAME = "block-attention"
+PASSES = ("eliminate-noops", "rewrite-attention", "fold-causal-mask", "remove-repeat-kv", NAME)
+B, H, S, D = 2, 3, 160, 8
+Site = Callable[..., torch.Tensor]
+
+
+def places(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return (j <= i) & keep.bool()[:, None, None, :]
+
+
+def window(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return causal(q, k, keep) & (j > i - 20)
+
+
+def both_ways(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return ((i - j).abs() <= 9) if keep is None else (j - i <= 9) & (i - j <= 9) & (keep[:, None, None] != 0)
+
+
+def lower_right(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return (j <= i + (k.shape[2] - q.shape[2])) & keep.bool()[:, None, None, :]
+
+
+def later_only(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The last queries see no key at all."""
+    i, j = places(q, k)
+    return (j >= i + 40) & keep.bool()[:, None, None, :]
+
+
+def documents(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return (j <= i) & (keep[:, None, : q.shape[2], None] == keep[:, None, None, :])
+
+
+MASKS = (causal, window, both_ways, lower_right, later_only, documents)
+
+
+def given(mask: Callable[..., torch.Tensor]) -> Site:
+    """The mask as SDPA takes it."""
+    return lambda q, k, v, keep: sdpa(q, k, v, attn_mask=mask(q, k, keep))
+
+
+def spelled(mask: Callable[..., torch.Tensor], fill: float | None = None) -> Site:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        low = torch.finfo(q.dtype).min if fill is None else fill
+        added = torch.where(mask(q, k, keep), torch.zeros((), dtype=q.dtype), low)
+        scores = q @ k.transpose(2, 3) * 0.4 + added
+        return softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    return attend
+
+
+def exactly(mask: Callable[..., torch.Tensor], fill: float | None = None) -> Site:
+    """`spelled` without its cast to float32, as reference in float64."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        low = torch.finfo(q.dtype).min if fill is None else fill
+        added = torch.where(mask(q, k, keep), torch.zeros((), dtype=q.dtype), low)
+        return softmax(q @ k.transpose(2, 3) * 0.4 + added, -1) @ v
+
+    return attend
+
+
+def inputs(dtype: torch.dtype = torch.float32, rows: int = S, left: bool = False) -> list[torch.Tensor]:
+    q, k, v = (torch.randn(B, H, n, D).to(dtype) for n in (rows, S, S))
+    keep = torch.ones(B, S, dtype=torch.int64)
+    keep[0, : 11 if left else 0] = 0
+    keep[1, S - 7 :] = 0
+    return [q, k, v, keep]
+
+
+def check(found: Rewritten, plain: Site, args: list[torch.Tensor], reference: Site | None = None) -> None:
+    got, eager = found.call(*args), plain(*args)
+    with reference_mode():
+        exact = (reference or plain)(*(t.double() if t.is_floating_point() else t for t in args))
+    assert torch.equal(got.isnan(), eager.isnan())
+    assert_closer(exact, got, eager, strides=False)
+
+
+def whole_masks(found: Rewritten) -> list[str]:
+    """The values of the rewritten graph that hold an entry for each query and key."""
+    return re.findall(rf".*\b{S}, {S}\]$", found.after[-1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+def test_fires_on_a_mask_given_to_sdpa(mask: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    rows = 100 if mask is lower_right else S
+    found = rewriting(given(mask), PASSES)
+    check(found, given(mask), inputs(dtype, rows, left=True))
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+    assert "('attention', 'blocks', '')" in found.providers
+    assert not whole_masks(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fill", [None, -math.inf])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+def test_fires_on_softmax_and_keeps_dead_rows(mask: Any, fill: float | None, dtype: torch.dtype) -> None:
+    """Rows without a live key: the mean of V after a finite fill, NaN after -inf."""
+    rows = 100 if mask is lower_right else S
+    found = rewriting(spelled(mask, fill), PASSES)
+    check(found, spelled(mask, fill), inputs(dtype, rows, left=True), exactly(mask, fill))
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+    assert not whole_masks(found)
+
+
+def gradients(call: Site, *args: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in args[:3]]
+    out = call(*leaves, args[3])
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def only_sizes(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return (j <= i) & (j > i - 20)
+
+
+@pytest.mark.parametrize("name", ["given causal", "given window", "given later_only", "spelled window"])
+def test_fires_with_eagers_gradients(name: str) -> None:
+    kind, mask = name.split()
+    plain = spelled(only_sizes) if kind == "spelled" else given(globals()[mask])
+    found = rewriting(plain, PASSES)
+    args = inputs(left=True)
+    with reference_mode():
+        wide = [t.double() if t.is_floating_point() else t for t in args]
+        exact = gradients(exactly(only_sizes) if kind == "spelled" else plain, *wide)
+    assert_closer(exact, gradients(found.call, *args), gradients(plain, *args), strides=False)
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+
+
+def test_fires_with_grouped_heads() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        k, v = (t[:, :, None].expand(B, 2, 3, S, D).reshape(B, 6, S, D) for t in (k, v))
+        return spelled(causal)(q, k, v, keep)
+
+    def wide(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        k, v = (t[:, :, None].expand(B, 2, 3, S, D).reshape(B, 6, S, D) for t in (k, v))
+        return exactly(causal)(q, k, v, keep)
+
+    args = inputs(left=True)
+    args[:3] = torch.randn(B, 6, S, D), torch.randn(B, 2, S, D), torch.randn(B, 2, S, D)
+    found = rewriting(attend, PASSES)
+    check(found, attend, args, wide)
+    assert found.applied("remove-repeat-kv") == 1
+    assert found.applied(NAME) == 1, found.reasons(NAME)
+
+
+def test_fires_golden() -> None:
+    found = rewriting(given(window), PASSES)
+    found.call(*inputs())
+    assert_golden(found.before[0] + "->\n" + found.after[0], "block_attention", "window")
+
+
+def padding_only(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return keep.bool()[:, None, None, :]
+
+
+def prefix(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return ((j <= i) | (j < 30)) & keep.bool()[:, None, None, :]
+
+
+def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    return sdpa(q, k, v, attn_mask=torch.where(j <= i, (j - i) * 0.1, -math.inf))
+
+
+def two_fills(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    i, j = places(q, k)
+    mask = torch.where(j <= i, 0.0, -math.inf).masked_fill(keep[:, None, None] == 0, torch.finfo(q.dtype).min)
+    return sdpa(q, k, v, attn_mask=mask)
+
+
+def written_later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    mask = causal(q, k, keep)
+    keep.zero_()
+    return sdpa(q, k, v, attn_mask=mask)
+
+
+def dropped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return sdpa(q, k, v, attn_mask=causal(q, k, keep), dropout_p=0.3)
+
+
+NEAR_MISSES: dict[str, tuple[Site, str]] = {
+    "padding_only": (given(padding_only), "blocks would read 100%"),
+    "prefix": (given(prefix), "blocks would read 100%"),
+    "biased": (biased, "function of indices and integers"),
+    "two_fills": (two_fills, "one number that excludes keys"),
+    "written_later": (written_later, "is written by"),
+    "dropped": (dropped, "no dropout"),
+    "short": (lambda q, k, v, keep: given(causal)(q[:, :, :50], k[:, :, :50], v[:, :, :50], keep[:, :50]),
+              "blocks pay from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name: str) -> None:
+    plain, reason = NEAR_MISSES[name]
+    found = rewriting(plain, PASSES)
+    args, again = inputs(), inputs()
+    again[:3] = args[:3]
+    torch.manual_seed(0)
+    got = found.call(*args)
+    torch.manual_seed(0)
+    eager = plain(*again)
+    assert torch.equal(args[3], again[3])
+    with reference_mode():
+        torch.manual_seed(0)
+        exact = eager.double() if name == "dropped" else plain(*(t.double() for t in args[:3]), inputs()[3])
+    assert_closer(exact, got, eager, strides=False)
+    assert found.applied(NAME) == 0
+    assert reason in found.reasons(NAME)
+
+
+def test_not_with_symbolic_sizes() -> None:
+    found = rewriting(given(causal), PASSES, dynamic=True)
+    check(found, given(causal), inputs())
+    assert found.applied(NAME) == 0
+    assert "saw symbols" in found.reasons(NAME)
+
+
+def test_not_in_training_where_a_row_may_have_no_live_key() -> None:
+    """Eager passes a gradient through the equal scores of such a row."""
+    found = rewriting(spelled(causal), PASSES)
+    args = inputs(left=True)
+    with reference_mode():
+        exact = gradients(exactly(causal), *(t.double() if t.is_floating_point() else t for t in args))
+    assert_closer(exact, gradients(found.call, *args), gradients(spelled(causal), *args), strides=False)
+    assert found.applied(NAME) == 0
+    assert "another gradient" in found.reasons(NAME)
+
+
+def test_not_float16_filled_with_its_lowest_number() -> None:
+    found = rewriting(spelled(causal), PASSES)
+    check(found, spelled(causal), inputs(torch.float16, left=True), exactly(causal))
+    assert found.applied(NAME) == 0
+    assert "float16" in found.reasons(NAME)
