@@ -45,12 +45,9 @@ def attention(
         additive, float32 or query's dtype. dropout_p: probability of dropping an attention weight.
         is_causal: mask j > i, aligned to the upper left corner. scale: factor of the scores; 1/sqrt(D) when
         None. enable_gqa: query head h reads key and value head h // (Hq / Hkv). dead_rows: what a row
-        whose keys are all masked by -inf gives: `ZERO`, as SDPA; `NAN`, as softmax; `NONE`, a promise that
-        `attn_mask` is additive and has no infinite entry. (A row that is masked by the lowest finite number
-        throughout is the softmax of equal scores, the mean of V.) mask_replaces: an entry of an additive mask
-        that is so low that it absorbs any score stands in the place of the score, which gets no gradient
-        (``masked_fill``, not a sum). It shows in rows that hold nothing else. mask: instead of `attn_mask`,
-        the text of a `MaskProgram`; a dead row may then give `MEAN`, as of a finite mask. captures: its
+        without a live key gives, see `masking`. mask_replaces: an entry of an additive mask that is so low
+        that it absorbs any score stands in the place of the score, which then gets no gradient
+        (``masked_fill``, not a sum). mask: the text of a `MaskProgram`, instead of `attn_mask`; captures: its
         tensors ``c0, c1, ...``.
 
     Returns:

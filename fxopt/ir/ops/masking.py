@@ -12,7 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from fxopt.ir.bounds import bounds, has_live_key, is_full, live_columns
 from fxopt.ir.program import MaskProgram
 
-# What a row without a live key gives: 0; NaN; the mean of V; or there is none, by promise.
+# What a row of scores gives whose keys are all masked: 0, as SDPA has it; NaN, as softmax of -inf has it; the
+# mean of V, as softmax of equal finite scores has it. NONE promises an additive mask without an infinite entry,
+# with which all ways to compute agree.
 ZERO, NAN, MEAN, NONE = "zero", "nan", "mean", "none"
 # An entry of a mask below this share of its dtype's lowest number absorbs a score.
 LOWEST_SHARE = 0.5
