@@ -112,8 +112,10 @@ def _same_rows(match: Match, ctx: Context) -> Verdict:
         return Verdict.no(f"wanted one number that excludes keys, saw {sorted(fills)}")
     if query.dtype is torch.float16 and any(math.isfinite(fill) for fill in fills):
         return Verdict.no("wanted a fill that absorbs every score, saw float16's lowest number")
+    # A score that was replaced by a finite fill has no gradient, and the row is the mean of V in both.
+    same_gradient = not fills or (argument(node, "mask_replaces") and all(map(math.isfinite, fills)))
     alive = has_live_key(recovered.program, query.shape[-2], key.shape[-2])
-    if fills and not alive and ctx.facts.differentiates(node):
+    if not same_gradient and not alive and ctx.facts.differentiates(node):
         return Verdict.no("rows without a live key may exist, and would have another gradient")
     return Verdict.yes(f'mask="{recovered}"')
 
