@@ -23,6 +23,11 @@ B, H, S, D = 2, 3, 160, 8
 Site = Callable[..., torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _on_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
 def places(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
 
@@ -249,6 +254,15 @@ def test_near_miss(name: str) -> None:
     assert_closer(exact, got, eager, strides=False)
     assert found.applied(NAME) == 0
     assert reason in found.reasons(NAME)
+
+
+def test_not_with_fewer_heads_than_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other keeps no more threads busy than there are heads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: B * H + 1)
+    found = rewriting(given(causal), PASSES)
+    check(found, given(causal), inputs())
+    assert found.applied(NAME) == 0
+    assert "of 7 threads" in found.reasons(NAME)
 
 
 def test_not_with_symbolic_sizes() -> None:
