@@ -80,7 +80,7 @@ class BlockAttention:
             return Verdict.no(f"{rows} x {columns} scores per head, blocks pay from {LEAST_SCORES}")
         tasks, threads = query.shape[0] * query.shape[1], torch.get_num_threads()
         if tasks < threads:
-            return Verdict.no(f"{tasks} heads would keep {tasks} of {threads} threads busy, block after block")
+            return Verdict.no(f"{tasks} heads keep no more than {tasks} of {threads} threads busy")
         share = read_share(match["recovered"], rows, columns)
         if share > LARGEST_SHARE:
             return Verdict.no(f"blocks would read {share:.0%} of the scores, pay below {LARGEST_SHARE:.0%}")

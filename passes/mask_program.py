@@ -42,6 +42,27 @@ def recover(mask: fx.Node, attention: fx.Node) -> Recovered:
         Unsupported: the mask is no function of indices and of integers or bools; the message says what stood
             in the way.
     """
+    # Layers share their mask, and passes ask several times. A copy of the node copies what is kept with it.
+    key = (mask, *(str(val(arg).shape) for arg in attention.args[:2]))
+    kept = mask.meta.get(_KEPT)
+    if kept is None or kept[0] != key:
+        kept = mask.meta[_KEPT] = (key, _outcome(mask, attention))
+    if isinstance(kept[1], Unsupported):
+        raise kept[1]
+    return kept[1]
+
+
+_KEPT = "fxopt_mask_program"
+
+
+def _outcome(mask: fx.Node, attention: fx.Node) -> Recovered | Unsupported:
+    try:
+        return _recover(mask, attention)
+    except Unsupported as refusal:
+        return refusal
+
+
+def _recover(mask: fx.Node, attention: fx.Node) -> Recovered:
     value = value_of(mask)
     sizes = Sizes(getattr(val(mask).fake_mode, "shape_env", None))
     query, key = shape(attention.args[0]), shape(attention.args[1])  # type: ignore[arg-type]
