@@ -83,10 +83,27 @@ def tidied(formula: Boolean, domain: Boolean, sizes: Sizes) -> Boolean:
                 kept.remove(part)
         return sympy.And(*kept)
     if isinstance(formula, sympy.Or):
-        return sympy.Or(*(tidied(arg, domain, sizes) for arg in formula.args))
+        return _convex(sympy.Or(*(tidied(arg, domain, sizes) for arg in formula.args)), domain, sizes)
     if sizes.implies(domain, formula):
         return sympy.true
     return sympy.false if sizes.impossible(domain, formula) else formula
+
+
+def _convex(formula: Boolean, domain: Boolean, sizes: Sizes) -> Boolean:
+    """A disjunction as the conjunction of those of its relations that it implies, where the two are the same.
+
+    ``0 <= q - k <= 4 or 0 < k - q <= 4`` is how a trace spells a distance of at most 4.
+    """
+    relations = sorted(formula.atoms(sympy.core.relational.Relational), key=str)
+    if not isinstance(formula, sympy.Or) or len(relations) > MOST_RELATIONS:
+        return formula
+    premise = sympy.And(domain, formula)
+    needed = sympy.And(*(each for each in relations if sizes.implies(premise, each)))
+    return needed if sizes.implies(sympy.And(domain, needed), formula) else formula
+
+
+# More would take long to look at, and no mask that was seen has them.
+MOST_RELATIONS = 8
 
 
 def _named(live: Boolean, mask: fx.Node) -> Recovered:

@@ -141,6 +141,10 @@ def linear_sum(a: Any, b: Any, factor: Any) -> list[Case]:
     return [Case(sympy.true, total)]
 
 
+def _negative(number: Any) -> list[Case]:
+    return [Case(sympy.And(number < 0, each.guard), each.number) for each in linear_sum(0, number, -1)]
+
+
 def _alpha(node: fx.Node) -> int:
     alpha = argument(node, "alpha", 1)
     if isinstance(alpha, bool) or not isinstance(alpha, int):
@@ -166,6 +170,7 @@ _SYMBOLIC: dict[Any, Callable[[fx.Node, Numbers], list[Case]]] = {
     aten.rsub: lambda node, n: linear_sum(n[1], n[0], -_alpha(node)),
     aten.mul: lambda node, n: linear_sum(0, n[0] * n[1], 1),
     aten.neg: lambda node, n: linear_sum(0, n[0], -1),
+    aten.abs: lambda node, n: [Case(n[0] >= 0, n[0]), *_negative(n[0])],
     aten.eq: _compared(sympy.Eq),
     aten.ne: _compared(sympy.Ne),
     aten.lt: _compared(lambda a, b: a < b),

@@ -44,7 +44,7 @@ def window(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor
 
 def both_ways(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     i, j = places(q, k)
-    return ((i - j).abs() <= 9) if keep is None else (j - i <= 9) & (i - j <= 9) & (keep[:, None, None] != 0)
+    return ((i - j).abs() <= 9) & (keep[:, None, None] != 0)
 
 
 def lower_right(q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

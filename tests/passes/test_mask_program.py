@@ -88,6 +88,12 @@ PROGRAMS: dict[str, tuple[Mask, tuple[torch.Tensor, ...], str]] = {
     "window": (lambda q, k, p: (k <= q) & (q - k < 3) & (p[:, None, None] != 0), (padding,),
                "c0[b, k] and k <= q and k > q - 3"),
     "both_ways": (lambda q, k: (k - q <= 2) & (q - k <= 1), (), "k <= q + 2 and k >= q - 1"),
+    "distance": (lambda q, k: (q - k).abs() <= 2, (), "k <= q + 2 and k >= q - 2"),
+    "distance_and_padding": (
+        lambda q, k, p: ((k - q).abs() < 3) & p.bool()[:, None, None, :],
+        (padding,),
+        "c0[b, k] and k < q + 3 and k > q - 3",
+    ),
     "prefix": (lambda q, k: (k <= q) | (k < 3), (), "k < 3 or k <= q"),
     "documents": (
         lambda q, k, d: (k <= q) & (d[:, None, :S, None] == d[:, None, None, :]),
