@@ -122,7 +122,7 @@ Step = tuple[fx.Node, Factor, list[Mask]]
 
 def _step(node: fx.Node, factor: Factor) -> Step | None:
     """One operation between the product and the softmax: what is under it, its factor, the masks it adds."""
-    if facts.is_cast(node) and facts.is_floating(node.args[0]):  # type: ignore[arg-type]
+    if facts.is_float_cast(node):
         return node.args[0], factor, []  # type: ignore[return-value]
     if is_call(node, *VIEWS) and keeps_rows(node):
         return node.args[0], factor, []  # type: ignore[return-value]
@@ -224,7 +224,7 @@ def constant(node: Any) -> Any:
 def _operand(node: Any, factor: Factor) -> tuple[fx.Node, Factor]:
     """Through casts that keep every value and scalar factors of one operand of the product."""
     while isinstance(node, fx.Node):
-        if facts.is_cast(node) and facts.is_widening(node):
+        if facts.is_float_cast(node) and facts.is_widening(node):
             node = node.args[0]
             continue
         scaled = _scaled(node, factor)
@@ -283,7 +283,7 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
                 if dropout:
                     return Miss("one dropout", "two")
                 dropout = float(argument(user, "p"))
-        elif not (facts.is_cast(user) or (is_call(user, *VIEWS) and keeps_rows(user))):
+        elif not (facts.is_float_cast(user) or (is_call(user, *VIEWS) and keeps_rows(user))):
             return Miss("casts, dropout and the product with V below the softmax", str(user.target))
         node = user
 

@@ -10,7 +10,7 @@ Writes that can be seen (to inputs, parameters, buffers, caches, a view of somet
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Verdict
 from fxopt.ir.facts import location, val
+from fxopt.ir.propagate import equivalent
 
 aten = torch.ops.aten
 
@@ -76,6 +77,8 @@ class FunctionalizeWrites:
                 return Verdict.no(
                     f"{reader.name} ({location(reader)}) reads what was written through {other.name}"
                 )
+        if not equivalent(_result(node), val(node)):
+            return Verdict.no("wanted a result in the layout of what is written, saw another")
         return Verdict.yes("made in the graph, read through nothing else")
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
@@ -85,7 +88,7 @@ class FunctionalizeWrites:
         node: fx.Node = match.anchor
         result = graph.call_function(PURE[node.target], node.args, node.kwargs)  # type: ignore[index]
         wanted = facts.dtype(node)
-        if _promoted(node) != wanted:
+        if _pure(node).dtype != wanted:
             result = graph.call_function(aten.to.dtype, (result, wanted))
         return result
 
@@ -98,10 +101,14 @@ def _reads_after(value: fx.Node, write: fx.Node, ctx: Context) -> fx.Node | None
     return next((user for user in value.users if order[user] > order[write]), None)
 
 
-def _promoted(node: fx.Node) -> Any:
-    """The dtype of the op that does not write. The one that writes computes in it, and rounds once."""
-    flat = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    with val(flat[0]).fake_mode:
+def _result(node: fx.Node) -> torch.Tensor:
+    """The value of what replaces the write."""
+    return _pure(node).to(facts.dtype(node))
+
+
+def _pure(node: fx.Node) -> torch.Tensor:
+    """What the op that does not write gives. The one that writes computes in its dtype, and rounds once."""
+    with val(node.args[0]).fake_mode:
         arguments = [val(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
         result: torch.Tensor = PURE[node.target](*arguments, **node.kwargs)  # type: ignore[index]
-    return result.dtype
+    return result

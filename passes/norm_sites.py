@@ -76,11 +76,15 @@ def offset_of(node: fx.Node) -> tuple[fx.Node, float]:
 
 
 def through_casts(node: fx.Node) -> fx.Node:
-    """Down through floating casts, each the only reader of what it casts."""
+    """Down through floating casts, each the only reader of what it casts, and not beyond one that rounds."""
+    rounded = False
     while True:
         user = facts.only_user(node)
-        if user is None or not facts.is_cast(user) or not facts.is_floating(user):
+        if user is None or not facts.is_float_cast(user):
             return node
+        if rounded and facts.dtype(user) != facts.dtype(node):
+            return node
+        rounded = rounded or not facts.is_widening(user)
         node = user
 
 

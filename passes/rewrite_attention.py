@@ -17,13 +17,13 @@ from torch._ops import OpOverload
 from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import hint
-from fxopt.ir.facts import argument, val
+from fxopt.ir.facts import argument, is_call, val
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import NAN, NONE
 
 from .attention_build import SiteBuilder
 from .attention_masks import commute, never_infinite, replaces
-from .attention_sites import Scores, Weighted, read_scores, read_weighted
+from .attention_sites import VIEWS, Scores, Weighted, read_scores, read_weighted
 
 aten = torch.ops.aten
 
@@ -152,9 +152,27 @@ def _dtypes(scores: Scores, weighted: Weighted) -> Verdict:
     for name, node in (("Q", scores.query), ("K", scores.key_t), ("V", weighted.value)):
         if not facts.is_floating(node):
             return Verdict.no(f"wanted {name} floating, saw {facts.dtype(node)}")
+    wide = torch.finfo(computed).bits > torch.finfo(out).bits
+    for name, node in (("Q", scores.query), ("K", scores.key_t)):
+        if wide and torch.finfo(_held_in(node)).bits > torch.finfo(out).bits:
+            return Verdict.no(f"wanted {name} of the result's {out}, saw {facts.dtype(node)}, to be rounded")
     if torch.finfo(computed).bits < torch.finfo(out).bits:
         return Verdict.no(f"wanted scores at least as wide as the result, saw {computed} and {out}")
     return Verdict.yes()
+
+
+_TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
+
+
+def _held_in(node: fx.Node) -> torch.dtype:
+    """A dtype that holds every value of `node` exactly: the one it had before it was widened."""
+    while True:
+        widened = facts.is_float_cast(node) and facts.is_widening(node)
+        if not widened and not is_call(
+            node, *VIEWS, aten.transpose.int, aten.permute.default, aten.mT.default
+        ):
+            return facts.dtype(node)
+        node = node.args[0]  # type: ignore[assignment]
 
 
 def _masks(scores: Scores, weighted: Weighted) -> Verdict:
@@ -177,6 +195,8 @@ def _build(scores: Scores, weighted: Weighted, graph: fx.Graph) -> fx.Node:
     kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "dead_rows": NONE if finite else NAN}
     if replaces(scores.masks):
         kwargs["mask_replaces"] = True
+    if torch.finfo(facts.dtype(scores.product)).bits > torch.finfo(out.dtype).bits:
+        kwargs["wide_scores"] = True
     if not facts.same_shape(val(scores.query).shape[:-2], val(scores.key_t).shape[:-2]):
         kwargs["enable_gqa"] = True
     mask = parts.mask() if finite and commute(scores.masks) else parts.exact_mask(finite)

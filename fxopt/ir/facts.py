@@ -114,6 +114,14 @@ def is_cast(node: Any) -> bool:
     return is_call(node, *CASTS) and is_tensor(node.args[0]) and val(node).device == val(node.args[0]).device
 
 
+PLAIN_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_float_cast(node: Any) -> bool:
+    """A conversion between the floating dtypes that models compute in; others (float8) round on purpose."""
+    return is_cast(node) and dtype(node) in PLAIN_FLOATS and dtype(node.args[0]) in PLAIN_FLOATS
+
+
 def is_widening(node: fx.Node) -> bool:
     """A cast that keeps every value: the two dtypes promote to the target's, in the same category."""
     source, target = dtype(node.args[0]), dtype(node)  # type: ignore[arg-type]

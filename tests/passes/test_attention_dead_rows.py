@@ -150,7 +150,7 @@ def test_fires_with_a_float_mask_given_from_outside() -> None:
     assert eager.isnan().any()
     assert_closer(site(q.double(), k.double(), v.double(), mask.double()), out, eager, strides=False)
     assert found.applied(NAME) == 1, found.reasons(NAME)
-    assert found.providers == ["('attention', 'decomposed', '')"]
+    assert "'decomposed'" in found.providers[0]
 
 
 def test_a_large_site_that_may_have_such_rows_is_not_given_to_a_kernel() -> None:

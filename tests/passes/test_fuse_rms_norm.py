@@ -224,3 +224,26 @@ def test_a_norm_half_in_no_grad_is_left_alone() -> None:
     f(other, w).sum().backward()
     assert torch.equal(leaf.grad, other.grad)  # type: ignore[arg-type]
     assert "grad or autocast modes" in found.reasons("fuse-rms-norm")
+
+
+def test_not_a_cast_that_rounds_on_purpose() -> None:
+    """Fake quantization: the result in float8 and back."""
+
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        normed = product(x, w)
+        return normed.to(torch.float8_e4m3fn).float()
+
+    found = rewriting(norm, PASSES)
+    x, w = inputs(torch.float32)
+    assert torch.equal(found.call(x, w), norm(x, w))
+    assert "float8" in found.after[0]
+
+
+def test_two_roundings_stay_two() -> None:
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return product(x, w).bfloat16().float()
+
+    found = rewriting(norm, PASSES)
+    x, w = inputs(torch.float32)
+    assert torch.equal(found.call(x, w), norm(x, w))
+    assert found.applied("fuse-rms-norm") == 1

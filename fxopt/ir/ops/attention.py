@@ -34,6 +34,7 @@ def attention(
     enable_gqa: bool = False,
     dead_rows: str = ZERO,
     mask_replaces: bool = False,
+    wide_scores: bool = False,
     mask: str = "",
     captures: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -47,8 +48,8 @@ def attention(
         None. enable_gqa: query head h reads key and value head h // (Hq / Hkv). dead_rows: what a row
         without a live key gives, see `masking`. mask_replaces: an entry of an additive mask that is so low
         that it absorbs any score stands in the place of the score, which then gets no gradient
-        (``masked_fill``, not a sum). mask: the text of a `MaskProgram`, instead of `attn_mask`; captures: its
-        tensors ``c0, c1, ...``.
+        (``masked_fill``, not a sum). wide_scores: Q K^T is computed and kept in float32. mask: the text of a
+        `MaskProgram`, instead of `attn_mask`; captures: its tensors ``c0, c1, ...``.
 
     Returns:
         (B, Hq, Sq, Dv), of query's dtype.
@@ -62,7 +63,12 @@ def attention(
     if dead_rows == NAN or mask_replaces:
         given = (query, key, value, attn_mask, dropout_p, is_causal)
         return decomposed(
-            *given, scale=scale, enable_gqa=enable_gqa, dead_rows=dead_rows, mask_replaces=mask_replaces
+            *given,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            dead_rows=dead_rows,
+            mask_replaces=mask_replaces,
+            wide_scores=wide_scores,
         )
     if dead_rows == NONE and scale is not None and is_symbol(scale):
         # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
@@ -84,6 +90,7 @@ def decomposed(
     enable_gqa: bool = False,
     dead_rows: str = ZERO,
     mask_replaces: bool = False,
+    wide_scores: bool = False,
 ) -> torch.Tensor:
     """The same as product, softmax in float32, product. Keys of a group are not repeated."""
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -91,7 +98,7 @@ def decomposed(
     grouped = enable_gqa and key.shape[1] != heads
     if grouped:
         query = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = torch.matmul(query, key.transpose(-2, -1)) * factor
+    scores = _scores(query, key, factor, wide_scores)
     if grouped:
         scores = scores.reshape(batch, heads, rows, -1)
     if is_causal:
@@ -101,13 +108,22 @@ def decomposed(
         scores = torch.where(live, scores, -math.inf)
     elif attn_mask is not None:
         scores = _masked(scores, attn_mask, mask_replaces)
-    weights = _softmax(scores, dead_rows != ZERO or attn_mask is None).to(query.dtype)
+    weights = _softmax(scores, dead_rows != ZERO or attn_mask is None).to(value.dtype)
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     if not grouped:
         return torch.matmul(weights, value)
     weights = weights.reshape(batch, key.shape[1], -1, key.shape[-2])
     return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1])
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:
+    if wide:
+        query, key = query.float(), key.float()
+    if query.dtype is torch.float16 and (is_symbol(factor) or abs(factor) < 1.0):
+        # The product alone may leave float16's range; a model that scales Q first relies on that it does not.
+        return torch.matmul(query * factor, key.transpose(-2, -1))
+    return torch.matmul(query, key.transpose(-2, -1)) * factor
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor, mask_replaces: bool) -> torch.Tensor:
@@ -164,7 +180,7 @@ ATTENTION = SemanticOp(
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
-        "bool mask_replaces=False, str mask='', Tensor[]? captures=None) -> Tensor"
+        "bool mask_replaces=False, bool wide_scores=False, str mask='', Tensor[]? captures=None) -> Tensor"
     ),
     body=attention,
     providers=(
