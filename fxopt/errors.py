@@ -57,6 +57,12 @@ class UnsupportedMode(UserError, ValueError):
     message = "mode {mode!r} is not supported. Nearest: {nearest}. Valid modes: {valid}."
 
 
+class NotAModel(UserError, TypeError):
+    """Something that cannot be compiled in the place of a model."""
+
+    message = "wanted a module or a function written in Python, got {value!r} ({kind})."
+
+
 class NoHost(UserError, RuntimeError):
     """The requested host compiler cannot run on this machine."""
 

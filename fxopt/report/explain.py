@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 import fxopt
+from fxopt.errors import NotAModel
 from fxopt.report.preserve import preserved
 from fxopt.report.record import collect
 from fxopt.report.report import Report
@@ -65,7 +67,9 @@ class Explain:
         return Explain(mode, options, dynamic)
 
     def __call__(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
-        """Raises whatever the model raises."""
+        """Raises whatever the model raises, and NotAModel for what is no module and no Python function."""
+        if not callable(model) or inspect.isbuiltin(model):
+            raise NotAModel(value=model, kind=type(model).__name__)
         with _lock:
             while _left_behind:
                 drop_compilations(_left_behind.pop())

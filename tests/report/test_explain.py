@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import fx, nn
 
 import fxopt
-from fxopt.errors import UnknownOption
+from fxopt.errors import NotAModel, UnknownOption
 from fxopt.ir.contract import Status
 from fxopt.report.record import records
 from support.compile_stats import Counting
@@ -303,3 +304,9 @@ def test_the_next_explain_frees_what_a_dropped_report_had_compiled() -> None:
     gc.collect()
     explain(torch.sin, torch.ones(2))
     assert _debug_get_cache_entry_list(model) == []
+
+
+@pytest.mark.parametrize("model", [3, None, math.sqrt])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(NotAModel, match="wanted a module or a function"):
+        fxopt.explain(model)

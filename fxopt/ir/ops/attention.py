@@ -62,14 +62,8 @@ def attention(
         )
     if dead_rows == NAN or mask_replaces:
         given = (query, key, value, attn_mask, dropout_p, is_causal)
-        return decomposed(
-            *given,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            dead_rows=dead_rows,
-            mask_replaces=mask_replaces,
-            wide_scores=wide_scores,
-        )
+        kept = {"dead_rows": dead_rows, "mask_replaces": mask_replaces, "wide_scores": wide_scores}
+        return decomposed(*given, scale=scale, enable_gqa=enable_gqa, **kept)  # type: ignore[arg-type]
     if dead_rows == NONE and scale is not None and is_symbol(scale):
         # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
         query, scale = query * scale, 1.0
