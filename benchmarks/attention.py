@@ -89,6 +89,9 @@ def main() -> int:
         text = json.dumps({"machine": describe(), "rows": rows}, indent=1, default=str)
         arguments.out.write_text(text + "\n")
         console.print(f"written to {arguments.out}")
+    if arguments.plot:
+        plot(rows, arguments.plot)
+        console.print(f"drawn in {arguments.plot}")
     return 0 if all(row["accepted"] for row in rows) else 1
 
 
@@ -133,6 +136,40 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of Inductor's time by fxopt's, one group for each length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lengths = sorted({row["length"] for row in rows})
+    names = list(dict.fromkeys(_name(row) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(names) + 1.4), layout="constrained")
+    height = 0.8 / len(lengths)
+    for place, length in enumerate(lengths):
+        ratios = {_name(row): row["ratio"] for row in rows if row["length"] == length}
+        spots = [number + (place - (len(lengths) - 1) / 2) * height for number in range(len(names))]
+        values = [ratios[name]["median"] for name in names]
+        ends = [[v - ratios[n]["low"] for n, v in zip(names, values, strict=True)],
+                [ratios[n]["high"] - v for n, v in zip(names, values, strict=True)]]  # fmt: skip
+        bars = axes.barh(spots, values, height * 0.92, xerr=ends, label=f"{length} tokens")
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=4, fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster than Inductor alone")
+    axes.set_title("Attention on one CPU core, float32, inference")
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _name(row: dict[str, Any]) -> str:
+    written = "softmax spelled out" if row["spelling"] == "eager" else "SDPA with a mask"
+    return f"{row['mask']}{', padded' if row['padded'] else ''}: {written}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="512,1024,2048,4096", help="numbers of tokens, by commas")
@@ -141,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="for the timing of one line")
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--plot", type=Path, help="a PNG or SVG file")
     return parser
 
 
