@@ -60,7 +60,7 @@ class UnsupportedMode(UserError, ValueError):
 class NotAModel(UserError, TypeError):
     """Something that cannot be compiled in the place of a model."""
 
-    message = "wanted a module or a function written in Python, got {value!r} ({kind})."
+    message = "wanted a module or a function, got {value!r} ({kind})."
 
 
 class NoHost(UserError, RuntimeError):

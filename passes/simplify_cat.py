@@ -41,6 +41,8 @@ class SimplifyCat:
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         result, source = val(match.anchor), val(match["source"])
+        if not all(isinstance(size, int) for size in result.shape):
+            return Verdict.no("wanted sizes that are known, saw symbols")
         if source.dtype != result.dtype or not facts.same_shape(source.shape, result.shape):
             return Verdict.no(f"wanted {result.dtype} of the same shape, saw {source.dtype}")
         if not result.is_contiguous():

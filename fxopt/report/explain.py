@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -67,8 +66,8 @@ class Explain:
         return Explain(mode, options, dynamic)
 
     def __call__(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
-        """Raises whatever the model raises, and NotAModel for what is no module and no Python function."""
-        if not callable(model) or inspect.isbuiltin(model):
+        """Raises whatever the model raises, and NotAModel for what cannot be called."""
+        if not callable(model):
             raise NotAModel(value=model, kind=type(model).__name__)
         with _lock:
             while _left_behind:

@@ -166,7 +166,7 @@ def _decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
 
 
 def _has_program(node: fx.Node, facts: Facts) -> Verdict:
-    return Verdict(bool(argument(node, "mask")), "the mask is a tensor, or there is none")
+    return Verdict(bool(argument(node, "mask")))
 
 
 ATTENTION = SemanticOp(

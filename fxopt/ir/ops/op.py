@@ -66,7 +66,8 @@ class SemanticOp:
             verdict = provider.supports(node, facts)
             if verdict:
                 return provider, refused
-            refused.append(f"{provider.name}: {verdict.reason}")
+            if verdict.reason:
+                refused.append(f"{provider.name}: {verdict.reason}")
         return Provider("body", lambda *_: Verdict.yes(), self.body), refused
 
 
