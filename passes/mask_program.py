@@ -13,10 +13,11 @@ from torch import fx
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Context
 from fxopt.ir.facts import Facts, shape, val
+from fxopt.ir.formula import AXES, capture, size
 from fxopt.ir.index_rules import value_of
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import INDEX, Sizes, box, broadcast
-from fxopt.ir.program import AXES, MaskProgram, capture, size
+from fxopt.ir.program import MaskProgram
 
 from .mask_proof import live_of
 

@@ -9,8 +9,9 @@ import sympy
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
+from fxopt.ir.formula import AXES, K, Q
 from fxopt.ir.linear import implies
-from fxopt.ir.program import AXES, K, MaskProgram, Q
+from fxopt.ir.program import MaskProgram
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import fx
 from fxopt.ir.cone import cone, outer_of, reads
 from fxopt.ir.elementwise_rules import Rule, cast, elementwise_rules, linear_sum, stored
 from fxopt.ir.facts import argument, dtype, location, val
+from fxopt.ir.formula import capture
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import (
     INDEX,
@@ -29,7 +30,6 @@ from fxopt.ir.predicate import (
     known_value,
     made,
 )
-from fxopt.ir.program import capture
 
 aten = torch.ops.aten
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.ir.program import AXES, MaskProgram, capture, size
+from fxopt.ir.formula import AXES, capture, size
+from fxopt.ir.program import MaskProgram
 
 TEXTS = [
     "True",

@@ -1,0 +1,126 @@
+"""``fxopt::attention`` with its scores in one tensor: for few scores, and where no kernel has the answer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.ir.ops.masking import LOWEST_SHARE, ZERO
+from fxopt.ir.ops.op import is_symbol
+from fxopt.ir.program import ScoreProgram
+from fxopt.ir.tile_values import TileValues
+
+
+@functools.lru_cache(maxsize=64)
+def score_program(text: str) -> ScoreProgram:
+    """The program of the op's attribute."""
+    return ScoreProgram.parse(text)
+
+
+def decomposed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dead_rows: str = ZERO,
+    mask_replaces: bool = False,
+    wide_scores: bool = False,
+    score: str = "",
+    sinks: torch.Tensor | None = None,
+    mask: str = "",
+    bias: str = "",
+    captures: Sequence[torch.Tensor] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """`fxopt::attention`, all scores at once. Keys of a group are not repeated. Reads no formula of the mask.
+
+    Args: as `fxopt::attention` has them.
+    """
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    batch, heads, rows, _ = query.shape
+    grouped = enable_gqa and key.shape[1] != heads
+    if grouped:
+        query = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+    scores = _scores(query, key, factor, wide_scores)
+    if grouped:
+        scores = scores.reshape(batch, heads, rows, -1)
+    if score:
+        scores = _scored(scores, score, captures or (), sizes or ())
+    scores = _masked(scores, attn_mask, is_causal, mask_replaces)
+    if sinks is not None:
+        weights = _with_sinks(scores, sinks).to(value.dtype)
+    else:
+        weights = _softmax(scores, dead_rows != ZERO or attn_mask is None).to(value.dtype)
+    if dropout_p > 0.0:
+        weights = torch.dropout(weights, dropout_p, True)
+    if not grouped:
+        return torch.matmul(weights, value)
+    weights = weights.reshape(batch, key.shape[1], -1, key.shape[-2])
+    return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1])
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:
+    if wide:
+        query, key = query.float(), key.float()
+    if query.dtype is torch.float16 and (is_symbol(factor) or abs(factor) < 1.0):
+        # The product alone may leave float16's range; a model that scales Q first relies on that it does not.
+        return torch.matmul(query * factor, key.transpose(-2, -1))
+    return torch.matmul(query, key.transpose(-2, -1)) * factor
+
+
+def _scored(
+    scores: torch.Tensor, score: str, captures: Sequence[torch.Tensor], sizes: Sequence[int]
+) -> torch.Tensor:
+    program = score_program(score)
+    ranges = tuple((0, size) for size in scores.shape)
+    named = {f"c{place}": tensor for place, tensor in enumerate(captures)}
+    numbers = {f"n{place}": number for place, number in enumerate(sizes)}
+    wide = scores if scores.dtype is torch.float64 else scores.float()
+    result: torch.Tensor = TileValues(ranges, named, numbers, scores.device, wide).number(program.result)
+    return result
+
+
+def _masked(
+    scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, mask_replaces: bool
+) -> torch.Tensor:
+    if is_causal:
+        # Compared, not `tril` of ones: Inductor's code for that is 1.25 times slower, with backward.
+        row, column = (torch.arange(size, device=scores.device) for size in scores.shape[-2:])
+        return torch.where(column <= row[:, None], scores, -math.inf)
+    if mask is None:
+        return scores
+    if mask.dtype is torch.bool:
+        return torch.where(mask, scores, -math.inf)
+    if not mask_replaces:
+        return scores + mask
+    return torch.where(absorbs(mask), mask.to(scores.dtype), scores + mask)
+
+
+def absorbs(mask: torch.Tensor) -> torch.Tensor:
+    """Where adding a score of the mask's dtype changes nothing."""
+    return mask <= LOWEST_SHARE * torch.finfo(mask.dtype).min
+
+
+def _softmax(scores: torch.Tensor, plain: bool) -> torch.Tensor:
+    if plain:
+        return torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    safe: torch.Tensor = torch.ops.aten._safe_softmax.default(wide, -1)
+    return safe
+
+
+def _with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """softmax over the scores and one more key, without that key's weight."""
+    wide = scores if scores.dtype is torch.float64 else scores.float()
+    sink = sinks.to(wide.dtype).view(1, -1, 1, 1)
+    top = torch.maximum(wide.amax(-1, keepdim=True), sink).detach()
+    shares = torch.exp(wide - top)
+    return shares / (shares.sum(-1, keepdim=True) + torch.exp(sink - top))
