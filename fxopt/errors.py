@@ -31,9 +31,9 @@ class UserError(FxoptError):
 
 
 class UnknownOption(UserError, KeyError):
-    """An option that neither fxopt nor the host knows."""
+    """An option that neither fxopt nor the host knows. `nearest` is a sentence, or empty."""
 
-    message = "unknown option {name!r}. Nearest valid options: {nearest}. All fxopt options: {known}."
+    message = "unknown option {name!r}.{nearest} All fxopt options: {known}."
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])
@@ -42,19 +42,19 @@ class UnknownOption(UserError, KeyError):
 class OptionTypeError(UserError, TypeError):
     """An option with a value of the wrong type."""
 
-    message = "option {name!r} wants {wanted}, got {value!r} ({kind})."
+    message = "{name} wants {wanted}, got {value!r} ({kind})."
 
 
 class OptionValueError(UserError, ValueError):
-    """An option whose value is of the right type but not one of the valid ones."""
+    """An option whose value is of the right type but not one of the valid ones. `name` says where."""
 
-    message = "option {name!r} has no value {value!r}. Nearest valid values: {nearest}. Valid: {valid}."
+    message = "{name} has no value {value!r}.{nearest} Valid: {valid}."
 
 
 class UnsupportedMode(UserError, ValueError):
     """A `mode=` that torch.compile does not define."""
 
-    message = "mode {mode!r} is not supported. Nearest: {nearest}. Valid modes: {valid}."
+    message = "mode {mode!r} is not supported.{nearest} Valid modes: {valid}."
 
 
 class NotAModel(UserError, TypeError):

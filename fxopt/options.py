@@ -63,13 +63,16 @@ class Options:
         given = _from_environment(os.environ if environ is None else environ)
         if options is not None and not isinstance(options, Mapping):
             raise OptionTypeError(name="options", wanted="a dict", value=options, kind=type(options).__name__)
-        given |= {_normal(key): value for key, value in (options or {}).items()}
+        said = {name: f"environment variable FXOPT_{name.upper()}" for name in given}
+        for key, value in (options or {}).items():
+            given[_normal(key)] = value
+            said.pop(_normal(key), None)
         if mode is not None:
             given["mode"] = mode
         own = {f.name for f in fields(Options)} - {"host_config"}
-        chosen = {name: _checked(name, value) for name, value in given.items() if name in own}
+        chosen = {k: _checked(k, v, said.get(k, f"option {k!r}")) for k, v in given.items() if k in own}
         rest = {name: value for name, value in given.items() if name not in own}
-        _check_disable(chosen.get("disable", ()), tuple(pass_names))
+        _check_disable(chosen.get("disable", ()), tuple(pass_names), said.get("disable", "option 'disable'"))
         return Options(**chosen, host_config=MappingProxyType(_host_config(rest, own)))
 
     @property
@@ -80,7 +83,9 @@ class Options:
 
 def _normal(key: object) -> str:
     if not isinstance(key, str):
-        raise OptionTypeError(name=key, wanted="a string as its name", value=key, kind=type(key).__name__)
+        raise OptionTypeError(
+            name=f"option {key!r}", wanted="a string as its name", value=key, kind=type(key).__name__
+        )
     return key.replace("-", "_")
 
 
@@ -91,7 +96,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     if environ.get("FXOPT_DISABLE"):
         found["disable"] = tuple(part.strip() for part in environ["FXOPT_DISABLE"].split(",") if part.strip())
     if environ.get("FXOPT_FUEL"):
-        found["fuel"] = _integer("FXOPT_FUEL", environ["FXOPT_FUEL"])
+        found["fuel"] = _integer("environment variable FXOPT_FUEL", environ["FXOPT_FUEL"])
     if environ.get("FXOPT_DUMP"):
         found["dump"] = environ["FXOPT_DUMP"]
     if environ.get("FXOPT_STRICT"):
@@ -116,35 +121,41 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: Any, said: str) -> Any:
+    """`value` in the form that `Options` holds. `said` is how the user gave it, for messages."""
     types, wanted = _WANTED[name]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise OptionTypeError(name=name, wanted=wanted, value=value, kind=type(value).__name__)
+        raise OptionTypeError(name=said, wanted=wanted, value=value, kind=type(value).__name__)
     if name == "mode" and value not in MODES:
-        raise UnsupportedMode(mode=value, nearest=nearest(value, MODES), valid=", ".join(MODES))
+        raise UnsupportedMode(mode=value, nearest=nearest("", value, MODES), valid=", ".join(MODES))
     if name == "host" and value not in HOSTS:
-        raise OptionValueError(name=name, value=value, nearest=nearest(value, HOSTS), valid=", ".join(HOSTS))
+        raise OptionValueError(
+            name=said, value=value, nearest=nearest("valid values", value, HOSTS), valid=", ".join(HOSTS)
+        )
     if name == "fuel" and value is not None and value < 0:
-        raise OptionValueError(name=name, value=value, nearest="0", valid="integers from 0 on, or None")
+        raise OptionValueError(name=said, value=value, nearest="", valid="integers from 0 on, or None")
     if name == "disable":
-        return _names(value)
+        return _names(value, said)
     return os.fspath(value) if name == "dump" and value is not None else value
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: Any, said: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         if not isinstance(name, str):
-            raise OptionTypeError(name="disable", wanted="pass names", value=name, kind=type(name).__name__)
+            raise OptionTypeError(name=said, wanted="pass names", value=name, kind=type(name).__name__)
     return tuple(name.replace("_", "-") for name in names)
 
 
-def _check_disable(names: tuple[str, ...], known: tuple[str, ...]) -> None:
+def _check_disable(names: tuple[str, ...], known: tuple[str, ...], said: str) -> None:
     valid = (*known, "all")
     for name in names:
         if known and name not in valid:
             raise OptionValueError(
-                name="disable", value=name, nearest=nearest(name, valid), valid=", ".join(valid)
+                name=said,
+                value=name,
+                nearest=nearest("valid values", name, valid),
+                valid=", ".join(valid),
             )
 
 
@@ -157,16 +168,19 @@ def _host_config(rest: dict[str, Any], own: set[str]) -> dict[str, Any]:
     for name, value in rest.items():
         if name not in known:
             raise UnknownOption(
-                name=name, nearest=nearest(name, [*own, *known]), known=", ".join(sorted(own))
+                name=name,
+                nearest=nearest("valid options", name, [*own, *known]),
+                known=", ".join(sorted(own)),
             )
         wanted = config.get_type(name)  # type: ignore[attr-defined]
         if get_origin(wanted) is None and not isinstance(value, wanted):
             raise OptionTypeError(
-                name=name, wanted=f"a {wanted.__name__}", value=value, kind=type(value).__name__
+                name=f"option {name!r}", wanted=f"a {wanted.__name__}", value=value, kind=type(value).__name__
             )
     return rest
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The closest three names, best first, or a dash when nothing is close."""
-    return ", ".join(difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)) or "-"
+def nearest(kind: str, name: str, known: Iterable[str]) -> str:
+    """A sentence for a message with the closest three names, best first; empty when nothing is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f" {f'Nearest {kind}'.strip()}: {', '.join(close)}." if close else ""

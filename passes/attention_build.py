@@ -58,8 +58,7 @@ class SiteBuilder:
         for mask in self.scores.masks:
             node = self._broadcastable(mask.node, mask)
             if mask.fill is None:
-                if not mask.factor.is_one:
-                    node = self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
+                node = self._scaled(node, mask)
                 total = node if total is None else self._call(aten.add.Tensor, total, node)
             else:
                 rest = 0.0 if total is None else total
@@ -93,10 +92,13 @@ class SiteBuilder:
     def _term(self, mask: Mask) -> fx.Node:
         node = self._filled(mask) if mask.fill is not None else mask.node
         if mask.fill is None:
-            node = self._narrow(node, facts.dtype(mask.node))
-            if not mask.factor.is_one:
-                node = self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
+            node = self._scaled(self._narrow(node, facts.dtype(mask.node)), mask)
         return self._broadcastable(node, mask)
+
+    def _scaled(self, node: fx.Node, mask: Mask) -> fx.Node:
+        if mask.factor.is_one:
+            return node
+        return self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
 
     def _broadcastable(self, node: fx.Node, mask: Mask) -> fx.Node:
         """A mask as the site has it, with four dimensions."""

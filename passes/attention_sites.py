@@ -25,7 +25,6 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 # What a trace makes of ``torch.tensor(number)``.
 _LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default)
-DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
                 return Miss("probabilities as left operand", f"{user.name} has them on the right")
             return Weighted(user, user.args[1], dropout)  # type: ignore[arg-type]
         if is_call(user, aten.dropout.default):
-            if argument(user, "train") and argument(user, "p"):
+            if facts.drops(user):
                 if dropout:
                     return Miss("one dropout", "two")
                 dropout = float(argument(user, "p"))

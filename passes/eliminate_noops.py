@@ -101,8 +101,7 @@ class EliminateNoops:
 
 def _passed_on(node: fx.Node) -> Any:
     """The operand that the op returns in eager if it changes nothing. A trace makes a copy in dropout."""
-    drops = is_call(node, aten.dropout.default) and argument(node, "train") and argument(node, "p")
-    return None if drops else node.args[0]
+    return None if facts.drops(node) else node.args[0]
 
 
 def _copied(node: fx.Node) -> Any:

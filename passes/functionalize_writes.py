@@ -63,7 +63,7 @@ class FunctionalizeWrites:
         written = node.args[0]
         if not facts.is_tensor(written):
             return None
-        return Match(node, (node,), {"written": written})
+        return Match(node, (node,), {"written": written, "pure": _pure(node)})
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         node, written = match.anchor, match["written"]
@@ -77,7 +77,8 @@ class FunctionalizeWrites:
                 return Verdict.no(
                     f"{reader.name} ({location(reader)}) reads what was written through {other.name}"
                 )
-        if not equivalent(_result(node), val(node)):
+        pure = match["pure"]
+        if not equivalent(pure.to(facts.dtype(node)), val(node)):
             return Verdict.no("wanted a result in the layout of what is written, saw another")
         return Verdict.yes("made in the graph, read through nothing else")
 
@@ -88,7 +89,7 @@ class FunctionalizeWrites:
         node: fx.Node = match.anchor
         result = graph.call_function(PURE[node.target], node.args, node.kwargs)  # type: ignore[index]
         wanted = facts.dtype(node)
-        if _pure(node).dtype != wanted:
+        if match["pure"].dtype != wanted:
             result = graph.call_function(aten.to.dtype, (result, wanted))
         return result
 
@@ -99,11 +100,6 @@ def _reads_after(value: fx.Node, write: fx.Node, ctx: Context) -> fx.Node | None
     if order[value] >= order[write]:
         return None
     return next((user for user in value.users if order[user] > order[write]), None)
-
-
-def _result(node: fx.Node) -> torch.Tensor:
-    """The value of what replaces the write."""
-    return _pure(node).to(facts.dtype(node))
 
 
 def _pure(node: fx.Node) -> torch.Tensor:

@@ -29,6 +29,8 @@ aten = torch.ops.aten
 
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 SDPA = aten.scaled_dot_product_attention.default
+# They move values and change none.
+_REORDERS = (*VIEWS, aten.transpose.int, aten.permute.default, aten.mT.default)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _shares_heads(query: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _dtypes(scores: Scores, weighted: Weighted) -> Verdict:
     out = facts.dtype(weighted.root)
-    if out not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if out not in facts.PLAIN_FLOATS:
         return Verdict.no(f"wanted a floating result, saw {out}")
     computed = facts.dtype(scores.product)
     for name, node in (("Q", scores.query), ("K", scores.key_t), ("V", weighted.value)):
@@ -161,16 +163,11 @@ def _dtypes(scores: Scores, weighted: Weighted) -> Verdict:
     return Verdict.yes()
 
 
-_TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
-
-
 def _held_in(node: fx.Node) -> torch.dtype:
     """A dtype that holds every value of `node` exactly: the one it had before it was widened."""
     while True:
         widened = facts.is_float_cast(node) and facts.is_widening(node)
-        if not widened and not is_call(
-            node, *VIEWS, aten.transpose.int, aten.permute.default, aten.mT.default
-        ):
+        if not widened and not is_call(node, *_REORDERS):
             return facts.dtype(node)
         node = node.args[0]  # type: ignore[assignment]
 

@@ -16,8 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from support.cli import Run, invoke  # noqa: E402
+
 # The process sees more cores than it may use under xdist; tiny models only lose by threading.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run() -> Run:
+    """`fxopt` with some arguments, in this process."""
+    return invoke
 
 
 @pytest.fixture(autouse=True)

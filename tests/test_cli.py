@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from fxopt import __version__, cli
 from fxopt.commands import bench
-
-Run = Callable[..., Result]
+from support.cli import Run
 
 TARGETS = """
 import torch
@@ -56,14 +53,6 @@ def breaks():
     raise_here = torch.zeros(2, 3)
     return Twice(), (raise_here,)
 """
-
-
-@pytest.fixture
-def run() -> Run:
-    def invoke(*arguments: str) -> Result:
-        return CliRunner().invoke(cli.app, list(arguments))
-
-    return invoke
 
 
 @pytest.fixture
@@ -189,6 +178,8 @@ class TestWrongTargets:
             (["somebody/some-model"], "HF_HUB_OFFLINE"),
             (["no_such_module:f"], "No module named"),
             (["json:no_such_function"], "has no function"),
+            (["math:sqrt"], "it wants arguments (x)"),
+            (["math:log"], "a function without required parameters"),
             (["llama", "--dtype", "int3"], "--dtype has no value 'int3'"),
             (["llama", "--size", "huge"], "Valid values: tiny, small"),
             (["llama", "--disable", "no-such-pass"], "no-such-pass"),

@@ -91,9 +91,27 @@ def test_environment_is_overridden_by_options() -> None:
     assert parse(options={"host": "inductor"}, **environ).host == "inductor"
 
 
-def test_environment_is_validated() -> None:
-    with pytest.raises(OptionTypeError, match="FXOPT_FUEL"):
-        parse(FXOPT_FUEL="many")
+@pytest.mark.parametrize(
+    ("name", "value"), [("FXOPT_FUEL", "many"), ("FXOPT_FUEL", "-1"), ("FXOPT_HOST", "xyz"),
+                        ("FXOPT_DISABLE", "no-such-pass")]
+)  # fmt: skip
+def test_an_error_in_the_environment_names_the_variable(name: str, value: str) -> None:
+    with pytest.raises((OptionTypeError, OptionValueError), match=f"environment variable {name} "):
+        parse(**{name: value})
+
+
+def test_what_the_call_gives_is_not_said_to_come_from_the_environment() -> None:
+    with pytest.raises(OptionValueError, match="^option 'host' has no value 'xyz'"):
+        parse(options={"host": "xyz"}, FXOPT_HOST="eager")
+
+
+def test_no_nearest_name_where_nothing_is_near() -> None:
+    with pytest.raises(OptionValueError, match="value 'xyz'. Valid: auto"):
+        parse(options={"host": "xyz"})
+    with pytest.raises(UnsupportedMode, match="not supported. Valid modes"):
+        parse("xyz")
+    with pytest.raises(UnknownOption, match="'xyzxyz'. All fxopt options"):
+        parse(options={"xyzxyz": 1})
 
 
 def test_the_users_dict_is_left_alone() -> None:

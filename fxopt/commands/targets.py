@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import torch
 from fxopt.errors import UserError
 from fxopt.measure.models import Subject, build, from_config, with_inputs
 from fxopt.measure.shrink import SCALES, Scale
+from fxopt.options import nearest
 
 
 class UnknownTarget(UserError, ValueError):
@@ -24,7 +25,7 @@ class UnknownTarget(UserError, ValueError):
 
     message = (
         "{target!r} is no module:function, no directory with a config.json and no model type that "
-        "transformers knows. Nearest model types: {nearest}."
+        "transformers knows.{nearest}"
     )
 
 
@@ -134,8 +135,7 @@ def _from_name(
             overrides=overrides,
         )
     if "/" not in target:
-        close = difflib.get_close_matches(target, list(known), n=3, cutoff=0.5)
-        raise UnknownTarget(target=target, nearest=", ".join(close) or "-")
+        raise UnknownTarget(target=target, nearest=nearest("model types", target, known))
     if _is_offline():
         raise ModelUnavailable(
             target=target, reason="it is a model id, and HF_HUB_OFFLINE forbids to fetch it"
@@ -176,7 +176,11 @@ def _load(target: str, scale: Scale, request: Request, dtype: torch.dtype) -> Su
 def _from_function(target: str, scale: Scale, request: Request, dtype: torch.dtype) -> Subject:
     from transformers import PreTrainedModel
 
-    result = _function(target)()
+    function = _function(target)
+    missing = _required(function)
+    if missing:
+        raise TargetFunctionError(target=target, reason=f"it wants arguments ({missing})")
+    result = function()
     if isinstance(result, PreTrainedModel):
         return with_inputs(result.to(dtype), scale, training=request.training)
     if not isinstance(result, tuple) or not 2 <= len(result) <= 3 or not callable(result[0]):
@@ -185,6 +189,16 @@ def _from_function(target: str, scale: Scale, request: Request, dtype: torch.dty
     if isinstance(model, torch.nn.Module):
         model.train(request.training)
     return Subject(target, model, args, kwargs, request.training)
+
+
+def _required(function: Callable[..., Any]) -> str:
+    """The parameters without a default. A built-in function that does not tell has some, for all we know."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return "unknown ones"
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in optional)
 
 
 def _inputs_of(result: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

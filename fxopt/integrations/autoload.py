@@ -74,13 +74,12 @@ def _check_options_in_torch_compile() -> str:
     if getattr(original, "_fxopt_checks_options", False):
         return "done"
 
+    # torch finds a backend by its name only once; a second thread on its way there would fail.
     lookup = threading.RLock()
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        with (
-            lookup
-        ):  # torch finds a backend by its name only once; a second thread on its way there would fail
+        with lookup:
             original(self, *args, **kwargs)
         validate: Any = getattr(getattr(self, "compiler_fn", None), "validate", None)
         if _is_from_fxopt(validate):

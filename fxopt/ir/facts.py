@@ -148,6 +148,11 @@ def peel_widening(node: fx.Node) -> fx.Node:
     return node
 
 
+def drops(node: Any) -> bool:
+    """A dropout in training, with a probability above zero."""
+    return is_call(node, aten.dropout.default) and bool(argument(node, "train") and argument(node, "p"))
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of a node, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -335,7 +340,7 @@ def _passed_on(node: fx.Node) -> fx.Node | None:
     """What a dropout that drops nothing returns: its input in eager, though the trace records a copy."""
     if not is_call(node, aten.dropout.default) or not is_tensor(node.args[0]):
         return None
-    return None if argument(node, "train") and argument(node, "p") else node.args[0]  # type: ignore[return-value]
+    return None if drops(node) else node.args[0]  # type: ignore[return-value]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

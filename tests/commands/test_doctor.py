@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from fxopt import cli
 from fxopt.commands import doctor
 from fxopt.integrations import autoload
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run() -> Run:
-    def invoke(*arguments: str) -> Result:
-        return CliRunner().invoke(cli.app, list(arguments))
-
-    return invoke
+from support.cli import Run
 
 
 class TestDoctor:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.frontend import constants
 from fxopt.report.record import collect
+from support.frontend import watch_lowered
 
 
 def _grow(x: torch.Tensor) -> torch.Tensor:
@@ -18,16 +19,7 @@ def _grow(x: torch.Tensor) -> torch.Tensor:
 
 
 def _graph_given_to_the_host(monkeypatch: pytest.MonkeyPatch, function: Any, *inputs: Any) -> fx.GraphModule:
-    import fxopt.pipeline as pipeline
-
-    seen: list[fx.GraphModule] = []
-    original = pipeline.lower
-
-    def lower(gm: fx.GraphModule, record: Any) -> fx.GraphModule:
-        seen.append(original(gm, record))
-        return seen[-1]
-
-    monkeypatch.setattr(pipeline, "lower", lower)
+    seen = watch_lowered(monkeypatch)
     options = {"host": "eager", "strict": True}
     result = torch.compile(function, backend="fxopt", options=options)(*inputs)
     torch.testing.assert_close(result, function(*inputs))

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-import fxopt.pipeline as pipeline
 from fxopt.ir.facts import location
-from fxopt.report.record import GraphRecord, collect
-from support.frontend import calls, capture
+from fxopt.report.record import collect
+from support.frontend import calls, capture, watch_lowered
 
 B, H, S, D = 1, 2, 96, 8  # long enough for one kernel to be chosen for attention
 
@@ -118,14 +117,7 @@ def test_evidence_names_the_line_of_the_anchor() -> None:
 
 
 def test_what_the_host_gets_has_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered: list[fx.GraphModule] = []
-    lower = pipeline.lower
-
-    def watched(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-        lowered.append(lower(gm, record))
-        return lowered[-1]
-
-    monkeypatch.setattr(pipeline, "lower", watched)
+    lowered = watch_lowered(monkeypatch)
     with collect() as records, torch.no_grad():
         torch.compile(Block(), backend="fxopt", options={"host": "eager"})(torch.randn(B, H, S, D))
     assert records[0].applied("rewrite-attention")

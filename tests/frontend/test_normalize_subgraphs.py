@@ -14,12 +14,11 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-import fxopt.pipeline as pipeline
 from fxopt.frontend.subgraphs import OUTER_KEY
 from fxopt.ir.ops import semantic_op
-from fxopt.report.record import GraphRecord, collect
+from fxopt.report.record import collect
 from support.compiled import all_handled, compile_fxopt
-from support.frontend import calls, capture, subgraph_targets, targets
+from support.frontend import calls, capture, subgraph_targets, targets, watch_lowered
 
 
 def soften(x: torch.Tensor) -> torch.Tensor:
@@ -232,14 +231,7 @@ def test_a_grad_transform_is_left_to_the_host() -> None:
 
 
 def test_nothing_of_fxopt_stays_in_the_lowered_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered: list[fx.GraphModule] = []
-    lower = pipeline.lower
-
-    def watched(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-        lowered.append(lower(gm, record))
-        return lowered[-1]
-
-    monkeypatch.setattr(pipeline, "lower", watched)
+    lowered = watch_lowered(monkeypatch)
     norm = nn.RMSNorm(4)
 
     def f(x: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import softmax
 
+from support.attention import B, S, inputs
 from support.numerics import assert_closer
 from support.reference import reference_mode
 from support.rewriting import rewriting
 
 NAME = "rewrite-attention"
 PASSES = ("functionalize-writes", "eliminate-noops", NAME)
-B, H, S, D = 2, 3, 9, 4
 Site = Callable[..., torch.Tensor]
 
 
@@ -80,14 +80,6 @@ SITES: dict[str, Site] = {
     for f in (added, filled, filled_in_place, where_swapped, sum_of_two, fill_then_sum, sum_then_fill,
               two_fills)
 }  # fmt: skip
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Left padding: the first three rows of the first sequence have no live key."""
-    q, k, v = (torch.randn(B, S, H, D).to(dtype).transpose(1, 2) for _ in range(3))
-    keep = torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S).clone()
-    keep[0, :, :, :3] = False
-    return [q, k, v, keep]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout, softmax
 
+from support.attention import B, D, H, S, inputs
 from support.golden import assert_golden
 from support.numerics import assert_closer
 from support.reference import reference_mode
@@ -17,7 +18,6 @@ from support.rewriting import rewriting
 NAME = "rewrite-attention"
 PASSES = ("eliminate-noops", NAME)
 Site = Callable[..., Any]
-B, H, S, D = 2, 3, 9, 4
 
 
 def additive(keep: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -80,13 +80,6 @@ def unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tens
 SPELLINGS: dict[str, Site] = {
     f.__name__: f for f in (llama, bert, opt, t5, filled, where, bloom, scaled_after_mask, unmasked)
 }
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    q, k, v = (torch.randn(B, S, H, D).to(dtype).transpose(1, 2) for _ in range(3))
-    keep = torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S).clone()
-    keep[0, :, :, :3] = False  # left padding: the first three rows have no live key
-    return [q, k, v, keep]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 
+import fxopt.pipeline as pipeline
 from fxopt.frontend.normalize import normalize
 from fxopt.hosts.eager import EAGER
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
+from fxopt.report.record import GraphRecord
 
 
 @dataclass
@@ -46,6 +49,19 @@ def capture(
     torch._dynamo.reset()
     found.result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=fullgraph)(*inputs)
     return found
+
+
+def watch_lowered(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that hosts are given from now on, filled as compilation goes on."""
+    lowered: list[fx.GraphModule] = []
+    lower = pipeline.lower
+
+    def watched(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
+        lowered.append(lower(gm, record))
+        return lowered[-1]
+
+    monkeypatch.setattr(pipeline, "lower", watched)
+    return lowered
 
 
 def calls(gm: fx.GraphModule) -> Iterator[fx.Node]:
