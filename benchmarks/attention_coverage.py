@@ -1,0 +1,115 @@
+"""How much of the attention in transformers' models is recovered: `python -m benchmarks.attention_coverage`.
+
+Forty and more architectures, in all forms in which they are called; beside it what Inductor's own patterns
+find. Writes one JSON line for each call, and docs/attention_coverage.md from them. Compiles no code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.coverage_count import count
+from benchmarks.coverage_models import ENTRIES, Entry
+from benchmarks.coverage_page import FORMS, Row, render
+from fxopt.measure.machine import commit, describe
+from fxopt.measure.models import CannotBuild
+from fxopt.measure.suite import release
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "attention-coverage.jsonl"
+PAGE = ROOT / "docs" / "attention_coverage.md"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a model."""
+
+    attention: str
+    dtype: str
+    training: bool
+    padded: bool
+
+
+def calls(entry: Entry) -> Iterator[Call]:
+    padding = (False, True) if entry.padding else (False,)
+    for values in itertools.product(FORMS, ("float32", "bfloat16"), (False, True), padding):
+        yield Call(*values)
+
+
+def measure(entry: Entry, call: Call) -> Row | None:
+    """One line; None when the model has no such form."""
+    dtype = getattr(torch, call.dtype)
+    try:
+        subject = entry.subject(call.attention, dtype, training=call.training, padded=call.padded)
+    except CannotBuild:
+        if call.attention == "eager":
+            raise
+        return None
+    with torch.set_grad_enabled(call.training):
+        found = count(subject.model, subject.kwargs)
+    release()
+    head = {"kind": "row", "commit": commit(), "model": entry.name, "class": entry.kind}
+    return head | vars(call) | found.as_dict()
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Names, separated by commas; default: all.")] = "",
+    out: Annotated[Path, typer.Option(help="The JSON lines. Other models' lines are kept.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="The page rendered from them.")] = PAGE,
+    page_only: Annotated[bool, typer.Option("--page-only", help="Render the page, measure nothing.")] = False,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Count the attention layers that fxopt recovers, and those that Inductor's patterns match."""
+    console = Console()
+    if not page_only:
+        _measure_all(models.split(",") if models else list(ENTRIES), out, threads, console)
+    page.write_text(render(*read(out)))
+    console.print(f"written to {page}")
+
+
+def _measure_all(names: list[str], out: Path, threads: int, console: Console) -> None:
+    unknown = [name for name in names if name not in ENTRIES]
+    if unknown:
+        raise typer.BadParameter(f"no such architecture: {', '.join(unknown)}; known: {', '.join(ENTRIES)}")
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    rows = [row for row in read(out)[1] if row["model"] not in names] if out.exists() else []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("attention", total=sum(len([*calls(ENTRIES[name])]) for name in names))
+        for name in names:
+            for call in calls(ENTRIES[name]):
+                progress.update(task, advance=1, description=name)
+                row = measure(ENTRIES[name], call)
+                if row is not None:
+                    rows.append(row)
+            write(out, describe(), rows)
+    faults = [(row["model"], fault) for row in rows for fault in row["faults"]]
+    for model, fault in faults:
+        console.print(f"{model}: {fault}", style="red", markup=False)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The machine, and one row for each call, in the order of the table."""
+    machine, *rows = map(json.loads, path.read_text().splitlines())
+    places = {name: place for place, name in enumerate(ENTRIES)}
+    return machine, sorted(rows, key=lambda row: places[row["model"]])
+
+
+def write(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
+    lines = [{"kind": "machine", **machine}, *rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
