@@ -159,7 +159,7 @@ MORE: dict[str, Entry] = {
         Entry("mpt", "ALiBi"),
         Entry("mpnet", "bucketed bias"),
         Entry("swinv2", "2-D table, cosine", padding=""),
-        Entry("beit", "2-D table", padding=""),
+        Entry("beit", "2-D table", {"use_relative_position_bias": True}, padding=""),
     )
 }
 
