@@ -121,8 +121,9 @@ def _reason(site: str, answers: list[Evidence]) -> tuple[str, str]:
 
 
 def tidy(text: str) -> str:
-    """Without what tells apart layers (`add_8`) and machines (the folder of a file)."""
+    """Without what tells apart layers (`add_8`, a module's path) and machines (the folder of a file)."""
     text = re.sub(r"(?:/[^/\s():]+)+/(?=[^/\s]+\.py)", "", text)
+    text = re.sub(r"\bl_\w+_(?:parameters|buffers)_(\w+?)_?\b", r"\1", text)
     return re.sub(r"\b([a-z][a-z_]*)_\d+\b", r"\1", text)
 
 
