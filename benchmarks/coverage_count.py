@@ -181,8 +181,8 @@ def describe(attention: fx.Node) -> str:
 
 
 def _mask(attention: fx.Node) -> str:
-    if argument(attention, "mask"):
-        return str(argument(attention, "mask"))
+    if argument(attention, "mask") or argument(attention, "bias"):
+        return argument(attention, "mask") or "none"
     if argument(attention, "is_causal"):
         return "causal"
     mask = argument(attention, "attn_mask")
