@@ -47,8 +47,8 @@ def calls(entry: Entry) -> Iterator[Call]:
         yield Call(*values)
 
 
-def measure(entry: Entry, call: Call) -> Row | None:
-    """One line; None when the model has no such form."""
+def measure(entry: Entry, call: Call, inductor: int | None = None) -> Row | None:
+    """One line; None when the model has no such form. `inductor`: what Inductor finds, where it is known."""
     dtype = getattr(torch, call.dtype)
     try:
         subject = entry.subject(call.attention, dtype, training=call.training, padded=call.padded)
@@ -57,8 +57,9 @@ def measure(entry: Entry, call: Call) -> Row | None:
             raise
         return None
     with torch.set_grad_enabled(call.training):
-        found = count(subject.model, subject.kwargs)
+        found = count(subject.model, subject.kwargs, inductor=inductor is None)
     release()
+    found.inductor = found.inductor if inductor is None else inductor
     head = {"kind": "row", "commit": commit(), "model": entry.name, "class": entry.kind}
     return head | vars(call) | found.as_dict()
 
@@ -68,35 +69,44 @@ def main(
     out: Annotated[Path, typer.Option(help="The JSON lines. Other models' lines are kept.")] = RESULTS,
     page: Annotated[Path, typer.Option(help="The page rendered from them.")] = PAGE,
     page_only: Annotated[bool, typer.Option("--page-only", help="Render the page, measure nothing.")] = False,
+    keep_inductor: Annotated[
+        bool, typer.Option("--keep-inductor", help="Take Inductor's figures from the file: half the time.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Count the attention layers that fxopt recovers, and those that Inductor's patterns match."""
     console = Console()
     if not page_only:
-        _measure_all(models.split(",") if models else list(ENTRIES), out, threads, console)
+        torch.set_num_threads(threads)
+        warnings.filterwarnings("ignore")
+        _measure_all(models.split(",") if models else list(ENTRIES), out, keep_inductor, console)
     page.write_text(render(*read(out)))
     console.print(f"written to {page}")
 
 
-def _measure_all(names: list[str], out: Path, threads: int, console: Console) -> None:
+def _measure_all(names: list[str], out: Path, keep_inductor: bool, console: Console) -> None:
     unknown = [name for name in names if name not in ENTRIES]
     if unknown:
         raise typer.BadParameter(f"no such architecture: {', '.join(unknown)}; known: {', '.join(ENTRIES)}")
-    torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore")
-    rows = [row for row in read(out)[1] if row["model"] not in names] if out.exists() else []
+    rows = read(out)[1] if out.exists() else []
+    known = {(row["model"], call_of(row)): row["inductor"] for row in rows} if keep_inductor else {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("attention", total=sum(len([*calls(ENTRIES[name])]) for name in names))
         for name in names:
+            found: list[Row] = []
             for call in calls(ENTRIES[name]):
                 progress.update(task, advance=1, description=name)
-                row = measure(ENTRIES[name], call)
-                if row is not None:
-                    rows.append(row)
+                row = measure(ENTRIES[name], call, known.get((name, call)))
+                found += [row] if row is not None else []
+            rows = [row for row in rows if row["model"] != name] + found
             write(out, describe(), rows)
     faults = [(row["model"], fault) for row in rows for fault in row["faults"]]
     for model, fault in faults:
         console.print(f"{model}: {fault}", style="red", markup=False)
+
+
+def call_of(row: Row) -> Call:
+    return Call(row["attention"], row["dtype"], row["training"], row["padded"])
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:

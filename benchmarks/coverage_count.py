@@ -71,15 +71,16 @@ class Counts:
         return plain | {"masks": dict(self.masks), "refused": refused}
 
 
-def count(model: Callable[..., Any], kwargs: dict[str, Any]) -> Counts:
-    """Compile `model` for one call with `kwargs`, and count."""
+def count(model: Callable[..., Any], kwargs: dict[str, Any], *, inductor: bool = True) -> Counts:
+    """Compile `model` for one call with `kwargs`, and count; without `inductor`, not what Inductor finds."""
     found = Counts()
     torch._dynamo.reset()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found.graphs += 1
         _count_fxopt(gm, example_inputs, found)
-        _count_inductor(gm, example_inputs, found)
+        if inductor:
+            _count_inductor(gm, example_inputs, found)
         return gm.forward
 
     torch.compile(model, backend=backend)(**kwargs)
