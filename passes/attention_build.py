@@ -11,7 +11,10 @@ from torch import fx
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, val
 
-from .attention_sites import Mask, Scores
+from .attention_layout import Layout, Steps
+from .attention_products import Operand
+from .attention_site import Site
+from .attention_sites import Mask
 
 aten = torch.ops.aten
 
@@ -25,29 +28,65 @@ _WHERE: dict[tuple[bool, ...], Any] = {
 
 @dataclass
 class SiteBuilder:
-    """Inserts nodes at the graph's insertion point. `dtype` is that of the result."""
+    """Inserts nodes at the graph's insertion point. The site has been found to be legal."""
 
     graph: fx.Graph
-    scores: Scores
-    dtype: torch.dtype
+    site: Site
 
-    def operand(self, node: fx.Node) -> fx.Node:
-        """Q or V as (B, H, S, D) in the result's dtype."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.site.dtype
+
+    @property
+    def _layout(self) -> Layout:
+        return self.site.layout
+
+    def query(self) -> fx.Node:
+        """(B, H, Sq, D) in the result's dtype."""
+        own = self.site.scores.query
+        return self._operand(own, self._layout.query_steps(own.lead, self.site.scores.product_lead))
+
+    def key(self) -> fx.Node:
+        """(B, Hkv, Skv, D)"""
+        own = self.site.scores.key
+        return self._operand(own, self._layout.key_steps(own.lead, self.site.scores.product_lead))
+
+    def value(self) -> fx.Node:
+        """(B, Hkv, Skv, Dv)"""
+        own = self.site.weighted.value
+        return self._operand(own, self._layout.key_steps(own.lead, self.site.weighted.lead))
+
+    def _operand(self, operand: Operand, steps: Steps | None) -> fx.Node:
+        node, order = operand.node, operand.order
+        swapped = _transposed(node) if order == _swap(len(order)) else None
+        if swapped is not None:
+            node, order = swapped, tuple(range(len(order)))
         if facts.dtype(node) != self.dtype:
             node = self._call(aten.to.dtype, node, self.dtype)
-        return self._rank4(node, val_rank=3 if self._flat else 4)
+        return self._run(self._ordered(node, order), steps)
 
-    def untransposed(self, key_t: fx.Node) -> fx.Node:
-        """K as (B, H, Skv, D), from the transpose that the product reads."""
-        source = _transposed(key_t)
-        if source is not None:
-            return self.operand(source)
-        return self._call(aten.transpose.int, self.operand(key_t), -2, -1)
+    def _ordered(self, node: fx.Node, order: tuple[int | None, ...]) -> fx.Node:
+        own = [dim for dim in order if dim is not None]
+        if own == list(_swap(len(own))):
+            node = self._call(aten.transpose.int, node, -2, -1)
+        elif own != sorted(own):
+            node = self._call(aten.permute.default, node, own)
+        for place, dim in enumerate(order):
+            if dim is None:
+                node = self._call(aten.unsqueeze.default, node, place)
+        return node
+
+    def sinks(self) -> fx.Node | None:
+        """(Hq,)"""
+        node = self.site.sinks
+        if node is None or val(node).dim() == 1:
+            return node
+        return self._call(aten.reshape.default, node, [-1])
 
     def mask(self) -> fx.Node | None:
         """The sum of all masks, of rank 4, in float32 or the result's dtype; None when there is none."""
         total: fx.Node | None = None
-        for mask in self.scores.masks:
+        for mask in self.site.scores.masks:
             term = self._term(mask)
             total = term if total is None else self._call(aten.add.Tensor, total, term)
         return total
@@ -55,8 +94,8 @@ class SiteBuilder:
     def exact_mask(self, finite: bool) -> fx.Node:
         """All steps of masking in the model's order and dtypes: the sum overflows where the model's does."""
         total: fx.Node | None = None
-        for mask in self.scores.masks:
-            node = self._broadcastable(mask.node, mask)
+        for mask in self.site.scores.masks:
+            node = self._placed(mask.node, mask)
             if mask.fill is None:
                 node = self._scaled(node, mask)
                 total = node if total is None else self._call(aten.add.Tensor, total, node)
@@ -67,47 +106,28 @@ class SiteBuilder:
             total = self._call(aten.to.dtype, total, mask.dtype)
         if total is None:
             raise ValueError("a site without masks")
-        return self._narrow(total, self.scores.masks[-1].dtype) if finite else total
+        return self._narrow(total, self.site.scores.masks[-1].dtype) if finite else total
 
-    def like_root(self, result: fx.Node, out: torch.Tensor) -> fx.Node:
+    def like_root(self, result: fx.Node) -> fx.Node:
         """(B, H, Sq, Dv) in the shape of the replaced product."""
-        if out.dim() == 4:
-            return result
-        if len(self.scores.shape) == 3:
-            return self._call(aten.squeeze.dim, result, 0)
-        return self._call(aten.flatten.using_ints, result, 0, 1)
-
-    @property
-    def _flat(self) -> bool:
-        """The product is of rank 3: batch and heads are one dimension."""
-        return len(val(self.scores.query).shape) == 3
-
-    def _rank4(self, node: fx.Node, val_rank: int) -> fx.Node:
-        if val_rank == 4:
-            return node
-        if len(self.scores.shape) == 3:
-            return self._call(aten.unsqueeze.default, node, 0)
-        return self._call(aten.unflatten.int, node, 0, [-1, self.scores.shape[1]])
+        weighted = self.site.weighted
+        result = self._run(result, self._layout.result_steps(weighted.lead))
+        return self._ordered(result, weighted.order)
 
     def _term(self, mask: Mask) -> fx.Node:
         node = self._filled(mask) if mask.fill is not None else mask.node
         if mask.fill is None:
             node = self._scaled(self._narrow(node, facts.dtype(mask.node)), mask)
-        return self._broadcastable(node, mask)
+        return self._placed(node, mask)
 
     def _scaled(self, node: fx.Node, mask: Mask) -> fx.Node:
         if mask.factor.is_one:
             return node
         return self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
 
-    def _broadcastable(self, node: fx.Node, mask: Mask) -> fx.Node:
-        """A mask as the site has it, with four dimensions."""
-        rank = val(mask.node).dim()
-        if rank == 3 and mask.rank == 3 and not facts.same_size(val(mask.node).shape[0], 1):
-            return self._rank4(node, val_rank=3)
-        for _ in range(4 - rank):
-            node = self._call(aten.unsqueeze.default, node, 0)
-        return node
+    def _placed(self, node: fx.Node, mask: Mask) -> fx.Node:
+        """A mask, or what was made of it, with four dimensions."""
+        return self._run(node, self._layout.mask_steps(*self.site.leads_of(mask)))
 
     def _filled(self, mask: Mask) -> fx.Node:
         lowest = torch.finfo(self.dtype).min
@@ -118,14 +138,25 @@ class SiteBuilder:
 
     def _narrow(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """float32 masks stay on the CPU, whose kernels take them; elsewhere a mask has the dtype of Q."""
-        on_cpu = val(self.scores.query).device.type == "cpu"
+        on_cpu = val(self.site.scores.product).device.type == "cpu"
         if dtype == self.dtype or (on_cpu and dtype == torch.float32):
             return node
         low = self._call(aten.clamp.default, node, torch.finfo(self.dtype).min)
         return self._call(aten.to.dtype, low, self.dtype)
 
+    def _run(self, node: fx.Node, steps: Steps | None) -> fx.Node:
+        if steps is None:
+            raise ValueError("a layout that was not found to be legal")
+        for target, args in steps:
+            node = self._call(target, node, *args)
+        return node
+
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)
+
+
+def _swap(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 def _transposed(node: fx.Node) -> fx.Node | None:
@@ -136,8 +167,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
         return node.args[0] if dims == {rank - 2, rank - 1} else None  # type: ignore[return-value]
     if is_call(node, aten.permute.default):
         order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        return node.args[0] if order == swapped else None  # type: ignore[return-value]
+        return node.args[0] if order == [*_swap(rank)] else None  # type: ignore[return-value]
     if is_call(node, aten.mT.default, aten.adjoint.default):
         return node.args[0]  # type: ignore[return-value]
     return None

@@ -1,7 +1,7 @@
-"""What surrounds a softmax in attention: the scores above it, the product with V below it.
+"""What is above a softmax in attention: the scores, read down to the product of Q and K.
 
-Scores are read as ``factor * (Q K^T) + sum of masks``: scalar factors, additive masks and filled masks are
-collected in any order of nesting, on either operand; casts and reshapes that keep the rows are seen
+Scores are read as ``score(factor * Q K^T) + sum of masks``: scalar factors, additive masks and filled masks
+are collected in any order of nesting, on either operand; casts and reshapes that keep the rows are seen
 through.
 """
 
@@ -11,18 +11,23 @@ import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, is_number, val
+from fxopt.ir.formula import S
 from fxopt.ir.ops.masking import LOWEST_SHARE
+from fxopt.ir.program import ScoreProgram
+
+from .attention_layout import Lead
+from .attention_products import PRODUCTS, Operand, read_product
 
 aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
 # What a trace makes of ``torch.tensor(number)``.
 _LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default)
 
@@ -50,9 +55,13 @@ class Factor:
         return self == Factor()
 
     @property
+    def is_number(self) -> bool:
+        return not self.over and not self.under
+
+    @property
     def is_positive(self) -> bool:
         """Known to be; of a node nothing is known."""
-        return self.number > 0 and not self.over and not self.under
+        return self.number > 0 and self.is_number
 
     def build(self, graph: fx.Graph) -> float | fx.Node:
         """The value, computed at the graph's insertion point where nodes take part."""
@@ -68,11 +77,11 @@ class Factor:
 class Mask:
     """One step of masking: ``factor * node`` is added, or `fill` replaces where `node` (bool) is `where`.
 
-    `rank` and `dtype` are those of the scores after the step.
+    `lead` and `dtype` are those of the scores after the step.
     """
 
     node: fx.Node
-    rank: int
+    lead: Lead
     dtype: torch.dtype
     factor: Factor = Factor()
     fill: float | None = None
@@ -81,14 +90,22 @@ class Mask:
 
 @dataclass
 class Scores:
-    """``factor * query @ key^T + masks``; `shape` is the widest view of the scores seen on the way."""
+    """``score(factor * query @ key^T) + masks``.
 
-    query: fx.Node
-    key_t: fx.Node
+    `product` is the node of the product, `lead` the widest one that the scores are viewed with on the way.
+    """
+
+    query: Operand
+    key: Operand
     factor: Factor
     product: fx.Node
     masks: list[Mask] = field(default_factory=list)  # the innermost first
-    shape: tuple[Any, ...] = ()
+    score: ScoreProgram = ScoreProgram(S)
+    lead: Lead = ()
+
+    @property
+    def product_lead(self) -> Lead:
+        return tuple(val(self.product).shape[:-2])
 
 
 def read_scores(node: fx.Node, factor: Factor = Factor()) -> Scores | Miss:  # noqa: B008 - immutable
@@ -101,18 +118,49 @@ def read_scores(node: fx.Node, factor: Factor = Factor()) -> Scores | Miss:  # n
         return _product(node, factor)
     if is_call(node, aten.baddbmm.default):
         return _baddbmm(node, factor)
+    if is_call(node, aten.tanh.default):
+        return _capped(node, factor)
     step = _step(node, factor)
     if step is None:
-        return Miss("scale, mask and casts between QK^T and softmax", str(node.target))
+        return Miss("scale, mask and casts between QK^T and softmax", seen(node))
     inner, inner_factor, masks = step
-    if len(inner.users) != 1:
-        return Miss("scores that only the softmax reads", f"{inner.name} is read {len(inner.users)} times")
-    found = read_scores(inner, inner_factor)
+    found = _read_below(inner, inner_factor)
     if isinstance(found, Miss):
         return found
     found.masks += masks
-    if len(val(node).shape) >= len(found.shape):
-        found.shape = tuple(val(node).shape)
+    lead = tuple(val(node).shape[:-2])
+    if len(lead) >= len(found.lead):
+        found.lead = lead
+    return found
+
+
+def _read_below(inner: fx.Node, factor: Factor) -> Scores | Miss:
+    if len(inner.users) != 1:
+        return Miss("scores that only the softmax reads", f"{inner.name} is read {len(inner.users)} times")
+    return read_scores(inner, factor)
+
+
+def seen(node: fx.Node) -> str:
+    """An operation, and where the user wrote it."""
+    return f"{node.target} ({facts.location(node)})"
+
+
+def _capped(node: fx.Node, factor: Factor) -> Scores | Miss:
+    """``factor * tanh(scores)``, which is c * tanh(s / c) for c = factor and s = c * scores."""
+    if not factor.is_number or factor.number == 0:
+        return Miss("a softcap that is a number", f"{factor} ({facts.location(node)})")
+    found = _read_below(node.args[0], Factor())  # type: ignore[arg-type]
+    if isinstance(found, Miss):
+        return found
+    if found.masks:
+        return Miss("a softcap of scores without a mask", f"a mask inside of {seen(node)}")
+    if found.score != ScoreProgram(S):
+        return Miss("one softcap", f"another in {seen(node)}")
+    cap = (
+        sympy.nsimplify(abs(factor.number)) if factor.number.is_integer() else sympy.Float(abs(factor.number))
+    )
+    found.score = ScoreProgram(cap * sympy.tanh(S / cap))
+    found.factor = found.factor.times(factor.number)
     return found
 
 
@@ -158,8 +206,12 @@ def _addition(node: fx.Node, factor: Factor) -> Step | None:
         if facts.is_tensor(operand) and facts.is_floating(mask) and _leads_to_product(operand):
             if not facts.same_shape(val(operand).shape, val(node).shape):
                 return None
-            return operand, factor, [Mask(mask, val(node).dim(), facts.dtype(node), factor)]
+            return operand, factor, [_mask(mask, node, factor=factor)]
     return None
+
+
+def _mask(mask: fx.Node, after: fx.Node, **more: Any) -> Mask:
+    return Mask(mask, tuple(val(after).shape[:-2]), facts.dtype(after), **more)
 
 
 def _leads_to_product(node: Any, depth: int = 12) -> bool:
@@ -173,7 +225,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
     filled = _fill_of(node)
     if filled is not None:
         return _leads_to_product(filled[0], depth - 1)
-    single = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.mul.Scalar)
+    single = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.mul.Scalar, aten.tanh.default)
     return is_call(node, *single) and _leads_to_product(node.args[0], depth - 1)
 
 
@@ -187,7 +239,7 @@ def _filled(node: fx.Node, factor: Factor) -> Step | None:
         return None
     if not facts.same_shape(val(scores).shape, val(node).shape):
         return None
-    return scores, factor, [Mask(mask, val(node).dim(), facts.dtype(node), fill=fill, where=where)]
+    return scores, factor, [_mask(mask, node, fill=fill, where=where)]
 
 
 def _fill_of(node: fx.Node) -> tuple[Any, Any, float, bool] | None:
@@ -220,8 +272,9 @@ def constant(node: Any) -> Any:
     return held.item() if type(held) is torch.Tensor and len(node.users) == 1 else node
 
 
-def _operand(node: Any, factor: Factor) -> tuple[fx.Node, Factor]:
+def _operand(operand: Operand, factor: Factor) -> tuple[Operand, Factor]:
     """Through casts that keep every value and scalar factors of one operand of the product."""
+    node: Any = operand.node
     while isinstance(node, fx.Node):
         if facts.is_float_cast(node) and facts.is_widening(node):
             node = node.args[0]
@@ -230,18 +283,18 @@ def _operand(node: Any, factor: Factor) -> tuple[fx.Node, Factor]:
         if scaled is None:
             break
         node, factor = scaled
-    return node, factor
+    return replace(operand, node=node), factor
 
 
 def _product(node: fx.Node, factor: Factor) -> Scores | Miss:
-    left, right = node.args[0], node.args[1]
-    if not facts.is_tensor(left) or not facts.is_tensor(right):
-        return Miss("a product of two tensors", node.name)
-    if val(left).dim() != val(right).dim() or val(left).dim() not in (3, 4):
-        return Miss("Q and K of rank 3 or 4", f"ranks {val(left).dim()} and {val(right).dim()}")
-    query, factor = _operand(left, factor)
-    key_t, factor = _operand(right, factor)
-    return Scores(query, key_t, factor, node, [], tuple(val(node).shape))
+    found = read_product(node)
+    if isinstance(found, Miss):
+        return found
+    if not found.is_ordered:
+        return Miss("scores with queries as rows and keys as columns, last", seen(node))
+    query, factor = _operand(found.left, factor)
+    key, factor = _operand(found.right, factor)
+    return Scores(query, key, factor, node, lead=tuple(val(node).shape[:-2]))
 
 
 def _baddbmm(node: fx.Node, factor: Factor) -> Scores | Miss:
@@ -249,44 +302,9 @@ def _baddbmm(node: fx.Node, factor: Factor) -> Scores | Miss:
     beta, alpha = argument(node, "beta"), argument(node, "alpha")
     if not facts.is_scalar(beta) or not facts.is_scalar(alpha):
         return Miss("beta and alpha that are numbers", f"beta {beta}, alpha {alpha}")
-    query, scaled = _operand(node.args[1], factor.times(alpha))
-    key_t, scaled = _operand(node.args[2], scaled)
-    added = Mask(node.args[0], 3, facts.dtype(node), factor.times(beta))  # type: ignore[arg-type]
-    masks = [] if is_number(beta, 0) else [added]
-    return Scores(query, key_t, scaled, node, masks, tuple(val(node).shape))
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """The product of the probabilities with V. `root` is the last node of the site."""
-
-    root: fx.Node
-    value: fx.Node
-    dropout_p: float
-
-
-def read_weighted(softmax: fx.Node) -> Weighted | Miss:
-    """Follow the probabilities down to their product with V; nobody else may read them."""
-    node, dropout = softmax, 0.0
-    while True:
-        users = [user for user in node.users if user.op != "output"]
-        if len(users) != 1 or len(node.users) != 1:
-            return Miss("probabilities that only the product with V reads", _readers(node))
-        user = users[0]
-        if is_call(user, *PRODUCTS):
-            if user.args[0] is not node or user.args[1] is node:
-                return Miss("probabilities as left operand", f"{user.name} has them on the right")
-            return Weighted(user, user.args[1], dropout)  # type: ignore[arg-type]
-        if is_call(user, aten.dropout.default):
-            if facts.drops(user):
-                if dropout:
-                    return Miss("one dropout", "two")
-                dropout = float(argument(user, "p"))
-        elif not (facts.is_float_cast(user) or (is_call(user, *VIEWS) and keeps_rows(user))):
-            return Miss("casts, dropout and the product with V below the softmax", str(user.target))
-        node = user
-
-
-def _readers(node: fx.Node) -> str:
-    names = ", ".join("the graph's output" if u.op == "output" else u.name for u in node.users)
-    return f"{node.name} is read by {names or 'nobody'}"
+    own = (0, 1, 2)
+    query, scaled = _operand(Operand(node.args[1], own), factor.times(alpha))  # type: ignore[arg-type]
+    key, scaled = _operand(Operand(node.args[2], own).transposed, scaled)  # type: ignore[arg-type]
+    lead = tuple(val(node).shape[:-2])
+    added = Mask(node.args[0], lead, facts.dtype(node), factor.times(beta))  # type: ignore[arg-type]
+    return Scores(query, key, scaled, node, [] if is_number(beta, 0) else [added], lead=lead)

@@ -1,4 +1,4 @@
-"""softmax(scale * Q K^T + mask) V, however it is spelled -> ``fxopt::attention``.
+"""softmax(score(scale * Q K^T) + mask) V, however it is spelled -> ``fxopt::attention``.
 
 Anchored on the softmax (and on scaled_dot_product_attention, which is adopted as it is). A mask that may
 hold whole rows of -inf (it is a graph input, or a sum of two masks that overflows) keeps softmax's answer for
@@ -19,15 +19,17 @@ from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import argument, is_call, val
 from fxopt.ir.ops.attention import ATTENTION
-from fxopt.ir.ops.masking import NAN, NONE
+from fxopt.ir.ops.masking import NAN, NONE, ZERO
 
 from .attention_build import SiteBuilder
+from .attention_layout import Lead
 from .attention_masks import commute, never_infinite, replaces
-from .attention_sites import VIEWS, Scores, Weighted, read_scores, read_weighted
+from .attention_site import Site, read_site
+from .attention_sites import VIEWS
+from .attention_weights import SOFTMAXES, SPELLED_OUT
 
 aten = torch.ops.aten
 
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 SDPA = aten.scaled_dot_product_attention.default
 # They move values and change none.
 _REORDERS = (*VIEWS, aten.transpose.int, aten.permute.default, aten.mT.default)
@@ -38,39 +40,31 @@ class RewriteAttention:
     """One semantic op for every attention site."""
 
     name: ClassVar[str] = "rewrite-attention"
-    anchors: ClassVar[tuple[OpOverload, ...]] = (*SOFTMAXES, SDPA)
+    anchors: ClassVar[tuple[OpOverload, ...]] = (*SOFTMAXES, SPELLED_OUT, SDPA)
     after: ClassVar[tuple[str, ...]] = ("eliminate-noops",)
 
     def match(self, node: fx.Node) -> Match | Miss | None:
         if node.target is SDPA:
             return Match(node, (node,), {"adopted": True})
-        if not facts.is_last_dim(node, argument(node, "dim")):
-            return Miss("a softmax over the last dimension", f"dim {argument(node, 'dim')}")
-        scores = read_scores(node.args[0])  # type: ignore[arg-type]
-        if isinstance(scores, Miss):
-            return scores
-        if len(node.args[0].users) != 1:  # type: ignore[union-attr]
-            return Miss("scores that only the softmax reads", f"{node.args[0]} has other readers")
-        weighted = read_weighted(node)
-        if isinstance(weighted, Miss):
-            return weighted
-        return Match(node, (weighted.root,), {"adopted": False, "scores": scores, "weighted": weighted})
+        site = read_site(node)
+        if site is None or isinstance(site, Miss):
+            return site
+        return Match(node, (site.root,), {"adopted": False, "site": site})
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         if match["adopted"]:
             return _adoptable(match.anchor)
-        scores, weighted = match["scores"], match["weighted"]
+        site: Site = match["site"]
         for check in (_shapes, _dtypes, _masks):
-            verdict = check(scores, weighted)
+            verdict = check(site)
             if not verdict:
                 return verdict
-        reads = [scores.query, scores.key_t, weighted.value, *(mask.node for mask in scores.masks)]
-        if ctx.facts.differentiates(weighted.root) and replaces(scores.masks) is None:
+        if ctx.facts.differentiates(site.root) and replaces(site.scores.masks) is None:
             return Verdict.no(
                 "some scores are filled, which stops their gradient, and some masked by a sum, which does not"
             )
-        for value in reads:
-            stale = ctx.facts.unsafe_read([value], value, weighted.root)
+        for value in site.reads:
+            stale = ctx.facts.unsafe_read([value], value, site.root)
             if stale:
                 return Verdict.no(stale)
         return Verdict.yes()
@@ -78,14 +72,14 @@ class RewriteAttention:
     def profit(self, match: Match, ctx: Context) -> Verdict:
         if match["adopted"]:
             return Verdict.yes("already one op")
-        query, key = val(match["scores"].query), val(match["scores"].key_t)
-        rows, columns = hint(query.shape[-2]), hint(key.shape[-1])
+        scores = match["site"].scores
+        rows, columns = hint(scores.query.shape[-2]), hint(scores.key.shape[-2])
         return Verdict.yes(f"a matrix of {rows} x {columns} scores per head becomes a detail of the op")
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         if match["adopted"]:
             return _adopt(match.anchor, graph)
-        return _build(match["scores"], match["weighted"], graph)
+        return _build(match["site"], graph)
 
 
 def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
@@ -115,47 +109,45 @@ def _adoptable(node: fx.Node) -> Verdict:
     return Verdict.yes("the same op")
 
 
-def _shapes(scores: Scores, weighted: Weighted) -> Verdict:
-    query, key_t, value = val(scores.query), val(scores.key_t), val(weighted.value)
-    if len(scores.shape) not in (3, 4):
-        return Verdict.no(f"wanted scores of rank 3 or 4, saw rank {len(scores.shape)}")
-    if query.dim() == 4 and not facts.same_shape(scores.shape[:2], val(scores.product).shape[:2]):
-        return Verdict.no(f"wanted one batch and one number of heads throughout, saw {scores.shape}")
-    if query.dim() == 3 and len(scores.shape) == 4 and not isinstance(scores.shape[1], int):
-        return Verdict.no("wanted a known number of heads")
-    if value.dim() != query.dim():
-        return Verdict.no(f"wanted Q and V of one rank, saw {query.dim()} and {value.dim()}")
-    if not facts.same_size(value.shape[-2], key_t.shape[-1]):
-        return Verdict.no(f"wanted as many values as keys, saw {value.shape[-2]} and {key_t.shape[-1]}")
-    for name, other in (("K", key_t), ("V", value)):
-        if not facts.same_shape(query.shape[:-2], other.shape[:-2]) and not _shares_heads(query, other):
+def _shapes(site: Site) -> Verdict:
+    scores, weighted, layout = site.scores, site.weighted, site.layout
+    query, key, value = scores.query, scores.key, weighted.value
+    if not facts.same_size(value.shape[-2], key.shape[-2]):
+        return Verdict.no(f"wanted as many values as keys, saw {value.shape[-2]} and {key.shape[-2]}")
+    placed = {
+        "Q": layout.query_steps(query.lead, scores.product_lead),
+        "K": layout.key_steps(key.lead, scores.product_lead),
+        "V": layout.key_steps(value.lead, weighted.lead),
+        "the result": layout.result_steps(weighted.lead),
+    }
+    for name, steps in placed.items():
+        if steps is None:
             return Verdict.no(
-                f"wanted Q and {name} of one batch, saw {tuple(query.shape)}, {tuple(other.shape)}"
+                f"wanted batch and heads as {layout.batch} x {layout.heads}, saw {name} of "
+                f"{query.lead}, {key.lead}, {value.lead}, {weighted.lead}"
             )
-    if not facts.same_shape(key_t.shape[:-2], value.shape[:-2]):
-        return Verdict.no("wanted K and V of one batch")
+    heads = [layout.key_heads(each, at) for each, at in _keys(site)]
+    if not facts.same_size(heads[0], heads[1]):
+        return Verdict.no(f"wanted as many heads of K as of V, saw {heads[0]} and {heads[1]}")
     return Verdict.yes()
 
 
-def _shares_heads(query: torch.Tensor, other: torch.Tensor) -> bool:
-    """One key head that all query heads read by broadcasting."""
-    return (
-        query.dim() == 4
-        and facts.same_size(query.shape[0], other.shape[0])
-        and facts.same_size(other.shape[1], 1)
-    )
+def _keys(site: Site) -> list[tuple[Lead, Lead]]:
+    """The leads of K and V, and of what they are multiplied with."""
+    scores, weighted = site.scores, site.weighted
+    return [(scores.key.lead, scores.product_lead), (weighted.value.lead, weighted.lead)]
 
 
-def _dtypes(scores: Scores, weighted: Weighted) -> Verdict:
-    out = facts.dtype(weighted.root)
+def _dtypes(site: Site) -> Verdict:
+    scores, out = site.scores, site.dtype
     if out not in facts.PLAIN_FLOATS:
         return Verdict.no(f"wanted a floating result, saw {out}")
     computed = facts.dtype(scores.product)
-    for name, node in (("Q", scores.query), ("K", scores.key_t), ("V", weighted.value)):
+    for name, node in (("Q", scores.query.node), ("K", scores.key.node), ("V", site.weighted.value.node)):
         if not facts.is_floating(node):
             return Verdict.no(f"wanted {name} floating, saw {facts.dtype(node)}")
     wide = torch.finfo(computed).bits > torch.finfo(out).bits
-    for name, node in (("Q", scores.query), ("K", scores.key_t)):
+    for name, node in (("Q", scores.query.node), ("K", scores.key.node)):
         if wide and torch.finfo(_held_in(node)).bits > torch.finfo(out).bits:
             return Verdict.no(f"wanted {name} of the result's {out}, saw {facts.dtype(node)}, to be rounded")
     if torch.finfo(computed).bits < torch.finfo(out).bits:
@@ -172,32 +164,36 @@ def _held_in(node: fx.Node) -> torch.dtype:
         node = node.args[0]  # type: ignore[assignment]
 
 
-def _masks(scores: Scores, weighted: Weighted) -> Verdict:
-    for mask in scores.masks:
+def _masks(site: Site) -> Verdict:
+    for mask in site.scores.masks:
         value = val(mask.node)
         if mask.fill is not None and value.dtype is not torch.bool:
             return Verdict.no(f"wanted a bool condition, saw {value.dtype}")
-        if value.dim() > mask.rank:
+        own, at = site.leads_of(mask)
+        if site.layout.mask_steps(own, at) is None:
             return Verdict.no(f"wanted a mask that broadcasts to the scores, saw {tuple(value.shape)}")
+    if site.gated and not never_infinite(site.scores.masks):
+        return Verdict.no("wanted finite masks: sinks as a factor of the result keep the NaN of rows of -inf")
     return Verdict.yes()
 
 
-def _build(scores: Scores, weighted: Weighted, graph: fx.Graph) -> fx.Node:
-    out = val(weighted.root)
-    parts = SiteBuilder(graph, scores, out.dtype)
-    query = parts.operand(scores.query)
-    key = parts.untransposed(scores.key_t)
-    value = parts.operand(weighted.value)
+def _build(site: Site, graph: fx.Graph) -> fx.Node:
+    parts, scores, layout = SiteBuilder(graph, site), site.scores, site.layout
+    query, key, value = parts.query(), parts.key(), parts.value()
     finite = never_infinite(scores.masks)
     kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "dead_rows": NONE if finite else NAN}
     if replaces(scores.masks):
         kwargs["mask_replaces"] = True
-    if torch.finfo(facts.dtype(scores.product)).bits > torch.finfo(out.dtype).bits:
+    if torch.finfo(facts.dtype(scores.product)).bits > torch.finfo(site.dtype).bits:
         kwargs["wide_scores"] = True
-    if not facts.same_shape(val(scores.query).shape[:-2], val(scores.key_t).shape[:-2]):
+    if not facts.same_size(layout.key_heads(*_keys(site)[0]), layout.heads):
         kwargs["enable_gqa"] = True
+    if not scores.score.is_identity:
+        kwargs["score"] = str(scores.score)
+    if site.sinks is not None:
+        kwargs |= {"sinks": parts.sinks(), "dead_rows": ZERO}
     mask = parts.mask() if finite and commute(scores.masks) else parts.exact_mask(finite)
     result = graph.call_function(
-        ATTENTION.overload, (query, key, value, mask, weighted.dropout_p, False), kwargs
+        ATTENTION.overload, (query, key, value, mask, site.weighted.dropout_p, False), kwargs
     )
-    return parts.like_root(result, out)
+    return parts.like_root(result)

@@ -227,10 +227,6 @@ def two_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Te
     return w @ v + w @ (v * 2)
 
 
-def softcap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return softmax(torch.tanh(q @ k.mT / 5.0) * 5.0, dim=-1) @ v
-
-
 def tensor_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return softmax(q @ k.mT * q.abs().mean(), dim=-1) @ v
 
@@ -241,11 +237,6 @@ def infinite_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch
 
 def small_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return softmax((q @ k.mT).masked_fill(~keep, -10.0), dim=-1) @ v
-
-
-def sink_column(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    s = q @ k.mT
-    return softmax(torch.cat([s, s[..., :1] * 0], dim=-1), dim=-1)[..., :-1] @ v
 
 
 def written_value(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -270,11 +261,9 @@ NEAR_MISSES: dict[str, tuple[Site, str]] = {
     "escaping": (escaping, "only the product with V reads"),
     "scores_read_twice": (scores_read_twice, "only the softmax reads"),
     "two_values": (two_values, "only the product with V reads"),
-    "softcap": (softcap, "tanh"),
     "tensor_scale": (tensor_scale, "mul"),
     "nan_to_num": (infinite_fill, "nan_to_num"),
     "small_fill": (small_fill, "masked_fill"),
-    "sink_column": (sink_column, "cat"),
     "written_value": (written_value, "written by"),
     "in_place_scores": (in_place_scores, "add_"),
     "wrong_side": (wrong_side, "left operand"),

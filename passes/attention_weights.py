@@ -1,0 +1,140 @@
+"""What is around and below a softmax in attention: what it is taken of, and the product with V.
+
+A softmax may be spelled out as ``exp(x - max(x)) / sum(exp(x - max(x)))``, and a maximum may be subtracted
+in front of one, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir import facts
+from fxopt.ir.contract import Miss
+from fxopt.ir.facts import argument, is_call, val
+
+from .attention_layout import Lead
+from .attention_products import PRODUCTS, Operand, Product, read_product
+from .attention_sites import VIEWS, keeps_rows, seen
+
+aten = torch.ops.aten
+
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+SPELLED_OUT = aten.div.Tensor
+
+
+def exponent(node: fx.Node) -> fx.Node | Miss | None:
+    """What a softmax over the last dimension is taken of; None when the node is no softmax."""
+    if is_call(node, *SOFTMAXES):
+        if not facts.is_last_dim(node, argument(node, "dim")):
+            return Miss("a softmax over the last dimension", f"dim {argument(node, 'dim')}")
+        return node.args[0]  # type: ignore[return-value]
+    shares, total = node.args[0], node.args[1]
+    spelled = is_call(shares, aten.exp.default) and is_call(total, aten.sum.dim_IntList)
+    if not spelled or total.args[0] is not shares or set(shares.users) != {node, total}:  # type: ignore[union-attr]
+        return None
+    if not _reduces_last(total) or unshifted(shares.args[0]) is shares.args[0]:  # type: ignore[arg-type, union-attr]
+        return None
+    return shares.args[0]  # type: ignore[return-value, union-attr]
+
+
+def _reduces_last(node: fx.Node) -> bool:
+    dims = argument(node, "dim")
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    return len(dims) == 1 and facts.is_last_dim(node.args[0], dims[0]) and bool(argument(node, "keepdim"))  # type: ignore[arg-type]
+
+
+def unshifted(node: fx.Node) -> fx.Node:
+    """x of ``x - max(x, -1)``, where nothing else reads x; else the node itself."""
+    if not is_call(node, aten.sub.Tensor) or not facts.is_number(argument(node, "alpha"), 1):
+        return node
+    source, top = node.args[0], node.args[1]
+    while is_call(top, aten.detach.default, aten.alias.default) and len(top.users) == 1:  # type: ignore[union-attr]
+        top = top.args[0]  # type: ignore[union-attr]
+    if is_call(top, operator.getitem) and top.args[1] == 0:  # type: ignore[union-attr, arg-type]
+        top = top.args[0]  # type: ignore[union-attr]
+    if not is_call(top, aten.max.dim, aten.amax.default) or top.args[0] is not source:  # type: ignore[union-attr]
+        return node
+    return source if _reduces_last(top) and set(source.users) == {node, top} else node  # type: ignore[union-attr, arg-type, return-value]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The product of the probabilities with V. `root` is the last node of the site.
+
+    `lead` is that of the probabilities in the product; `sliced` says that they lose their last column first.
+    """
+
+    root: fx.Node
+    value: Operand
+    lead: Lead
+    order: tuple[int, ...]
+    dropout_p: float = 0.0
+    sliced: bool = False
+
+
+def read_weighted(softmax: fx.Node) -> Weighted | Miss:
+    """Follow the probabilities down to their product with V; nobody else may read them."""
+    node, dropout, sliced = softmax, 0.0, False
+    while True:
+        users = [user for user in node.users if user.op != "output"]
+        if len(users) != 1 or len(node.users) != 1:
+            return Miss("probabilities that only the product with V reads", _readers(node))
+        user = users[0]
+        if is_call(user, *PRODUCTS):
+            return _product(user, node, dropout, sliced)
+        if facts.drops(user):
+            if dropout:
+                return Miss("one dropout", "two")
+            dropout = float(argument(user, "p"))
+        elif _drops_last(user) and not dropout and not sliced:
+            sliced = True
+        elif not (
+            is_call(user, aten.dropout.default, *KEEPING)
+            or facts.is_float_cast(user)
+            or (is_call(user, *VIEWS) and keeps_rows(user))
+        ):
+            return Miss("casts, dropout and the product with V below the softmax", seen(user))
+        node = user
+
+
+KEEPING = (aten.contiguous.default, aten.clone.default)
+
+
+def _drops_last(node: fx.Node) -> bool:
+    """``x[..., :-1]``"""
+    if not is_call(node, aten.slice.Tensor) or not facts.is_last_dim(node, argument(node, "dim")):
+        return False
+    plain = argument(node, "start") in (None, 0) and argument(node, "step") == 1
+    return plain and facts.same_size(val(node).shape[-1], val(node.args[0]).shape[-1] - 1)
+
+
+def _product(node: fx.Node, weights: fx.Node, dropout: float, sliced: bool) -> Weighted | Miss:
+    found = read_product(node)
+    if isinstance(found, Miss):
+        return found
+    if is_call(node, aten.einsum.default) and found.right.node is weights:
+        found = found.swapped
+    if found.left.node is not weights or found.right.node is weights:
+        return Miss("probabilities as left operand", f"{node.name} has them on the right")
+    own = tuple(range(val(weights).dim()))
+    if found.left.order != own:
+        return Miss("a product with V over the last dimension of the probabilities", seen(node))
+    lead = tuple(val(weights).shape[:-2])
+    if not facts.same_shape(lead, _result_lead(found, node)):
+        return Miss("a product with V of the probabilities' batch", seen(node))
+    return Weighted(node, found.right.transposed, lead, found.order, dropout, sliced)
+
+
+def _result_lead(found: Product, node: fx.Node) -> list[Any]:
+    sizes: dict[int, Any] = dict(zip(found.order, val(node).shape, strict=True))
+    return [sizes[place] for place in range(len(found.order) - 2)]
+
+
+def _readers(node: fx.Node) -> str:
+    names = ", ".join("the graph's output" if u.op == "output" else u.name for u in node.users)
+    return f"{node.name} is read by {names or 'nobody'}"
