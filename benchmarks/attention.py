@@ -97,7 +97,7 @@ def main() -> int:
 
 def _row(case: Case, found: Comparison) -> dict[str, Any]:
     evidence = [entry for record in found.records for entry in record.evidence]
-    programs = [e.reason for e in evidence if e.rewrite in ("block-attention", "fold-causal-mask")]
+    programs = [e.reason for e in evidence if e.rewrite in ("recover-mask", "fold-causal-mask")]
     return {
         **asdict(case),
         "ratio": found.speed.as_dict(),

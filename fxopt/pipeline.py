@@ -47,8 +47,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fold-causal-mask", "fxopt.passes.fold_causal_mask:FoldCausalMask"),
     # needs the attention op on whose K and V it acts
     ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
-    # what is still masked by a tensor, and by a formula that leaves keys unread
-    ("block-attention", "fxopt.passes.block_attention:BlockAttention"),
+    # what is still masked by a tensor gets formulas of its mask
+    ("recover-mask", "fxopt.passes.recover_mask:RecoverMask"),
 )
 
 

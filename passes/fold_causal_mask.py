@@ -26,7 +26,7 @@ from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import NAN, NONE
 
-from .mask_program import recover, written
+from .mask_program import in_words, recover, written
 from .mask_proof import show
 
 aten = torch.ops.aten
@@ -89,6 +89,6 @@ class FoldCausalMask:
 def _program(mask: fx.Node, attention: fx.Node) -> str | None:
     """The mask as a formula, where it is one."""
     try:
-        return str(recover(mask, attention))
+        return in_words(recover(mask, attention), argument(attention, "score") or "")
     except Unsupported:
         return None

@@ -1,11 +1,15 @@
-"""The program of an attention mask: which keys a query sees, from the operations that made the mask."""
+"""The programs of an attention mask, from the operations that made it: which keys a query sees, and what is
+added to their scores."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import fx
@@ -13,64 +17,124 @@ from torch import fx
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Context
 from fxopt.ir.facts import Facts, shape, val
-from fxopt.ir.formula import AXES, capture, size
-from fxopt.ir.index_rules import value_of
+from fxopt.ir.formula import AXES, capture, number_text, real_capture, size
+from fxopt.ir.index_rules import TABLE, captured, value_of
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.predicate import INDEX, Sizes, box, broadcast
+from fxopt.ir.ops.masking import LOWEST_SHARE
+from fxopt.ir.predicate import INDEX, Sizes, Value, box, broadcast
 from fxopt.ir.program import MaskProgram
+from fxopt.ir.tables import PREFIX, Table
 
-from .mask_proof import live_of
+from .mask_memo import kept_outcome
+
+Source: TypeAlias = fx.Node | Table
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A program, and what its names stand for: captured tensors and sizes."""
+    """What a mask says, and what its names stand for.
+
+    Attributes:
+        program: where a key takes part. bias: what is added to its score. fills: what is added elsewhere.
+        captures: tensors, and tables to be made. sizes: symbols of the graph's shapes.
+        made_by: the operations that decide on it.
+    """
 
     program: MaskProgram
-    captures: Mapping[str, fx.Node]
+    bias: sympy.Expr
+    fills: frozenset[float]
+    captures: Mapping[str, Source]
     sizes: Mapping[str, sympy.Symbol]
+    made_by: tuple[fx.Node, ...]
+
+    @property
+    def bias_text(self) -> str:
+        """Empty when nothing is added."""
+        return "" if self.bias == 0 else number_text(self.bias)
 
     def __str__(self) -> str:
-        named = [f"{name} is {node.name}" for name, node in self.captures.items()]
+        named = [f"{name} is {_named_source(source)}" for name, source in self.captures.items()]
         named += [f"{name} is {symbol}" for name, symbol in self.sizes.items()]
         return "; ".join((str(self.program), *named))
 
 
+def _named_source(source: Source) -> str:
+    return source.name if isinstance(source, fx.Node) else f"{source.root.name} as a table"
+
+
 def recover(mask: fx.Node, attention: fx.Node) -> Recovered:
-    """The program of the mask of an attention op.
+    """The programs of the mask of an attention op.
 
     Raises:
-        Unsupported: the mask is no function of indices and of integers or bools; the message says what stood
-            in the way.
+        Unsupported: the mask can not be expressed; the message says what stood in the way.
     """
-    # Layers share their mask, and passes ask several times. A copy of the node copies what is kept with it.
-    key = (mask, *(str(val(arg).shape) for arg in attention.args[:2]))
-    kept = mask.meta.get(_KEPT)
-    if kept is None or kept[0] != key:
-        kept = mask.meta[_KEPT] = (key, _outcome(mask, attention))
-    if isinstance(kept[1], Unsupported):
-        raise kept[1]
-    return kept[1]
-
-
-_KEPT = "fxopt_mask_program"
-
-
-def _outcome(mask: fx.Node, attention: fx.Node) -> Recovered | Unsupported:
-    try:
-        return _recover(mask, attention)
-    except Unsupported as refusal:
-        return refusal
+    return kept_outcome("fxopt_mask_program", mask, attention, lambda: _recover(mask, attention))
 
 
 def _recover(mask: fx.Node, attention: fx.Node) -> Recovered:
-    value = value_of(mask)
-    sizes = Sizes(getattr(val(mask).fake_mode, "shape_env", None))
+    try:
+        return _by_rules(mask, attention)
+    except Unsupported:
+        # As it is: a tensor of bools, or of numbers that are added.
+        if not isinstance(val(mask), torch.Tensor):
+            raise
+    return _expressed(mask, captured(_sizes(mask), mask), attention, (mask,))
+
+
+def _by_rules(mask: fx.Node, attention: fx.Node) -> Recovered:
+    return _expressed(mask, value_of(mask), attention, tuple(cone(mask)))
+
+
+def _expressed(mask: fx.Node, value: Value, attention: fx.Node, made_by: tuple[fx.Node, ...]) -> Recovered:
+    sizes = _sizes(mask)
+    live, bias, fills = split(value)
+    moved, domain = over_scores(sizes, value, attention)
+    live = tidied(live.xreplace(moved), domain, sizes)
+    axes = dict(zip(INDEX, AXES, strict=False))
+    return _named(live.xreplace(axes), bias.xreplace(moved).xreplace(axes), fills, made_by)
+
+
+def _sizes(mask: fx.Node) -> Sizes:
+    return Sizes(getattr(val(mask).fake_mode, "shape_env", None))
+
+
+def over_scores(
+    sizes: Sizes, value: Value, attention: fx.Node
+) -> tuple[dict[sympy.Symbol, sympy.Expr], Boolean]:
+    """The indices of a mask's value in terms of those of the scores, and the range of these."""
     query, key = shape(attention.args[0]), shape(attention.args[1])  # type: ignore[arg-type]
     target = tuple(sizes.size(each) for each in (*query[:-1], key[-2]))
-    moved = dict(zip(INDEX, broadcast(value.shape, target), strict=False))
-    live = tidied(live_of(value).xreplace(moved), box(target), sizes)
-    return _named(live.xreplace(dict(zip(INDEX, AXES, strict=False))), mask)
+    return dict(zip(INDEX, broadcast(value.shape, target), strict=False)), box(target)
+
+
+def split(value: Value) -> tuple[Boolean, sympy.Expr, frozenset[float]]:
+    """Where a key takes part, what is added to its score there, and what is added elsewhere.
+
+    Raises:
+        Unsupported: live keys get numbers of several forms.
+    """
+    if value.dtype is torch.bool:
+        return value.where(1), sympy.Integer(0), frozenset()
+    if not value.dtype.is_floating_point:
+        raise Unsupported(f"a mask of {value.dtype}")
+    fills = {case.number for case in value.cases if is_fill(case.number, value.dtype)}
+    kept = [case for case in value.cases if case.number not in fills]
+    numbers = {case.number for case in kept}
+    if len(numbers) > 1:
+        raise Unsupported(f"live keys whose scores get {', '.join(sorted(map(str, numbers)))}")
+    number: Any = numbers.pop() if numbers else 0.0
+    live = sympy.Or(*(case.guard for case in kept))
+    if isinstance(number, float):
+        number = sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
+    return live, number, frozenset(fills)
+
+
+def is_fill(number: Any, dtype: torch.dtype) -> bool:
+    """A constant that excludes a key, in a mask of this dtype."""
+    if not isinstance(number, float):
+        return False
+    # bfloat16 has the range of float32: its lowest number, widened, excludes as well.
+    return number == -math.inf or number <= LOWEST_SHARE * torch.finfo(dtype).min
 
 
 def tidied(formula: Boolean, domain: Boolean, sizes: Sizes) -> Boolean:
@@ -107,25 +171,46 @@ def _convex(formula: Boolean, domain: Boolean, sizes: Sizes) -> Boolean:
 MOST_RELATIONS = 8
 
 
-def _named(live: Boolean, mask: fx.Node) -> Recovered:
+def _named(
+    live: Boolean, bias: sympy.Expr, fills: frozenset[float], made_by: tuple[fx.Node, ...]
+) -> Recovered:
     """With ``c0, c1, ...`` and ``n0, n1, ...`` in the place of the names of nodes and symbols."""
-    nodes = {node.name: node for node in cone(mask)}
-    captures: dict[str, fx.Node] = {}
-    renamed: dict[sympy.Basic, sympy.Basic] = {}
-    for access in sorted(live.atoms(AppliedUndef), key=str):
-        source = str(access.func)
-        name = next((name for name, node in captures.items() if node.name == source), f"c{len(captures)}")
-        captures[name] = nodes[source]
-        renamed[access] = capture(name)(*access.args)
-    symbols = sorted(live.free_symbols - set(AXES), key=str)
-    found = {f"n{place}": symbol for place, symbol in enumerate(symbols)}
-    live = live.xreplace(renamed).xreplace({symbol: size(name) for name, symbol in found.items()})
-    if len(nodes) != len(cone(mask)):
+    nodes = {node.name: node for node in made_by}
+    if len(nodes) != len(made_by):
         raise Unsupported("nodes of one name in nested graphs")
-    return Recovered(MaskProgram(live), captures, found)
+    accesses = live.atoms(AppliedUndef) | bias.atoms(AppliedUndef)
+    names = {source: f"c{place}" for place, source in enumerate(sorted({str(a.func) for a in accesses}))}
+    captures = {name: _source(source, nodes) for source, name in names.items()}
+    symbols = sorted((live.free_symbols | bias.free_symbols) - set(AXES), key=str)
+    found = {f"n{place}": symbol for place, symbol in enumerate(symbols)}
+    sizes = {symbol: size(name) for name, symbol in found.items()}
+
+    def renamed(formula: Any) -> Any:
+        return formula.replace(lambda part: isinstance(part, AppliedUndef), rename).xreplace(sizes)
+
+    def rename(access: Any) -> Any:
+        make = capture if access.is_integer else real_capture
+        return make(names[str(access.func)])(*access.args)
+
+    return Recovered(MaskProgram(renamed(live)), renamed(bias), fills, captures, found, made_by)
 
 
-def written(made_by: list[fx.Node], attention: fx.Node, ctx: Context) -> str | None:
+def _source(name: str, nodes: Mapping[str, fx.Node]) -> Source:
+    if name.startswith(PREFIX):
+        table: Table = nodes[name.removeprefix(PREFIX)].meta[TABLE]
+        return table
+    return nodes[name]
+
+
+def in_words(recovered: Recovered, score: str) -> str:
+    """The programs as evidence: ``mask="k <= q" score="50*tanh(s/50) + c1[h]*k"``."""
+    program, *names = str(recovered).split("; ")
+    bias = recovered.bias_text
+    changed = f' score="{" + ".join([score or "s", *([bias] if bias else [])])}"' if score or bias else ""
+    return "; ".join([f'mask="{program}"{changed}', *names])
+
+
+def written(made_by: tuple[fx.Node, ...], attention: fx.Node, ctx: Context) -> str | None:
     """Why the mask is not what the operations alone say: something writes to it, or to what it is made of."""
     outside: dict[fx.Graph, Facts] = {}
     for node in made_by:

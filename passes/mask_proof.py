@@ -11,10 +11,14 @@ import torch
 from torch import fx
 
 from fxopt.ir.cone import run, shape_at, symbols
-from fxopt.ir.facts import shape, val
+from fxopt.ir.facts import val
 from fxopt.ir.index_rules import value_of
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.predicate import INDEX, Sizes, Value, box, broadcast
+from fxopt.ir.ops.masking import LOWEST_SHARE
+from fxopt.ir.predicate import INDEX, Sizes
+
+from .mask_memo import kept_outcome
+from .mask_program import over_scores, split
 
 # Entries of a mask that may be computed to confirm a proof, and to be the proof (some 50 ms).
 CONFIRM = 2**16
@@ -41,24 +45,7 @@ def show(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
     Raises:
         Unsupported: no proof was found; the message says what stood in the way.
     """
-    # Layers share their mask, and a pass asks twice. A copy of the node copies what is kept with it.
-    key = (mask, *(str(val(arg).shape) for arg in attention.args[:2]))
-    kept = mask.meta.get(_KEPT)
-    if kept is None or kept[0] != key:
-        kept = mask.meta[_KEPT] = (key, _outcome(mask, made_by, attention))
-    if isinstance(kept[1], Unsupported):
-        raise kept[1]
-    return kept[1]
-
-
-_KEPT = "fxopt_mask_proof"
-
-
-def _outcome(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown | Unsupported:
-    try:
-        return _prove(mask, made_by, attention)
-    except Unsupported as refusal:
-        return refusal
+    return kept_outcome("fxopt_mask_proof", mask, attention, lambda: _prove(mask, made_by, attention))
 
 
 def _prove(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
@@ -77,42 +64,20 @@ def _prove(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
 def _by_indices(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node) -> Shown:
     value = value_of(mask)
     sizes = Sizes(getattr(val(mask).fake_mode, "shape_env", None))
-    target = _scores_shape(sizes, attention)
-    moved = dict(zip(INDEX, broadcast(value.shape, target), strict=False))
-    live = live_of(value).xreplace(moved)
-    row, column = INDEX[len(target) - 2], INDEX[len(target) - 1]
-    if sizes.implies(box(target), live):
+    moved, domain = over_scores(sizes, value, attention)
+    live, bias, _ = split(value)
+    if bias != 0:
+        raise Unsupported(f"scores to which {bias} is added")
+    live = live.xreplace(moved)
+    rank = val(attention.args[0]).dim()
+    row, column = INDEX[rank - 2], INDEX[rank - 1]
+    if sizes.implies(domain, live):
         causal = False
-    elif sizes.equivalent(box(target), live, column <= row):
+    elif sizes.equivalent(domain, live, column <= row):
         causal = True
     else:
-        raise Unsupported(f"keys taking part where {_readable(live, len(target))}")
+        raise Unsupported(f"keys taking part where {_readable(live, rank)}")
     return Shown(causal, "proven for all sizes" + _confirm(mask, made_by, attention, causal))
-
-
-def live_of(value: Value) -> sympy.logic.boolalg.Boolean:
-    """Where a key takes part."""
-    if value.dtype is torch.bool:
-        return value.where(1)
-    if not value.dtype.is_floating_point:
-        raise Unsupported(f"a mask of {value.dtype}")
-    for number in value.constants():
-        if number not in (0.0, *_fills(value.dtype)):
-            raise Unsupported(f"the entry {number}, which neither keeps nor excludes a key")
-    return value.where(0.0)
-
-
-def _fills(dtype: torch.dtype) -> tuple[float, ...]:
-    """The numbers that exclude a key in a mask of this dtype."""
-    # bfloat16 has the range of float32: its lowest number, widened, excludes as well.
-    same_range = (torch.bfloat16,) if dtype is torch.float32 else ()
-    return (-math.inf, *(torch.finfo(each).min for each in (dtype, *same_range)))
-
-
-def _scores_shape(sizes: Sizes, attention: fx.Node) -> tuple[sympy.Expr, ...]:
-    """(..., Sq, Skv)"""
-    query, key = shape(attention.args[0]), shape(attention.args[1])  # type: ignore[arg-type]
-    return tuple(sizes.size(size) for size in (*query[:-1], key[-2]))
 
 
 def _readable(formula: sympy.Basic, rank: int) -> str:
@@ -155,7 +120,5 @@ def _agrees(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node, at: Point
     wanted = wanted.tril() if causal else wanted
     if computed.dtype is torch.bool:
         return bool((computed == wanted).all())
-    excluded = torch.zeros_like(computed, dtype=torch.bool)
-    for fill in _fills(computed.dtype):
-        excluded |= computed == fill
+    excluded = computed <= LOWEST_SHARE * torch.finfo(computed.dtype).min
     return bool((((computed == 0) == wanted) & (excluded != wanted)).all())

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from fxopt.errors import InternalError
+from fxopt.frontend.dead_code import dead_cone
 from fxopt.ir.cone import from_sizes
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
-from fxopt.ir.facts import Facts, is_floating, is_opaque, is_write, location
+from fxopt.ir.facts import Facts, is_floating, location
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
 from fxopt.ir.verify import Violation, check_graph, check_replacement
 from fxopt.options import Options
@@ -148,7 +148,7 @@ class _Run:
         edit = _Edit()
         try:
             self._edit(match, edit)
-            dead = _dead_cone(match.roots, frozenset(edit.inserted))
+            dead = dead_cone(match.roots, frozenset(edit.inserted))
         except Exception:
             edit.undo()
             raise
@@ -231,28 +231,6 @@ class _Run:
     def finish(self) -> None:
         check_graph(self.gm.graph)
         self.gm.recompile()
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Writes and calls that are no ATen op. A random op has none: what replaced it draws its own numbers."""
-    return is_write(node) or is_opaque(node) or (node.is_impure() and not isinstance(node.target, OpOverload))
-
-
-def _dead_cone(roots: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> list[fx.Node]:
-    """What only serves `roots`, users first. Impure nodes, inputs and `kept` are never dead."""
-    dead: dict[fx.Node, None] = {}
-    pending = list(reversed(roots))
-    while pending:
-        node = pending.pop()
-        if node in dead or node in kept or node.op in ("placeholder", "output"):
-            continue
-        # A pass that names a write as a root answers for it; no other effect may disappear.
-        if _has_effect(node) and node not in roots:
-            continue
-        if all(user in dead for user in node.users):
-            dead[node] = None
-            pending += node.all_input_nodes
-    return list(dead)
 
 
 def _is_erased(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fxopt.frontend.constants import restore_constants
+from fxopt.frontend.dead_code import erase_unused
 from fxopt.ir.facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import fake_mode_of
@@ -43,6 +44,7 @@ def _forget_outputs(subgraph: fx.GraphModule) -> None:
 
 
 def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
+    unused: dict[fx.Node, None] = {}
     calls = [(node, op) for node in gm.graph.nodes if (op := semantic_op(node)) is not None]
     if not calls:
         return
@@ -53,7 +55,10 @@ def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
         provider, refused = op.choose(node, facts)
         record.note_provider(node, op.name, provider.name, "; ".join(refused))
         trace = _trace(op, provider, node, mode, traces)
+        unused |= dict.fromkeys(node.all_input_nodes)
         _inline(gm.graph, node, trace, facts)
+    # A mask whose formula is used needs no tensor.
+    erase_unused(unused)
     gm.graph.lint()
     gm.recompile()
 

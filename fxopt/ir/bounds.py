@@ -1,84 +1,176 @@
-"""Which keys a block of queries can see at all: intervals from a mask program, without looking at data."""
+"""Which keys a block of queries can see at all: intervals from a mask program, without looking at data.
+
+Interval arithmetic over the queries of the block: ``k <= q + 3`` bounds k by the last query, ``k//8 == q//8``
+by the first and the last group. What has captured tensors in it bounds nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
-from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
-from fxopt.ir.formula import AXES, K, Q
-from fxopt.ir.linear import implies
-from fxopt.ir.program import MaskProgram
+from fxopt.ir.formula import K, Q
+
+Interval: TypeAlias = tuple[int, int]  # [first, last)
+
+
+def live_columns(formula: Boolean, rows: Interval, columns: int) -> tuple[Interval, ...]:
+    """The keys outside of which no query in `rows` sees any, as intervals in order that do not touch.
+
+    Args:
+        formula: where a key takes part; sizes are replaced by their numbers. columns: the number of keys.
+    """
+    return _merged(_live(formula, rows, columns))
+
+
+def is_full(formula: Boolean, rows: Interval, columns: Interval) -> bool:
+    """Proven: every query in `rows` sees every key in `columns`."""
+    if isinstance(formula, sympy.And):
+        return all(is_full(arg, rows, columns) for arg in formula.args)
+    if isinstance(formula, sympy.Or):
+        return any(is_full(arg, rows, columns) for arg in formula.args)
+    if not isinstance(formula, Relational):
+        return bool(formula == sympy.true)
+    span = _range(sympy.expand(formula.lhs - formula.rhs), {Q: rows, K: columns})
+    if span is None:
+        return False
+    if isinstance(formula, sympy.Eq):
+        return span == _Range(0, 0)
+    if isinstance(formula, sympy.Ne):
+        return span.low > 0 or span.high < 0
+    if isinstance(formula, sympy.Le | sympy.Lt):
+        return span.high < 0 if isinstance(formula, sympy.Lt) else span.high <= 0
+    return span.low > 0 if isinstance(formula, sympy.Gt) else span.low >= 0
+
+
+def read_share(formula: Boolean, rows: Sequence[Interval], columns: int) -> float:
+    """The part of all scores that lies within the bounds of the blocks `rows`."""
+    read = sum(
+        (last - first) * sum(high - low for low, high in live_columns(formula, (first, last), columns))
+        for first, last in rows
+    )
+    return read / max(1, rows[-1][1] * columns)
 
 
 @dataclass(frozen=True)
-class Bound:
-    """``k <= slope * q + offset``, or ``k >= slope * q + offset`` where it is a lower bound."""
+class _Range:
+    """All integers from `low` to `high`, both included."""
 
-    slope: int
-    offset: int
-    upper: bool
+    low: int
+    high: int
 
-    def at(self, q: int) -> int:
-        return self.slope * q + self.offset
+    def __add__(self, other: _Range) -> _Range:
+        return _Range(self.low + other.low, self.high + other.high)
 
-
-def bounds(program: MaskProgram) -> tuple[Bound, ...]:
-    """The conditions that bound k by a linear function of q. All of them hold for a live key."""
-    return tuple(bound for each in program.conjuncts() for bound in _bounds(each))
+    def times(self, factor: int) -> _Range:
+        ends = (self.low * factor, self.high * factor)
+        return _Range(min(ends), max(ends))
 
 
-def _bounds(condition: Boolean) -> Iterator[Bound]:
-    if not isinstance(condition, sympy.core.relational.Relational) or isinstance(condition, sympy.Ne):
-        return
-    difference = sympy.expand(condition.lhs - condition.rhs)
-    factor, slope = difference.coeff(K), difference.coeff(Q)
-    rest = difference - factor * K - slope * Q
-    if factor not in (1, -1) or not slope.is_Integer or not rest.is_Integer:
-        return
-    # factor * k + slope * q + rest  (relation)  0
-    strict = int(isinstance(condition, sympy.Lt | sympy.Gt))
-    below = isinstance(condition, sympy.Le | sympy.Lt)
-    for upper in (True, False) if isinstance(condition, sympy.Eq) else (below == (factor == 1),):
-        offset = int(-rest * factor)
-        yield Bound(int(-slope * factor), offset - strict if upper else offset + strict, upper)
+def _range(expression: sympy.Expr, known: dict[sympy.Symbol, Interval]) -> _Range | None:
+    """The values of an integer expression; None where its terms are not known."""
+    if expression.is_Integer:
+        return _Range(int(expression), int(expression))
+    if expression in known:
+        first, last = known[expression]
+        return _Range(first, last - 1)
+    if isinstance(expression, sympy.Add):
+        total = _Range(0, 0)
+        for term in expression.args:
+            found = _range(term, known)
+            if found is None:
+                return None
+            total = total + found
+        return total
+    factor, rest = expression.as_coeff_Mul()
+    if factor.is_Integer and factor != 1:
+        found = _range(rest, known)
+        return None if found is None else found.times(int(factor))
+    if isinstance(expression, sympy.floor):
+        numerator, denominator = expression.args[0].as_numer_denom()
+        found = _range(sympy.expand(numerator), known)
+        if found is not None and denominator.is_Integer and denominator > 0:
+            return _Range(found.low // int(denominator), found.high // int(denominator))
+    return None
 
 
-def live_columns(found: tuple[Bound, ...], first: int, last: int, columns: int) -> tuple[int, int]:
-    """The keys [low, high) outside of which no query in [first, last) sees any; (0, 0) if none."""
-    low, high = 0, columns
-    for bound in found:
-        ends = bound.at(first), bound.at(last - 1)
-        if bound.upper:
-            high = min(high, max(ends) + 1)
+def _live(formula: Boolean, rows: Interval, columns: int) -> list[Interval]:
+    if formula == sympy.false:
+        return []
+    if isinstance(formula, sympy.Or):
+        return [each for arg in formula.args for each in _live(arg, rows, columns)]
+    found = [(0, columns)]
+    if isinstance(formula, sympy.And):
+        for arg in formula.args:
+            found = _intersected(found, _merged(_live(arg, rows, columns)))
+    elif isinstance(formula, Relational):
+        found = _intersected(found, [_of_relation(formula, rows, columns)])
+    return found
+
+
+def _of_relation(formula: Relational, rows: Interval, columns: int) -> Interval:
+    """The interval to which one relation keeps k."""
+    everything = (0, columns)
+    difference = sympy.expand(formula.lhs - formula.rhs)
+    of_k, rest = _split(difference)
+    span = _range(rest, {Q: rows})
+    form = _form(of_k)
+    if isinstance(formula, sympy.Ne) or span is None or form is None:
+        return everything
+    sign, shift, divisor = form
+    # sign * ((k + shift) // divisor) + rest  (relation)  0
+    strict = int(isinstance(formula, sympy.Lt | sympy.Gt))
+    below = isinstance(formula, sympy.Le | sympy.Lt) == (sign == 1)
+    opposite = span.times(-sign)
+    low, high = everything
+    if below or isinstance(formula, sympy.Eq):
+        high = min(high, divisor * (opposite.high - strict + 1) - shift)
+    if not below or isinstance(formula, sympy.Eq):
+        low = max(low, divisor * (opposite.low + strict) - shift)
+    return (low, max(low, high))
+
+
+def _split(expression: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """The terms with k, and the others."""
+    of_k, rest = sympy.Integer(0), sympy.Integer(0)
+    for term in sympy.Add.make_args(expression):
+        if term.has(K):
+            of_k += term
         else:
-            low = max(low, min(ends))
-    return (low, high) if low < high else (0, 0)
+            rest += term
+    return of_k, rest
 
 
-def is_full(program: MaskProgram, rows: tuple[int, int], columns: tuple[int, int]) -> bool:
-    """Proven: every query of the block sees every key of the block."""
-    if program.live.has(AppliedUndef):
-        return False
-    block = sympy.And(*_range(Q, rows), *_range(K, columns), *(axis >= 0 for axis in AXES[:2]))
-    return implies(block, program.live)
+def _form(expression: sympy.Expr) -> tuple[int, int, int] | None:
+    """(sign, shift, divisor) of ``k``, ``-k``, or ``(k + shift)//divisor`` with either sign."""
+    sign, term = expression.as_coeff_Mul()
+    if sign not in (1, -1):
+        return None
+    if term == K:
+        return int(sign), 0, 1
+    if isinstance(term, sympy.floor):
+        numerator, divisor = term.args[0].as_numer_denom()
+        shift = sympy.expand(numerator - K)
+        if shift.is_Integer and divisor.is_Integer and divisor > 0:
+            return int(sign), int(shift), int(divisor)
+    return None
 
 
-def has_live_key(program: MaskProgram, rows: int, columns: int) -> bool:
-    """Proven: every query sees at least one key."""
-    if program.live.has(AppliedUndef):
-        return False
-    domain = sympy.And(*_range(Q, (0, rows)), *(axis >= 0 for axis in AXES[:2]))
-    candidates = [sympy.Integer(0), sympy.Integer(columns - 1)]
-    candidates += [bound.slope * Q + bound.offset for bound in bounds(program)]
-    return any(
-        implies(domain, sympy.And(*_range(place, (0, columns)), program.live.xreplace({K: place})))
-        for place in candidates
-    )
+def _intersected(some: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
+    pairs = ((max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others)
+    return [(low, high) for low, high in pairs if low < high]
 
 
-def _range(number: sympy.Expr, ends: tuple[int, int]) -> tuple[Boolean, Boolean]:
-    return sympy.Ge(number, ends[0]), sympy.Lt(number, ends[1])
+def _merged(found: Sequence[Interval]) -> tuple[Interval, ...]:
+    merged: list[Interval] = []
+    for low, high in sorted(each for each in found if each[0] < each[1]):
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)

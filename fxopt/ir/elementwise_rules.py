@@ -1,11 +1,13 @@
 """How elementwise ATen ops act on tensors that are functions of their indices.
 
 Where all numbers are constants the op is simply run, on tensors of one entry. Of integers that depend on
-the indices there are sums, multiples and comparisons.
+the indices there are sums, multiples and comparisons; of floating-point numbers sums, products and
+quotients, as formulas of real numbers, which are compared with nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import fx
 
 from fxopt.ir.facts import argument, dtype, val
 from fxopt.ir.linear import Unsupported
+from fxopt.ir.ops.masking import LOWEST_SHARE
 from fxopt.ir.predicate import Case, Number, Sizes, Value, combine, known_value
 
 aten = torch.ops.aten
@@ -48,7 +51,9 @@ def _converted(number: Number, source: torch.dtype, target: torch.dtype) -> list
     if _is_constant(number):
         converted = torch.full([], _python(number), dtype=source, device="cpu").to(target).item()
         return [Case(sympy.true, stored(converted, target))]
-    if target is torch.bool:
+    if target.is_floating_point:
+        return [Case(sympy.true, number)]
+    if target is torch.bool and not source.is_floating_point:
         return _decided(sympy.Ne(number, 0))
     raise Unsupported(f"indices converted to {target}")
 
@@ -63,6 +68,8 @@ def elementwise(*names: str) -> Rule:
         def apply(numbers: Numbers) -> list[Case]:
             if all(_is_constant(number) for number in numbers):
                 return [Case(sympy.true, _computed(node, names, operands, numbers))]
+            if dtype(node).is_floating_point:
+                return [Case(sympy.true, real_number(node, numbers, dtype(node)))]
             if symbolic is None:
                 raise Unsupported(f"{node.target} of indices")
             _check_integers(node, operands, numbers)
@@ -141,6 +148,47 @@ def linear_sum(a: Any, b: Any, factor: Any) -> list[Case]:
     return [Case(sympy.true, total)]
 
 
+def real_number(node: fx.Node, numbers: Numbers, dtype: torch.dtype) -> Number:
+    """What real arithmetic gives, without the rounding of the dtype."""
+    packet = node.target._overloadpacket  # type: ignore[union-attr]
+    if packet in (aten.where, aten.masked_fill):
+        return _SYMBOLIC[packet](node, numbers)[0].number
+    real = _REAL.get(packet)
+    if real is None or argument(node, "rounding_mode") is not None:
+        raise Unsupported(f"{node.target} of numbers that are not known")
+    fill = _absorbing(numbers, dtype) if packet in (aten.add, aten.sub) else None
+    if fill is not None:
+        return fill
+    given = [_exact(number) for number in numbers]
+    result = sympy.expand(real(node, given))
+    return float(result) if result.is_number else result
+
+
+def _absorbing(numbers: Numbers, dtype: torch.dtype) -> float | None:
+    """A term so low that it absorbs the other one. float16 has none."""
+    lowest = [n for n in numbers if isinstance(n, float) and n <= LOWEST_SHARE * torch.finfo(dtype).min]
+    return lowest[0] if len(lowest) == 1 and dtype is not torch.float16 else None
+
+
+def _exact(number: Number) -> sympy.Expr:
+    """A constant as a rational number."""
+    if not isinstance(number, float):
+        return number
+    if not math.isfinite(number):
+        raise Unsupported(f"arithmetic with {number}")
+    return sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
+
+
+_REAL: dict[Any, Callable[[fx.Node, list[Any]], Any]] = {
+    aten.add: lambda node, n: n[0] + _alpha(node) * n[1],
+    aten.sub: lambda node, n: n[0] - _alpha(node) * n[1],
+    aten.rsub: lambda node, n: n[1] - _alpha(node) * n[0],
+    aten.mul: lambda node, n: n[0] * n[1],
+    aten.div: lambda node, n: n[0] / n[1],
+    aten.neg: lambda node, n: -n[0],
+}
+
+
 def _negative(number: Any) -> list[Case]:
     return [Case(sympy.And(number < 0, each.guard), each.number) for each in linear_sum(0, number, -1)]
 
@@ -154,6 +202,14 @@ def _alpha(node: fx.Node) -> int:
 
 def _compared(relation: Callable[[Any, Any], Any]) -> Callable[[fx.Node, Numbers], list[Case]]:
     return lambda node, n: _decided(relation(n[0], n[1]))
+
+
+def _floor_divided(node: fx.Node, n: Numbers) -> list[Case]:
+    if argument(node, "rounding_mode", "floor") != "floor" or not (n[1].is_Integer and n[1] > 0):
+        raise Unsupported(f"{node.target} by {n[1]}")
+    if n[0].has(AppliedUndef):
+        raise Unsupported("arithmetic on captured integers, which may leave 64 bits")
+    return [Case(sympy.true, sympy.floor(n[0] / n[1]))]
 
 
 def _masked_fill(node: fx.Node, n: Numbers) -> list[Case]:
@@ -177,13 +233,15 @@ _SYMBOLIC: dict[Any, Callable[[fx.Node, Numbers], list[Case]]] = {
     aten.le: _compared(lambda a, b: a <= b),
     aten.gt: _compared(lambda a, b: a > b),
     aten.ge: _compared(lambda a, b: a >= b),
+    aten.floor_divide: _floor_divided,
+    aten.div: _floor_divided,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
 }
 
-_BINARY = ("add", "sub", "rsub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and",
-           "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "logical_xor", "__and__", "__or__",
-           "__xor__", "minimum", "maximum")  # fmt: skip
+_BINARY = ("add", "sub", "rsub", "mul", "div", "floor_divide", "eq", "ne", "lt", "le", "gt", "ge",
+           "bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "logical_xor", "__and__",
+           "__or__", "__xor__", "minimum", "maximum")  # fmt: skip
 _UNARY = ("neg", "bitwise_not", "logical_not", "abs")
 
 

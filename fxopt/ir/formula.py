@@ -118,9 +118,10 @@ def number_text(expression: Any) -> str:
     raise Unsupported(f"the number {expression}")
 
 
-def _place_in_sum(term: Any) -> tuple[bool, bool, bool, str]:
-    """The score first, numbers last, what is subtracted after what is added."""
-    return (term.is_number, not term.has(S), term.could_extract_minus_sign(), str(term))
+def _place_in_sum(term: Any) -> tuple[bool, bool, bool, bool, str]:
+    """The score first, sizes and numbers last, what is subtracted after what is added."""
+    fixed = not term.has(AppliedUndef, S, *AXES)
+    return (term.is_number, fixed, not term.has(S), term.could_extract_minus_sign(), str(term))
 
 
 def _product(expression: Any) -> str:

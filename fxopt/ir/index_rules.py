@@ -11,12 +11,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
-from fxopt.ir.cone import cone, outer_of, reads
+from fxopt.ir.cone import cone, outer_of
 from fxopt.ir.elementwise_rules import Rule, cast, elementwise_rules, linear_sum, stored
-from fxopt.ir.facts import argument, dtype, location, val
-from fxopt.ir.formula import capture
+from fxopt.ir.facts import PLAIN_FLOATS, argument, dtype, location, val
+from fxopt.ir.formula import capture, real_capture
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import (
     INDEX,
@@ -30,6 +31,7 @@ from fxopt.ir.predicate import (
     known_value,
     made,
 )
+from fxopt.ir.tables import tabulated
 
 aten = torch.ops.aten
 
@@ -56,9 +58,12 @@ def _dim(dim: Any, rank: int) -> int:
 
 def _arange(sizes: Sizes, node: fx.Node) -> Value:
     start, step = argument(node, "start", 0), argument(node, "step", 1)
-    if dtype(node) is not torch.int64:
-        raise Unsupported(f"arange of {dtype(node)}")
-    return _result(sizes, node, [Case(sympy.true, sizes.size(start) + sizes.size(step) * INDEX[0])])
+    kind = dtype(node)
+    if kind not in (torch.int64, torch.int32) and not kind.is_floating_point:
+        raise Unsupported(f"arange of {kind}")
+    number = sizes.size(start) + sizes.size(step) * INDEX[0]
+    constant = number.is_Integer and kind.is_floating_point
+    return _result(sizes, node, [Case(sympy.true, float(number) if constant else number)])
 
 
 def _filled(fill: float | None = None) -> Rule:
@@ -86,16 +91,27 @@ def _broadcast(sizes: Sizes, node: fx.Node) -> Value:
 
 
 def _same_order(sizes: Sizes, node: fx.Node) -> Value:
-    """view, reshape, squeeze and the like, if no more than dimensions of size one come and go."""
+    """view, reshape, squeeze and the like, if dimensions of size one come and go, and others are split."""
     source, shape = known_value(node.args[0]), sizes.shape(val(node))
     wide = [dim for dim, size in enumerate(source.shape) if size != 1]
     target = [dim for dim, size in enumerate(shape) if size != 1]
-    if [source.shape[dim] for dim in wide] != [shape[dim] for dim in target]:
-        raise Unsupported(f"{node.target} from {source.shape} to {shape}")
     indices: list[sympy.Expr] = [sympy.Integer(0)] * len(source.shape)
-    for dim, place in zip(wide, target, strict=True):
-        indices[dim] = INDEX[place]
+    for dim in wide:
+        indices[dim] = _split_index(source.shape[dim], shape, target)
+    if target:
+        raise Unsupported(f"{node.target} from {source.shape} to {shape}")
     return _reindexed(sizes, node, source, indices)
+
+
+def _split_index(size: sympy.Expr, shape: Sequence[sympy.Expr], places: list[int]) -> sympy.Expr:
+    """The index into a dimension that became the next of `places`, which are taken away."""
+    index, reached = sympy.Integer(0), sympy.Integer(1)
+    while places and reached != size:
+        place = places.pop(0)
+        index, reached = index * shape[place] + INDEX[place], reached * shape[place]
+    if sympy.expand(reached - size) != 0:
+        raise Unsupported(f"a dimension of {size} spread over {tuple(shape)}")
+    return sympy.expand(index)
 
 
 def _swapped(first: str | int, second: str | int) -> Rule:
@@ -154,27 +170,42 @@ def _flip(sizes: Sizes, node: fx.Node) -> Value:
 
 
 def _index(sizes: Sizes, node: fx.Node) -> Value:
-    """Advanced indexing of the leading dimensions by integer tensors, and by nothing else."""
+    """Advanced indexing of neighbouring dimensions by integer tensors."""
     source, shape = known_value(node.args[0]), sizes.shape(val(node))
     places: list[Any] = list(argument(node, "indices"))
-    if any(place is None for place in places) or len(places) > len(source.shape):
-        raise Unsupported("an index that leaves out dimensions")
-    rank = len(shape) - (len(source.shape) - len(places))
-    picked: list[sympy.Expr] = []
-    for dim, place in enumerate(places):
-        index = known_value(place)
-        picked.append(_picked(sizes, index, source.shape[dim], shape[:rank]))
-    return _reindexed(sizes, node, source, [*picked, *INDEX[rank : len(shape)]])
+    first = next(dim for dim, place in enumerate(places) if place is not None)
+    if any(place is None for place in places[first:]):
+        raise Unsupported("an index that leaves out dimensions in between")
+    rank = len(shape) - (len(source.shape) - len(places[first:]))  # that of the indices together
+    last = first + rank
+    moved = {INDEX[dim]: INDEX[first + dim] for dim in range(rank)}
+    picked = [
+        _picked(sizes, place, source.shape[first + dim], shape[first:last]).xreplace(moved)
+        for dim, place in enumerate(places[first:])
+    ]
+    return _reindexed(sizes, node, source, [*INDEX[:first], *picked, *INDEX[last : len(shape)]])
 
 
-def _picked(sizes: Sizes, index: Value, size: sympy.Expr, shape: Sequence[sympy.Expr]) -> sympy.Expr:
+def _picked(sizes: Sizes, place: Any, size: sympy.Expr, shape: Sequence[sympy.Expr]) -> sympy.Expr:
+    index = known_value(place)
+    if len(index.cases) > 1:
+        index = _as_table(place, index.shape)
     if index.dtype is not torch.int64 or len(index.cases) != 1:
         raise Unsupported(f"an index of {index.dtype} in {len(index.cases)} cases")
     number = index.cases[0].number
-    if not sizes.implies(box(index.shape), sympy.And(number >= 0, number < size)):
+    # Out of range, a captured index fails in the program as it does in the model.
+    within = sympy.And(number >= 0, number < size)
+    if not isinstance(number, AppliedUndef) and not sizes.implies(box(index.shape), within):
         raise Unsupported(f"the index {number} into {size} entries")
     moved = dict(zip(INDEX, broadcast(index.shape, shape), strict=False))
     return number.xreplace(moved)
+
+
+def _embedding(sizes: Sizes, node: fx.Node) -> Value:
+    """Rows of a table."""
+    source, shape = known_value(node.args[0]), sizes.shape(val(node))
+    row = _picked(sizes, node.args[1], source.shape[0], shape[:-1])
+    return _reindexed(sizes, node, source, [row, INDEX[len(shape) - 1]])
 
 
 # Joins and sums
@@ -246,7 +277,7 @@ _AS_IS = (aten.alias.default, aten.detach.default, aten.clone.default, aten.cont
           aten.lift_fresh.default, aten.lift_fresh_copy.default)  # fmt: skip
 _SAME_ORDER = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
                aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default,
-               aten.reshape_as.default)  # fmt: skip
+               aten.reshape_as.default, aten.unflatten.int)  # fmt: skip
 _BROADCAST = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
           aten.type_as.default)  # fmt: skip
@@ -274,6 +305,7 @@ RULES: dict[Any, Rule] = {
     aten.slice.Tensor: _slice,
     aten.flip.default: _flip,
     aten.index.Tensor: _index,
+    aten.embedding.default: _embedding,
     aten.cat.default: _cat,
     aten.diff.default: _diff,
     aten.cumsum.default: _cumsum,
@@ -286,35 +318,49 @@ RULES: dict[Any, Rule] = {
 def value_of(root: fx.Node) -> Value:
     """The tensor that `root` computes, as a function of its indices.
 
-    Integers and bools that come from data, or are computed from data in a way that no rule covers, are
-    captured: their value is an unknown function of the indices that bears the name of their node.
+    What comes from data, or is computed in a way that no rule covers, is captured: its value is an unknown
+    function of the indices that bears the name of its node, or of a `Table`.
 
     Raises:
-        Unsupported: it depends on other data, or on an op that has no rule.
+        Unsupported: it depends on something that is no tensor of bools, 64-bit integers or plain floats.
     """
-    from_data: set[fx.Node] = set()
     for node in cone(root):
-        inputs = reads(node)
-        if (node.op != "call_function" and not inputs) or not from_data.isdisjoint(inputs):
-            from_data.add(node)
-        keep(node, _captured_or_computed if node in from_data else _value_of)
+        keep(node, _computed_or_captured)
     return known_value(root)
 
 
-def _captured_or_computed(node: fx.Node) -> Value:
+_CAPTURED = (torch.bool, torch.int64, *PLAIN_FLOATS)
+
+
+def _computed_or_captured(node: fx.Node) -> Value:
     try:
         return _value_of(node)
     except Unsupported:
         value = val(node)
-        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.bool, torch.int64):
+        if not isinstance(value, torch.Tensor) or value.dtype not in _CAPTURED:
             raise
-        return captured(Sizes(_shape_env(value)), node)
+    sizes = Sizes(_shape_env(value))
+    try:
+        return _as_table(node, sizes.shape(value))
+    except Unsupported:
+        return captured(sizes, node)
+
+
+def _as_table(node: fx.Node, shape: tuple[sympy.Expr, ...]) -> Value:
+    node.meta[TABLE], value = tabulated(node, shape)
+    return value
+
+
+# The key under which a node keeps the table that it is.
+TABLE = "fxopt_table"
 
 
 def captured(sizes: Sizes, node: fx.Node) -> Value:
     """A tensor of which nothing is known: at each index an unknown number, or an unknown truth."""
     shape = sizes.shape(val(node))
     places = [sympy.Integer(0) if size == 1 else index for size, index in zip(shape, INDEX, strict=False)]
+    if dtype(node).is_floating_point:
+        return Value(shape, dtype(node), (Case(sympy.true, real_capture(node.name)(*places)),))
     number = capture(node.name)(*places)
     if dtype(node) is not torch.bool:
         return Value(shape, torch.int64, (Case(sympy.true, number),))

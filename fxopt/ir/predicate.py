@@ -2,7 +2,8 @@
 
 A `Value` says, for one tensor, what stands at the indices ``i0, i1, ...``: a list of cases, each a condition
 and a number. Integers may be linear in the indices and in the sizes; booleans are 0 and 1; floating-point
-numbers are constants. So ``arange(S)[:, None] >= arange(S)`` is 1 where ``i1 <= i0``, and 0 elsewhere.
+numbers are constants, or what real arithmetic makes of captured ones: their rounding is not kept. So
+``arange(S)[:, None] >= arange(S)`` is 1 where ``i1 <= i0``, and 0 elsewhere.
 
 `ir/index_rules.py` finds the value of a node, op by op. What it does not cover raises `Unsupported`; nothing
 is ever guessed.
@@ -37,7 +38,10 @@ Number: TypeAlias = Any  # a sympy integer, or a Python float
 
 @dataclass(frozen=True)
 class Case:
-    """Where `guard` holds, the value is `number`: a sympy integer, or a Python float for floating dtypes."""
+    """Where `guard` holds, the value is `number`.
+
+    A sympy integer; for floating dtypes a Python float, or a sympy expression that is no constant.
+    """
 
     guard: Boolean
     number: Number
@@ -159,8 +163,9 @@ def made(sizes: Sizes, shape: Sequence[sympy.Expr], dtype: torch.dtype, cases: I
         found = [Case(sympy.true, found[0].number)]
     if len(found) > MAX_CASES:
         raise Unsupported("too many cases")
-    for case in found:
-        _check_range(case)
+    if not dtype.is_floating_point:
+        for case in found:
+            _check_range(case)
     return Value(tuple(shape), dtype, tuple(found))
 
 

@@ -27,7 +27,7 @@ class TileValues:
 
     Attributes:
         ranges: [first, last) of b, h, q and k. captures: tensors by name. sizes: integers by name.
-        scores: what s is, where formulas name it.
+        scores: what s is, where formulas name it. dtype: of captured floating-point numbers.
     """
 
     ranges: tuple[tuple[Any, Any], ...]
@@ -35,6 +35,7 @@ class TileValues:
     sizes: Mapping[str, Any]
     device: torch.device
     scores: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     def condition(self, formula: Boolean) -> torch.Tensor:
         """A bool tensor."""
@@ -91,7 +92,8 @@ class TileValues:
         """The entries of a captured tensor: a view where it is indexed by axes in order, else a gather."""
         tensor = self.captures[str(access.func)]
         axes = in_order(access)
-        return tensor[self.places(access)] if axes is None else self._view(tensor, axes)
+        found = tensor[self.places(access)] if axes is None else self._view(tensor, axes)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def _view(self, tensor: torch.Tensor, axes: list[int | None]) -> torch.Tensor:
         for dim in reversed(range(len(axes))):

@@ -28,6 +28,7 @@ class Rewritten:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     evidence: list[Evidence] = field(default_factory=list)
+    lowered: list[str] = field(default_factory=list)
     providers: list[str] = field(default_factory=list)
     graphs: int = 0
 
@@ -56,6 +57,7 @@ def rewriting(fn: Callable[..., Any], passes: Sequence[str], *, dynamic: bool | 
         found.graphs += 1
         record = GraphRecord(index=0)
         lowered = lower(normal, record)
+        found.lowered.append(render(lowered))
         found.providers += [str(provider) for provider in record.providers]
         return lowered.forward
 

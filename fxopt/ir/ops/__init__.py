@@ -7,6 +7,7 @@ import threading
 import torch
 from torch import fx
 
+from fxopt.ir.ops import block_attention
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
@@ -27,6 +28,7 @@ def register_ops() -> None:
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         for op in OPS:
             op.register(library)
+        block_attention.register(library)
         _library = library
 
 

@@ -27,21 +27,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxopt.ir.contract import Verdict
-from fxopt.ir.cost import hint
-from fxopt.ir.facts import Facts, argument, val
+from fxopt.ir.ops.attention_providers import blocks_pay, decomposed_wins
+from fxopt.ir.ops.block_attention import in_blocks
 from fxopt.ir.ops.decomposed_attention import decomposed
-from fxopt.ir.ops.masking import NAN, NONE, ZERO, in_blocks
+from fxopt.ir.ops.masking import NAN, NONE, ZERO
 from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
-
-# Below these numbers of scores per head (Sq * Skv) the host's own fusion of product, softmax and product
-# beats the CPU flash kernel, whose forward has a fixed cost and whose backward recomputes the scores.
-# Measured on one core, float32, D = 16..64, H = 4..8: forward 0.84x at 16^2, 1.0x at 64^2, 1.2x at 128^2;
-# with backward 0.87x at 128^2, 1.04x at 512^2.
-FLASH_FORWARD_SCORES = 64 * 64
-FLASH_BACKWARD_SCORES = 256 * 256
 
 
 def attention(
@@ -69,10 +61,6 @@ def attention(
     Returns:
         (B, Hq, Sq, Dv), of query's dtype.
     """
-    if mask and attn_mask is None:
-        return in_blocks(
-            query, key, value, mask, captures or (), scale=scale, enable_gqa=enable_gqa, dead_rows=dead_rows
-        )
     if dead_rows == NAN or mask_replaces or score or sinks is not None:
         attributes: Any = {"dead_rows": dead_rows, "mask_replaces": mask_replaces, "wide_scores": wide_scores}
         attributes |= {"score": score, "sinks": sinks, "captures": captures, "sizes": sizes}
@@ -86,34 +74,6 @@ def attention(
     )
 
 
-def _decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
-    """Where the decomposed form is the faster one, or the only one with the right answer."""
-    query, key, mask = val(node.args[0]), val(node.args[1]), val(argument(node, "attn_mask"))
-    if argument(node, "dead_rows") == NAN:
-        return Verdict.yes("a row of -inf gives NaN, as softmax does; kernels give 0")
-    if argument(node, "mask_replaces") and facts.differentiates(node):
-        return Verdict.yes("filled scores get no gradient; kernels give them one in rows of nothing else")
-    if query.dtype is torch.float16 and mask is not None and argument(node, "dead_rows") == NONE:
-        return Verdict.yes(
-            "kernels add masks in float32, where float16's lowest number does not absorb a score"
-        )
-    if argument(node, "dead_rows") == ZERO:
-        return Verdict.no("written as scaled_dot_product_attention, whose rounding is kept")
-    if query.device.type != "cpu":
-        return Verdict.no(f"device {query.device.type} has fused kernels")
-    if argument(node, "dropout_p"):
-        return Verdict.yes("the CPU has no fused kernel with dropout")
-    scores = hint(query.shape[-2]) * hint(key.shape[-2])
-    limit = FLASH_BACKWARD_SCORES if facts.differentiates(node) else FLASH_FORWARD_SCORES
-    if scores < limit:
-        return Verdict.yes(f"{scores} scores per head, flash pays from {limit}")
-    return Verdict.no(f"{scores} scores per head, decomposed pays below {limit}")
-
-
-def _has_program(node: fx.Node, facts: Facts) -> Verdict:
-    return Verdict(bool(argument(node, "mask")))
-
-
 ATTENTION = SemanticOp(
     name="attention",
     schema=(
@@ -124,8 +84,8 @@ ATTENTION = SemanticOp(
     ),
     body=attention,
     providers=(
-        Provider("blocks", _has_program, attention),
-        Provider("decomposed", _decomposed_wins, decomposed),
+        Provider("blocks", blocks_pay, in_blocks),
+        Provider("decomposed", decomposed_wins, decomposed),
         Provider("sdpa", lambda node, facts: Verdict.yes(), attention),
     ),
 )

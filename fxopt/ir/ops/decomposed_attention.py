@@ -49,7 +49,7 @@ def decomposed(
     grouped = enable_gqa and key.shape[1] != heads
     if grouped:
         query = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = _scores(query, key, factor, wide_scores)
+    scores = scaled_product(query, key, factor, wide_scores)
     if grouped:
         scores = scores.reshape(batch, heads, rows, -1)
     if score:
@@ -69,7 +69,8 @@ def decomposed(
     return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1])
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:
+def scaled_product(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:
+    """factor * Q K^T, in float32 when `wide`, else in the operands' dtype."""
     if wide:
         query, key = query.float(), key.float()
     if query.dtype is torch.float16 and (is_symbol(factor) or abs(factor) < 1.0):

@@ -57,7 +57,7 @@ class SemanticOp:
 
     def register(self, library: torch.library.Library) -> None:
         library.define(self.name + self.schema)
-        library.impl(self.name, _without_autocast(self.body), "CompositeImplicitAutograd")
+        library.impl(self.name, without_autocast(self.body), "CompositeImplicitAutograd")
 
     def choose(self, node: fx.Node, facts: Facts) -> tuple[Provider, list[str]]:
         """The first provider that supports the call, and why the ones before it do not."""
@@ -76,7 +76,9 @@ def is_symbol(number: object) -> bool:
     return isinstance(number, torch.SymFloat | torch.SymInt)
 
 
-def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, run without the autocast that its caller may be in."""
+
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")

@@ -1,0 +1,198 @@
+"""``fxopt::block_attention`` and its backward: attention under programs, computed tile by tile on the CPU.
+
+What the provider "blocks" of ``fxopt::attention`` is made of. The ops stay whole until they run, as they look
+at the captured tensors of a mask to see which keys are live. The backward is an op as well; it has no
+derivative of its own.
+
+    query, key, value   (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv); Hq is a multiple of Hkv
+    sinks               (Hq,), or None
+    seed                () int64: of the dropout, or None
+    captures, sizes     the tensors ``c0, ...`` and the integers ``n0, ...`` of the programs
+    mask, score         the texts of a `MaskProgram` and of a `ScoreProgram`
+    dead_rows, stops    what rows without a live key give, and whether their scores get no gradient
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxopt.ir.ops.op import NAMESPACE, is_symbol, without_autocast
+from fxopt.ir.ops.tile_attention import Rows, forward
+from fxopt.ir.ops.tile_gradients import backward, empty_like_heads_last
+from fxopt.ir.ops.tiles import Problem, computed_in
+from fxopt.ir.program import MaskProgram, ScoreProgram
+
+_OPERANDS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? seed, Tensor[] captures, SymInt[] sizes"
+)
+_ATTRIBUTES = "str mask, str score, float scale, str dead_rows, bool stops, bool wide_scores, float dropout_p"
+FORWARD = f"block_attention({_OPERANDS}, *, {_ATTRIBUTES}) -> (Tensor, Tensor)"
+BACKWARD = (
+    f"block_attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}, *, {_ATTRIBUTES}, "
+    "int[] learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+)
+
+
+def in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **attributes: Any,
+) -> torch.Tensor:
+    """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
+    scale = attributes.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    elif is_symbol(scale):
+        # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
+        query, scale = query * scale, 1.0
+    seed = torch.randint(2**31, (), dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
+    score = _program(ScoreProgram, attributes.get("score") or "")
+    bias = _program(ScoreProgram, attributes.get("bias") or "0")
+    out, _ = torch.ops.fxopt.block_attention(
+        query, key, value, attributes.get("sinks"), seed,
+        list(attributes.get("captures") or ()), list(attributes.get("sizes") or ()),
+        mask=attributes.get("mask") or ("k <= q" if is_causal else "True"),
+        score=str(ScoreProgram(score.result + bias.result)),
+        scale=float(scale), dead_rows=attributes.get("dead_rows", "zero"),
+        stops=bool(attributes.get("mask_replaces")), wide_scores=bool(attributes.get("wide_scores")),
+        dropout_p=float(dropout_p),
+    )  # fmt: skip
+    result: torch.Tensor = out
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _program(kind: Any, text: str) -> Any:
+    return kind.parse(text)
+
+
+def _problem(
+    tensors: Sequence[torch.Tensor],
+    captures: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    attributes: dict[str, Any],
+) -> Problem:
+    named = {f"c{place}": tensor for place, tensor in enumerate(captures)}
+    numbers = {f"n{place}": int(number) for place, number in enumerate(sizes)}
+    mask, score = _program(MaskProgram, attributes["mask"]), _program(ScoreProgram, attributes["score"])
+    query, key, value = tensors
+    return Problem(
+        query, key, value, named, numbers, mask, score, attributes["scale"], attributes["wide_scores"]
+    )
+
+
+def _rows(sinks: torch.Tensor | None, seed: torch.Tensor | None, attributes: dict[str, Any]) -> Rows:
+    return Rows(attributes["dead_rows"], attributes["stops"], sinks, attributes["dropout_p"], seed)
+
+
+@without_autocast
+def block_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    captures: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result (B, Hq, Sq, Dv), sequences before heads in memory, and the log-sum-exp (B, Hq, Sq)."""
+    problem = _problem((query, key, value), captures, sizes, attributes)
+    return forward(problem, _rows(sinks, seed, attributes))
+
+
+@without_autocast
+def block_attention_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    captures: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The gradients of query, key, value, sinks (empty without any), and of the captures `learned`."""
+    learned = [f"c{place}" for place in attributes.pop("learned")]
+    problem = _problem((query, key, value), captures, sizes, attributes)
+    return backward(problem, _rows(sinks, seed, attributes), grad, out, lse, learned)
+
+
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    batch, heads, rows, width = *query.shape[:3], value.shape[-1]
+    out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return out, query.new_empty(batch, heads, rows, dtype=computed_in(query.dtype))
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    captures: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    *,
+    learned: Sequence[int],
+    **_: Any,
+) -> Any:
+    given = [empty_like_heads_last(each) for each in (query, key, value)]
+    of_sinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *given, of_sinks, [torch.empty_like(captures[place]) for place in learned]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    query, key, value, sinks, seed, captures, sizes = inputs
+    ctx.learned = [place for place, each in enumerate(captures) if each.requires_grad]
+    ctx.count, ctx.sizes, ctx.attributes = len(captures), sizes, dict(keyword_only_inputs)
+    ctx.given = (sinks is not None, seed is not None)
+    optional = [each for each in (sinks, seed) if each is not None]
+    ctx.save_for_backward(*output, query, key, value, *captures, *optional)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    out, lse, query, key, value, *others = ctx.saved_tensors
+    captures, optional = others[: ctx.count], iter(others[ctx.count :])
+    sinks, seed = (next(optional) if given else None for given in ctx.given)
+    found = torch.ops.fxopt.block_attention_backward(
+        grad, out, lse, query, key, value, sinks, seed, captures, ctx.sizes,
+        **ctx.attributes, learned=ctx.learned,
+    )  # fmt: skip
+    of_captures: list[torch.Tensor | None] = [None] * ctx.count
+    for place, each in zip(ctx.learned, found[4], strict=True):
+        of_captures[place] = each
+    of_sinks = found[3] if ctx.given[0] else None
+    # Torch takes an empty list for one of tensors.
+    of_sizes: list[None] | None = None if ctx.sizes else []
+    return *found[:3], of_sinks, None, of_captures, of_sizes
+
+
+def register(library: torch.library.Library) -> None:
+    """Make the two ops known to torch's dispatcher."""
+    for schema, body, fake in (
+        (FORWARD, block_attention, _fake),
+        (BACKWARD, block_attention_backward, _fake_backward),
+    ):
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::block_attention", _gradients, setup_context=_save, lib=library
+    )

@@ -1,0 +1,204 @@
+"""Attention tile by tile on the CPU, with any mask and score program: forward, and one tile differentiated.
+
+Tiles whose scores are only scaled and biased go to the CPU's flash kernel. The others are computed as
+product, score program, softmax, product; the backward recomputes them from the log-sum-exp of each row.
+
+    P = exp(score(scale * Q K^T) - lse)      O = P V
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O)) * score'
+    dQ = scale * dS K      dK = scale * dS^T Q
+
+Source: Dao et al., "FlashAttention", 2022, algorithms 1 and 4. Dropout acts on P; its random numbers are
+drawn again in the backward, from the same seed and in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from fxopt.ir.ops.decomposed_attention import scaled_product
+from fxopt.ir.ops.masking import MEAN, NAN
+from fxopt.ir.ops.tiles import Problem, Tile, computed_in, tiles
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What else decides on the rows of the result.
+
+    Attributes:
+        dead: what a row without a live key gives, see `masking`. stops: its scores get no gradient.
+        sinks: (Hq,), the score of one more key whose value is 0. dropout_p, seed: of the attention weights.
+    """
+
+    dead: str
+    stops: bool
+    sinks: torch.Tensor | None
+    dropout_p: float
+    seed: torch.Tensor | None
+
+    def generator(self) -> torch.Generator | None:
+        """The random numbers of one pass over all tiles."""
+        if self.seed is None:
+            return None
+        return torch.Generator("cpu").manual_seed(int(self.seed))
+
+
+def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse): out (B, Hq, Sq, Dv) of query's dtype, laid out as (B, Sq, Hq, Dv); lse (B, Hq, Sq)."""
+    query, value = problem.query, problem.value
+    batch, heads, count, _ = query.shape
+    out = query.new_zeros(batch, count, heads, value.shape[-1]).transpose(1, 2)
+    lse = query.new_zeros(batch, heads, count, dtype=computed_in(query.dtype))
+    generator = rows.generator()
+    for tile in tiles(problem):
+        at = (slice(*tile.batch), slice(None), slice(*tile.rows))
+        if tile.columns[0] != tile.columns[1]:
+            if flash_serves(problem, rows):
+                out[at], lse[at] = _flash(problem, tile)
+            else:
+                out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
+        if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
+            weights = dead_weights(problem, rows, tile, generator)
+            mean = per_group(weights, problem.key.shape[1]) @ _part(value, tile.batch)
+            out[at] = torch.where(tile.dead, per_head(mean, heads).to(out.dtype), out[at])
+    return out, lse
+
+
+def flash_serves(problem: Problem, rows: Rows) -> bool:
+    """The CPU's flash kernel has the answer."""
+    plain = problem.score.bias is not None and rows.sinks is None and rows.seed is None
+    return plain and not problem.wide_scores and problem.query.shape[-1] == problem.value.shape[-1]
+
+
+def _flash(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *operands(problem, tile), 0.0, False, attn_mask=additive(problem, tile), scale=problem.scale
+    )
+    return out, lse
+
+
+def operands(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, rows, columns = slice(*tile.batch), slice(*tile.rows), slice(*tile.columns)
+    return problem.query[batch, :, rows], problem.key[batch, :, columns], problem.value[batch, :, columns]
+
+
+def _part(tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
+    return tensor[slice(*batch)]
+
+
+def additive(problem: Problem, tile: Tile) -> torch.Tensor | None:
+    """The bias and the mask of a tile as numbers to add, (batch, H, rows, columns)."""
+    dtype = computed_in(problem.query.dtype)
+    bias = problem.score.bias
+    total: torch.Tensor | float = 0.0
+    if bias is not None and bias != 0:
+        total = problem.values(tile).number(bias)
+        total = total.to(dtype) if isinstance(total, torch.Tensor) else float(total)
+    if tile.live is not None:
+        total = torch.where(tile.live, total, -math.inf).to(dtype)
+    elif not isinstance(total, torch.Tensor):
+        return None
+    first, last = tile.batch
+    shape = (last - first, problem.heads, tile.rows[1] - tile.rows[0], tile.columns[1] - tile.columns[0])
+    return total.expand(shape)
+
+
+class DenseTile:
+    """The scores of one tile, computed and differentiated."""
+
+    def __init__(self, problem: Problem, rows: Rows, tile: Tile, generator: torch.Generator | None) -> None:
+        self.problem, self.rows, self.tile = problem, rows, tile
+        self.query, self.key, self.value = operands(problem, tile)
+        self.dtype = computed_in(problem.query.dtype)
+        grouped = per_group(self.query, self.key.shape[1])
+        raw = scaled_product(grouped, self.key, problem.scale, problem.wide_scores)
+        self.raw = per_head(raw, problem.heads).to(self.dtype)
+        self.scores = self.raw if problem.score.is_identity else self.evaluate(problem.score.result)
+        if tile.live is not None:
+            self.scores = self.scores.masked_fill(~tile.live, -math.inf)
+        self.kept = _kept(self.raw.shape, rows.dropout_p, generator)
+
+    def evaluate(self, formula: sympy.Expr) -> torch.Tensor:
+        """A number of the tile's formulas, expanded to the scores."""
+        found = self.problem.values(self.tile, self.raw).number(formula)
+        found = found if isinstance(found, torch.Tensor) else self.raw.new_full((1, 1, 1, 1), found)
+        return found.to(self.dtype).expand(self.raw.shape)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = torch.logsumexp(self.scores, -1, keepdim=True)
+        if self.rows.sinks is not None:
+            lse = torch.logaddexp(lse, self.rows.sinks.to(self.dtype).view(1, -1, 1, 1))
+        lse = torch.where(lse == -math.inf, 0.0, lse)
+        weights = self.dropped(torch.exp(self.scores - lse)).to(self.value.dtype)
+        out = per_group(weights, self.key.shape[1]) @ self.value
+        return per_head(out, self.problem.heads), lse.squeeze(-1)
+
+    def dropped(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights if self.kept is None else weights * self.kept
+
+    def backward(self, grad: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor) -> TileGradients:
+        """Args: grad (batch, H, rows, Dv). delta: rowsum(grad * out), lse: (batch, H, rows, 1)."""
+        weights = torch.exp(self.scores - lse)
+        return self.of_weights(weights, grad, delta)
+
+    def of_weights(self, weights: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> TileGradients:
+        """The gradients for weights that are given."""
+        groups, heads = self.key.shape[1], self.problem.heads
+        work = torch.float32 if self.problem.wide_scores else grad.dtype
+        gathered = per_group(grad, groups)
+        value = per_group(self.dropped(weights).to(grad.dtype), groups).transpose(-2, -1) @ gathered
+        of_weights = per_head(gathered @ self.value.transpose(-2, -1), heads).to(self.dtype)
+        of_scores = weights * (self.dropped(of_weights) - delta)
+        slope = self.problem.score.slope()
+        of_raw = of_scores if slope == 1 else of_scores * self.evaluate(slope)
+        product = per_group((of_raw * self.problem.scale).to(work), groups)
+        query = per_head(product @ self.key.to(work), heads)
+        key = product.transpose(-2, -1) @ per_group(self.query, groups).to(work)
+        return TileGradients(query, key, value, of_scores)
+
+
+@dataclass(frozen=True)
+class TileGradients:
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scores: torch.Tensor  # after the score program
+
+
+def _kept(shape: torch.Size, p: float, generator: torch.Generator | None) -> torch.Tensor | None:
+    """0 for a weight that is dropped, 1/(1 - p) for one that is kept."""
+    if generator is None:
+        return None
+    kept = torch.empty(shape).bernoulli_(1.0 - p, generator=generator)
+    return kept.mul_(1.0 / (1.0 - p)) if p < 1.0 else kept
+
+
+def per_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, Hq, S, N) as (B, Hkv, Hq/Hkv * S, N)."""
+    batch, heads, rows, width = tensor.shape
+    return tensor if heads == groups else tensor.reshape(batch, groups, heads // groups * rows, width)
+
+
+def per_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `per_group`."""
+    batch, groups, rows, width = tensor.shape
+    return tensor if heads == groups else tensor.reshape(batch, heads, rows * groups // heads, width)
+
+
+def dead_weights(problem: Problem, rows: Rows, tile: Tile, generator: torch.Generator | None) -> torch.Tensor:
+    """The weights of rows without a live key over all keys, after dropout: equal, or NaN."""
+    columns = problem.key.shape[-2]
+    shape = (tile.batch[1] - tile.batch[0], problem.heads, tile.rows[1] - tile.rows[0], columns)
+    weights = torch.full(shape, dead_number(rows.dead, columns), dtype=problem.value.dtype)
+    kept = _kept(weights.shape, rows.dropout_p, generator)
+    return weights if kept is None else (weights * kept).to(weights.dtype)
+
+
+def dead_number(dead_rows: str, columns: int) -> float:
+    """Each weight of a row without a live key, where it has any."""
+    return 1.0 / columns if dead_rows == MEAN else math.nan

@@ -1,0 +1,145 @@
+"""The backward of attention tile by tile: what `tile_attention` says of one tile, summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.ir.ops.masking import MEAN, NAN
+from fxopt.ir.ops.tile_attention import (
+    DenseTile,
+    Rows,
+    TileGradients,
+    additive,
+    dead_number,
+    flash_serves,
+    operands,
+)
+from fxopt.ir.ops.tiles import Problem, Tile, computed_in, tiles
+
+aten = torch.ops.aten
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+
+
+def backward(
+    problem: Problem,
+    rows: Rows,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    learned: Sequence[str],
+) -> Gradients:
+    """Gradients of query, key, value, sinks, and of the captures named in `learned`.
+
+    Args:
+        grad, out: (B, Hq, Sq, Dv). lse: (B, Hq, Sq), from the forward.
+
+    Returns:
+        Those of query, key and value have their shape, and sequences before heads in memory. That of sinks
+        is empty when there are none.
+    """
+    total = _Totals(problem, rows, learned)
+    generator = rows.generator()
+    for tile in tiles(problem):
+        at = (slice(*tile.batch), slice(None), slice(*tile.rows))
+        given, result, sums = grad[at], out[at], lse[at]
+        if tile.dead is not None:  # they are in no sum over live keys
+            result = torch.where(tile.dead, torch.zeros_like(result), result)
+        delta = _delta(given, result, lse.dtype)
+        if tile.columns[0] != tile.columns[1]:
+            if flash_serves(problem, rows) and not learned:
+                total.add(tile, _flash(problem, tile, given, result, sums))
+            else:
+                dense = DenseTile(problem, rows, tile, generator)
+                found = dense.backward(given, delta, sums.unsqueeze(-1))
+                total.add(tile, found)
+                total.add_captured(dense, found.scores)
+            total.add_sinks(delta, sums)
+        if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
+            whole = Tile(tile.batch, tile.rows, (0, problem.key.shape[-2]))
+            dense = DenseTile(problem, rows, whole, generator)
+            number = dead_number(rows.dead, problem.key.shape[-2])
+            weights = torch.where(tile.dead, number, torch.zeros_like(dense.raw))
+            found = dense.of_weights(weights, given, _delta(given, out[at], lse.dtype))
+            total.add(whole, found, only_value=rows.stops)
+            if not rows.stops:
+                total.add_captured(dense, found.scores)
+    return total.results()
+
+
+def _delta(grad: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (grad.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+
+
+def _flash(
+    problem: Problem, tile: Tile, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> TileGradients:
+    # The kernel wants the layout of its own results: sequences before heads.
+    saved = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    query, key, value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *operands(problem, tile), out, saved, 0.0, False,
+        attn_mask=additive(problem, tile), scale=problem.scale,
+    )  # fmt: skip
+    return TileGradients(query, key, value, grad)
+
+
+class _Totals:
+    """The sums over all tiles, in the dtype of scores."""
+
+    def __init__(self, problem: Problem, rows: Rows, learned: Sequence[str]) -> None:
+        self.problem, self.sinks = problem, rows.sinks
+        self.dtype = computed_in(problem.query.dtype)
+        self.query, self.key, self.value = (
+            empty_like_heads_last(each, self.dtype).zero_()
+            for each in (problem.query, problem.key, problem.value)
+        )
+        self.of_sinks = problem.query.new_zeros(
+            0 if self.sinks is None else self.sinks.shape[0], dtype=self.dtype
+        )
+        self.captured = {name: torch.zeros_like(problem.captures[name], dtype=self.dtype) for name in learned}
+        self.sensitivities = {
+            access: formula
+            for access, formula in problem.score.sensitivities().items()
+            if str(access.func) in self.captured
+        }
+
+    def add(self, tile: Tile, found: TileGradients, *, only_value: bool = False) -> None:
+        batch, rows, columns = slice(*tile.batch), slice(*tile.rows), slice(*tile.columns)
+        self.value[batch, :, columns] += found.value
+        if not only_value:
+            self.query[batch, :, rows] += found.query
+            self.key[batch, :, columns] += found.key
+
+    def add_sinks(self, delta: torch.Tensor, lse: torch.Tensor) -> None:
+        if self.sinks is not None:
+            share = torch.exp(self.sinks.to(self.dtype).view(1, -1, 1) - lse)
+            self.of_sinks -= (share * delta.squeeze(-1)).sum((0, 2))
+
+    def add_captured(self, dense: DenseTile, grad: torch.Tensor) -> None:
+        """Args: grad: of the scores of the tile, after the score program."""
+        values = self.problem.values(dense.tile, dense.raw)
+        for access, formula in self.sensitivities.items():
+            part = grad if formula == 1 else grad * dense.evaluate(formula)
+            total = self.captured[str(access.func)]
+            places = values.places(access)
+            reach = torch.broadcast_shapes(*(each.shape for each in places))
+            summed = [dim for dim in range(4) if reach[dim] == 1 and part.shape[dim] > 1]
+            part = part.sum(summed, keepdim=True) if summed else part
+            total.index_put_(places, part, accumulate=True)
+
+    def results(self) -> Gradients:
+        problem = self.problem
+        given = (problem.query, problem.key, problem.value)
+        totals = (self.query, self.key, self.value)
+        found = [total.to(each.dtype) for total, each in zip(totals, given, strict=True)]
+        sinks = self.of_sinks if self.sinks is None else self.of_sinks.to(self.sinks.dtype)
+        captured = [total.to(problem.captures[name].dtype) for name, total in self.captured.items()]
+        return found[0], found[1], found[2], sinks, captured
+
+
+def empty_like_heads_last(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(B, H, S, D) laid out as (B, S, H, D)."""
+    batch, heads, rows, width = tensor.shape
+    return tensor.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)

@@ -1,0 +1,163 @@
+"""Attention cut into tiles: a block of queries and the keys that one of them sees.
+
+The formula of the mask bounds the keys of a block; what its captured tensors exclude (padding, other
+documents) is looked up at run time. Only the scores of tiles are ever computed, and no mask is larger than
+a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+
+from fxopt.ir.bounds import Interval, is_full, live_columns
+from fxopt.ir.formula import size
+from fxopt.ir.ops.masking import row_blocks
+from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.tile_values import TileValues
+
+# Sequences that would read at most this much more together are computed together.
+WORTH_A_SPLIT = 1.25
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, weights and sums."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The operands of one attention.
+
+    Attributes:
+        query: (B, Hq, Sq, D). key: (B, Hkv, Skv, D). value: (B, Hkv, Skv, Dv). captures, sizes: by name.
+        mask, score: the programs. scale: of Q K^T.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    captures: Mapping[str, torch.Tensor]
+    sizes: Mapping[str, int]
+    mask: MaskProgram
+    score: ScoreProgram
+    scale: float
+    wide_scores: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    def values(self, tile: Tile, scores: torch.Tensor | None = None) -> TileValues:
+        """What formulas give within a tile."""
+        ranges = (tile.batch, (0, self.heads), tile.rows, tile.columns)
+        return TileValues(
+            ranges, self.captures, self.sizes, self.query.device, scores, computed_in(self.query.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries `rows` of the sequences `batch`, and the keys `columns`.
+
+    Attributes:
+        live: bool, broadcastable to (batch, H, rows, columns); None where all take part.
+        dead: bool, broadcastable to (batch, H, rows, 1): rows without a live key; None where there are none.
+    """
+
+    batch: Interval
+    rows: Interval
+    columns: Interval
+    live: torch.Tensor | None = None
+    dead: torch.Tensor | None = None
+
+
+def tiles(problem: Problem) -> Iterator[Tile]:
+    """The tiles of a problem: every live score is in exactly one."""
+    batch, _, rows, _ = problem.query.shape
+    columns = problem.key.shape[-2]
+    for block in plan(problem.mask, tuple(problem.sizes.values()), rows, columns):
+        whole = Tile((0, batch), block.rows, (block.low, block.high))
+        if block.low == block.high:
+            yield Tile(whole.batch, whole.rows, whole.columns, None, _all_dead(problem))
+        elif block.full:
+            yield whole
+        else:
+            live = problem.values(whole).condition(problem.mask.live)
+            yield from _cropped(whole, live)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of queries, and the bounds of its keys; `full` when no mask is needed within them."""
+
+    rows: Interval
+    low: int
+    high: int
+    full: bool
+
+
+@functools.lru_cache(maxsize=256)
+def plan(mask: MaskProgram, sizes: tuple[int, ...], rows: int, columns: int) -> tuple[Block, ...]:
+    """The blocks of all queries, from the formula alone."""
+    formula = with_sizes(mask, sizes)
+    return tuple(_block(formula, each, columns) for each in row_blocks(rows))
+
+
+def with_sizes(mask: MaskProgram, sizes: tuple[int, ...]) -> Boolean:
+    """The formula with numbers in the place of ``n0, n1, ...``."""
+    numbers = {size(f"n{place}"): sympy.Integer(number) for place, number in enumerate(sizes)}
+    return mask.live.xreplace(numbers)
+
+
+def _block(formula: Boolean, rows: Interval, columns: int) -> Block:
+    found = live_columns(formula, rows, columns)
+    if not found:
+        return Block(rows, 0, 0, full=False)
+    low, high = found[0][0], found[-1][1]
+    return Block(rows, low, high, is_full(formula, rows, (low, high)))
+
+
+def _all_dead(problem: Problem) -> torch.Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=problem.query.device)
+
+
+def _cropped(tile: Tile, live: torch.Tensor) -> Iterator[Tile]:
+    """The tile without the keys that no query sees, sequence by sequence where they differ much."""
+    if live.shape[3] == 1:  # the same for all keys
+        yield _tile(tile, tile.batch, (0, tile.columns[1] - tile.columns[0]), live)
+        return
+    seen = live.any(dim=1).any(dim=1)
+    whole = _span(seen.any(dim=0))
+    if len(seen) > 1:
+        spans = [_span(each) for each in seen]
+        widths = [high - low for low, high in spans]
+        if len(seen) * (whole[1] - whole[0]) > WORTH_A_SPLIT * max(1, sum(widths)):
+            for place, span in enumerate(spans):
+                yield _tile(tile, (place, place + 1), span, live[place : place + 1])
+            return
+    yield _tile(tile, tile.batch, whole, live)
+
+
+def _span(seen: torch.Tensor) -> Interval:
+    """The first and behind the last place that is true; (0, 0) without one."""
+    places = seen.nonzero()
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+
+
+def _tile(tile: Tile, batch: Interval, span: Interval, live: torch.Tensor) -> Tile:
+    """The part `span` of a tile's keys."""
+    start = tile.columns[0]
+    columns = (start + span[0], start + span[1])
+    if span[0] == span[1]:
+        return Tile(batch, tile.rows, columns, None, live.new_ones(1, 1, 1, 1))
+    live = live if live.shape[3] == 1 else live[..., span[0] : span[1]]
+    if live.all():
+        return Tile(batch, tile.rows, columns)
+    alive = live.any(dim=-1, keepdim=True)
+    return Tile(batch, tile.rows, columns, live, None if alive.all() else ~alive)

@@ -1,0 +1,120 @@
+"""The mask tensor of an attention -> its formulas beside it: ``k <= q and c0[b, k]``, ``c1[h]*k``.
+
+The formulas say which keys a query sees and what is added to their scores. Whoever computes the attention can
+then leave out keys and need not build the mask, which is the largest tensor around; the tensor stays an
+operand for those who read it, and is not computed when nobody does. A mask that is no formula is captured
+whole.
+
+Assumed: scores and biases are far from the lowest number of their dtype, so that a key masked by it counts as
+excluded in a row that has another key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.ir.contract import Context, Match, Miss, Verdict
+from fxopt.ir.facts import argument, val
+from fxopt.ir.linear import Unsupported
+from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.masking import MEAN
+from fxopt.ir.tables import Table
+
+from .mask_program import Recovered, in_words, recover, written
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RecoverMask:
+    """The programs of a mask, beside its tensor."""
+
+    name: ClassVar[str] = "recover-mask"
+    after: ClassVar[tuple[str, ...]] = ("rewrite-attention", "fold-causal-mask")
+
+    @property
+    def anchors(self) -> tuple[OpOverload, ...]:
+        return (ATTENTION.overload,)
+
+    def match(self, node: fx.Node) -> Match | Miss | None:
+        mask = argument(node, "attn_mask")
+        if mask is None or argument(node, "mask"):
+            return None
+        try:
+            return Match(node, (node,), {"recovered": recover(mask, node)})
+        except Unsupported as refusal:
+            return Miss("a mask that can be written as a formula", str(refusal))
+
+    def legal(self, match: Match, ctx: Context) -> Verdict:
+        node, recovered = match.anchor, match["recovered"]
+        outside = next((n for n in _sources(recovered) if n.graph is not node.graph), None)
+        if outside is not None:
+            return Verdict.no(f"wanted captured tensors of this graph, saw {outside.name} outside of it")
+        if argument(node, "captures"):
+            return Verdict.no("wanted an op without captures")
+        stale = written(recovered.made_by, node, ctx)
+        if stale:
+            return Verdict.no(stale)
+        unknown = [symbol for symbol in recovered.sizes.values() if _find(symbol, node.graph) is None]
+        if unknown:
+            return Verdict.no(f"wanted sizes that an operand has, saw {unknown[0]}")
+        return _same_rows(recovered, node)
+
+    def profit(self, match: Match, ctx: Context) -> Verdict:
+        return Verdict.yes("whoever computes the attention may leave out keys")
+
+    def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
+        node, recovered = match.anchor, match["recovered"]
+        captures = [
+            source.build(graph) if isinstance(source, Table) else source
+            for source in recovered.captures.values()
+        ]
+        sizes = [_size(symbol, graph) for symbol in recovered.sizes.values()]
+        given = {"bias": recovered.bias_text, "captures": captures, "sizes": sizes}
+        kwargs: dict[str, Any] = {**node.kwargs, "mask": str(recovered.program)}
+        kwargs |= {name: value for name, value in given.items() if value}
+        if any(math.isfinite(fill) for fill in recovered.fills):
+            kwargs["dead_rows"] = MEAN
+        return graph.call_function(ATTENTION.overload, node.args, kwargs)
+
+
+def _sources(recovered: Recovered) -> list[fx.Node]:
+    return [source.base if isinstance(source, Table) else source for source in recovered.captures.values()]
+
+
+def _same_rows(recovered: Recovered, node: fx.Node) -> Verdict:
+    """Rows without a live key give what they gave before."""
+    fills = recovered.fills
+    if len(fills) > 1:
+        return Verdict.no(f"wanted one number that excludes keys, saw {sorted(fills)}")
+    if val(node.args[0]).dtype is torch.float16 and any(math.isfinite(fill) for fill in fills):
+        return Verdict.no("wanted a fill that absorbs every score, saw float16's lowest number")
+    return Verdict.yes(in_words(recovered, argument(node, "score")))
+
+
+def _find(symbol: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
+    """An input that is the symbol, or one of whose sizes is."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = val(node)
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node, None
+        sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
+        for dim, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                return node, dim
+    return None
+
+
+def _size(symbol: sympy.Symbol, graph: fx.Graph) -> fx.Node:
+    found = _find(symbol, graph)
+    if found is None:
+        raise Unsupported(f"the size {symbol}")
+    node, dim = found
+    return node if dim is None else graph.call_function(aten.sym_size.int, (node, dim))
