@@ -183,7 +183,8 @@ def describe(attention: fx.Node) -> str:
 
 def _mask(attention: fx.Node) -> str:
     if argument(attention, "mask") or argument(attention, "bias"):
-        return argument(attention, "mask") or "none"
+        text = str(argument(attention, "mask"))
+        return "none" if text in ("", "True") else text
     if argument(attention, "is_causal"):
         return "causal"
     mask = argument(attention, "attn_mask")
