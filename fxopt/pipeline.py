@@ -34,6 +34,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("functionalize-writes", "fxopt.passes.functionalize_writes:FunctionalizeWrites"),
     # early: what does nothing hides structure
     ("eliminate-noops", "fxopt.passes.eliminate_noops:EliminateNoops"),
+    # what reads nothing but a shape looks like a reader
+    ("simplify-views", "fxopt.passes.simplify_views:SimplifyViews"),
     # no pass below has to think of empty operands
     ("simplify-cat", "fxopt.passes.simplify_cat:SimplifyCat"),
     # a layer norm without its mean is an RMS norm: the larger one goes first

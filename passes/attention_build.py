@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import fx
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, val
 
-from .attention_layout import Layout, Steps
+from .attention_layout import Layout, Lead, Steps
+from .attention_parts import Factor, Mask, Multiplier
 from .attention_products import Operand
 from .attention_site import Site
-from .attention_sites import Mask
 
 aten = torch.ops.aten
 
@@ -44,7 +45,11 @@ class SiteBuilder:
     def query(self) -> fx.Node:
         """(B, H, Sq, D) in the result's dtype."""
         own = self.site.scores.query
-        return self._operand(own, self._layout.query_steps(own.lead, self.site.scores.product_lead))
+        query = self._operand(own, self._layout.query_steps(own.lead, self.site.scores.product_lead))
+        factors = self.site.factors_of_query
+        scaled = self._multiplied(query, factors)
+        wider = any(facts.dtype(each.node) != self.dtype for each in factors)
+        return self._call(aten.to.dtype, scaled, self.dtype) if wider else scaled
 
     def key(self) -> fx.Node:
         """(B, Hkv, Skv, D)"""
@@ -83,6 +88,23 @@ class SiteBuilder:
             return node
         return self._call(aten.reshape.default, node, [-1])
 
+    def captures(self) -> list[fx.Node]:
+        """``c0, c1, ...``: factors of the scores, and 0 where a score is replaced."""
+        factors = [self._factor(each) for each in self.site.factors_of_scores]
+        return factors + [self._kept(mask) for mask in self.site.replaced]
+
+    def _factor(self, factor: Multiplier) -> fx.Node:
+        node = self._placed(factor.node, factor.at)
+        if not factor.divides:
+            return node
+        wide = torch.float64 if facts.dtype(factor.node) is torch.float64 else torch.float32
+        return self._call(aten.reciprocal.default, self._call(aten.to.dtype, node, wide))
+
+    def _kept(self, mask: Mask) -> fx.Node:
+        values = (0.0, 1.0) if mask.where else (1.0, 0.0)
+        kept = self._call(aten.where.Scalar, self._placed(mask.node, mask.lead), *values)
+        return self._call(aten.to.dtype, kept, self.dtype)
+
     def mask(self) -> fx.Node | None:
         """The sum of all masks, of rank 4, in float32 or the result's dtype; None when there is none."""
         total: fx.Node | None = None
@@ -95,9 +117,9 @@ class SiteBuilder:
         """All steps of masking in the model's order and dtypes: the sum overflows where the model's does."""
         total: fx.Node | None = None
         for mask in self.site.scores.masks:
-            node = self._placed(mask.node, mask)
+            node = self._placed(mask.node, mask.lead)
             if mask.fill is None:
-                node = self._scaled(node, mask)
+                node = self._scaled(node, mask.factor)
                 total = node if total is None else self._call(aten.add.Tensor, total, node)
             else:
                 rest = 0.0 if total is None else total
@@ -117,22 +139,31 @@ class SiteBuilder:
     def _term(self, mask: Mask) -> fx.Node:
         node = self._filled(mask) if mask.fill is not None else mask.node
         if mask.fill is None:
-            node = self._scaled(self._narrow(node, facts.dtype(mask.node)), mask)
-        return self._placed(node, mask)
+            node = self._narrow(node, facts.dtype(mask.node))
+        placed = self._placed(node, mask.lead, like=mask.node)
+        return self._scaled(placed, mask.factor) if mask.fill is None else placed
 
-    def _scaled(self, node: fx.Node, mask: Mask) -> fx.Node:
-        if mask.factor.is_one:
-            return node
-        return self._call(aten.mul.Scalar, node, mask.factor.build(self.graph))
+    def _scaled(self, node: fx.Node, factor: Factor) -> fx.Node:
+        if not replace(factor, tensors=()).is_one:
+            node = self._call(aten.mul.Scalar, node, factor.build(self.graph))
+        return self._multiplied(node, factor.tensors)
 
-    def _placed(self, node: fx.Node, mask: Mask) -> fx.Node:
-        """A mask, or what was made of it, with four dimensions."""
-        return self._run(node, self._layout.mask_steps(*self.site.leads_of(mask)))
+    def _multiplied(self, node: fx.Node, tensors: Sequence[Multiplier]) -> fx.Node:
+        for each in tensors:
+            target = aten.div.Tensor if each.divides else aten.mul.Tensor
+            node = self._call(target, node, self._placed(each.node, each.at))
+        return node
+
+    def _placed(self, node: fx.Node, at: Lead, like: fx.Node | None = None) -> fx.Node:
+        """What broadcasts to scores with the lead `at`, with four dimensions. `like`: what has its shape."""
+        sizes = val(node if like is None else like).shape
+        for _ in range(2 - len(sizes)):
+            node = self._call(aten.unsqueeze.default, node, 0)
+        return self._run(node, self._layout.mask_steps(tuple(sizes[:-2]), at))
 
     def _filled(self, mask: Mask) -> fx.Node:
         lowest = torch.finfo(self.dtype).min
-        fill = max(mask.fill or 0.0, lowest)
-        values = (fill, 0.0) if mask.where else (0.0, fill)
+        values = (lowest, 0.0) if mask.where else (0.0, lowest)
         chosen = self._call(aten.where.Scalar, mask.node, *values)
         return self._call(aten.to.dtype, chosen, self.dtype)
 

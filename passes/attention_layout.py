@@ -78,6 +78,15 @@ class Layout:
         heads, batch = _split(1, at[cut:]), _split(0, at[:cut])
         return None if heads is None or batch is None else heads + batch
 
+    def extent(self, own: Lead, at: Lead) -> tuple[bool, bool]:
+        """Whether a mask with the lead `own` differs from batch to batch, and from head to head."""
+        own = (1,) * (len(at) - len(own)) + own
+        if len(at) < 2:
+            differs = not _are_ones(own)
+            return differs and not same_size(self.batch, 1), differs
+        cut = self.cut(at) or 0
+        return not _are_ones(own[:cut]), not _are_ones(own[cut:])
+
     def key_heads(self, own: Lead, at: Lead) -> Size:
         """How many heads `key_steps` leave."""
         if len(at) < 2:
@@ -121,7 +130,11 @@ Fits = Callable[[Lead, Lead], bool]
 
 
 def _fits_mask(mine: Lead, whole: Lead) -> bool:
-    return same_shape(mine, whole) or all(same_size(size, 1) for size in mine)
+    return same_shape(mine, whole) or _are_ones(mine)
+
+
+def _are_ones(sizes: Lead) -> bool:
+    return all(same_size(size, 1) for size in sizes)
 
 
 def _fits_keys(mine: Lead, whole: Lead) -> bool:

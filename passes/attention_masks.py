@@ -11,9 +11,10 @@ from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, is_number
+from fxopt.ir.known import known_value
 from fxopt.ir.ops.masking import LOWEST_SHARE
 
-from .attention_sites import Mask
+from .attention_parts import Mask
 
 aten = torch.ops.aten
 
@@ -29,6 +30,9 @@ _CREATES = (
     aten.new_zeros.default,
     aten.new_ones.default,
 )
+# Sums of products of values that the model computes; parameters and they are taken to be finite.
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default, aten.einsum.default,
+             aten.addmm.default, aten.baddbmm.default)  # fmt: skip
 _MAY_OVERFLOW = (aten.log.default, aten.exp.default, aten.reciprocal.default, aten.pow.Tensor_Scalar,
                  aten.tan.default, aten.rsqrt.default)  # fmt: skip
 # A number this low excludes a key: no score outweighs it. Smaller fills (-1e4, -100) are biases.
@@ -42,7 +46,7 @@ def never_infinite(masks: Sequence[Mask]) -> bool:
     for mask in masks:
         if mask.fill is None:
             lowest += fills(mask.node)
-            if not is_finite(mask.node) or lowest > 1:
+            if not (is_finite(mask.node) or _is_finite_constant(mask.node)) or lowest > 1:
                 return False
         else:
             lowest = 1
@@ -59,12 +63,23 @@ def commute(masks: Sequence[Mask]) -> bool:
 def replaces(masks: Sequence[Mask]) -> bool | None:
     """Whether the entries that exclude a key replace the score; None when some do and others are added."""
     filled = [mask.fill is not None for mask in masks]
-    added = [mask.fill is None and (fills(mask.node) > 0 or not is_finite(mask.node)) for mask in masks]
+    added = [mask.fill is None and not _is_bias(mask.node) for mask in masks]
     return any(filled) if not (any(filled) and any(added)) else None
 
 
+def _is_bias(node: fx.Node) -> bool:
+    """Without a number that excludes a key."""
+    return fills(node) == 0 and (is_finite(node) or _is_finite_constant(node))
+
+
+def _is_finite_constant(node: fx.Node) -> bool:
+    """Made of nothing that differs from call to call, and finite: it is computed here."""
+    value = known_value(node)
+    return value is not None and bool(value.isfinite().all())
+
+
 def is_finite(node: Any, depth: int = DEPTH) -> bool:
-    """No entry is infinite, as far as the operations tell. Of the inputs only parameters are taken to be."""
+    """No entry is infinite, as far as the operations tell. Of inputs, parameters are taken to be."""
     if is_number(node):
         return math.isfinite(node)
     if depth == 0 or not isinstance(node, fx.Node) or facts.is_write(node):
@@ -73,7 +88,7 @@ def is_finite(node: Any, depth: int = DEPTH) -> bool:
         return _finite_input(node, depth)
     if node.op != "call_function" or is_call(node, *_MAY_OVERFLOW):
         return False
-    if is_call(node, *_CREATES):
+    if is_call(node, *_CREATES, *_PRODUCTS):
         return True
     if is_call(node, *_WHERES):
         return all(is_finite(arg, depth - 1) for arg in node.args[1:])
@@ -111,7 +126,8 @@ def fills(node: Any, depth: int = DEPTH) -> int:
         return 0
     # float16's lowest number is a small one elsewhere.
     excludes = min(EXCLUDES, torch.finfo(facts.dtype(node)).max * LOWEST_SHARE)
-    arguments: list[Any] = list(node.args)
+    # The ends of a slice are no entries.
+    arguments: list[Any] = list(node.args[:1] if is_call(node, aten.slice.Tensor) else node.args)
     counts = [int(abs(arg) >= excludes) if is_number(arg) else fills(arg, depth - 1) for arg in arguments]
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return sum(counts)

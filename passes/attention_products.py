@@ -70,10 +70,10 @@ class Product:
         return self.order == tuple(range(len(self.order)))
 
 
-def read_product(node: fx.Node) -> Product | Miss:
-    """The operands of one of `PRODUCTS`."""
+def read_product(node: fx.Node, weights: fx.Node | None = None) -> Product | Miss:
+    """The operands of one of `PRODUCTS`; of `weights` the last two dimensions are rows and columns."""
     if is_call(node, aten.einsum.default):
-        return _einsum(node)
+        return _einsum(node, weights)
     left, right = node.args[0], node.args[1]
     if not facts.is_tensor(left) or not facts.is_tensor(right):
         return Miss("a product of two tensors", node.name)
@@ -89,7 +89,7 @@ def _aligned(node: Any, rank: int) -> Operand:
     return Operand(node, (None,) * (rank - own) + tuple(range(own)))
 
 
-def _einsum(node: fx.Node) -> Product | Miss:
+def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | Miss:
     """One label is summed, one is of the rows only, one of the columns only; the others are the lead."""
     equation = str(node.args[0])
     tensors: Any = node.args[1]
@@ -105,18 +105,24 @@ def _einsum(node: fx.Node) -> Product | Miss:
     columns = [label for label in output if label in right and label not in left]
     if len(summed) != 1 or set(left) | set(right) != {*summed, *output} or not columns or not rows:
         return Miss("a product of matrices", equation)
-    return _labelled(tensors, (left, right, output), summed[0], rows, columns)
+    # Of several labels that one operand alone has, the others are of the lead, of size one elsewhere.
+    known = [own[-2] for node, own in zip(tensors, (left, right), strict=True) if node is weights]
+    row, column = (_chosen(each, known or list(output[-2:])) for each in (rows, columns))
+    return _labelled(tensors, (left, right, output), summed[0], row, column)
+
+
+def _chosen(labels: list[str], wanted: list[str]) -> str:
+    return next((label for label in labels if label in wanted), labels[-1])
 
 
 def _labelled(
-    tensors: list[fx.Node], labels: tuple[str, str, str], summed: str, rows: list[str], columns: list[str]
+    tensors: list[fx.Node], labels: tuple[str, str, str], summed: str, row: str, column: str
 ) -> Product:
-    """Of several labels that one operand alone has, the last is its row; the other has size one there."""
     left, right, output = labels
-    lead = [label for label in output if label not in (rows[-1], columns[-1])]
+    lead = [label for label in output if label not in (row, column)]
     operands = []
-    for node, own, row in ((tensors[0], left, rows[-1]), (tensors[1], right, columns[-1])):
-        order = tuple(own.index(label) if label in own else None for label in (*lead, row, summed))
+    for node, own, last in ((tensors[0], left, row), (tensors[1], right, column)):
+        order = tuple(own.index(label) if label in own else None for label in (*lead, last, summed))
         operands.append(Operand(node, order))
-    places = (*lead, rows[-1], columns[-1])
+    places = (*lead, row, column)
     return Product(operands[0], operands[1], tuple(places.index(label) for label in output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,11 +10,16 @@ from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
-from fxopt.ir.facts import val
+from fxopt.ir.facts import Size, same_size, val
+from fxopt.ir.formula import AXES, real_capture
+from fxopt.ir.program import ScoreProgram
 
 from .attention_layout import Layout, Lead
+from .attention_masks import EXCLUDES, commute, never_infinite
+from .attention_parts import Mask, Multiplier, Scores
 from .attention_sinks import per_head, read_column, read_gate
-from .attention_sites import Mask, Scores, read_scores
+from .attention_sites import read_scores
+from .attention_steps import is_absorbing
 from .attention_weights import Weighted, exponent, read_weighted
 
 
@@ -34,15 +40,63 @@ class Site:
         return facts.dtype(self.root)
 
     @property
+    def factors_of_query(self) -> list[Multiplier]:
+        """Tensors that Q takes on. Not in float16, where a product with them may leave the range."""
+        if self.dtype is torch.float16:
+            return []
+        return [each for each in self.scores.factor.tensors if each.is_per_matrix]
+
+    @property
+    def factors_of_scores(self) -> list[Multiplier]:
+        """The others."""
+        own = self.factors_of_query
+        return [each for each in self.scores.factor.tensors if each not in own]
+
+    def is_replaced(self, mask: Mask) -> bool:
+        """Scores are replaced by a number that others may be as low as: they have to be multiplied by 0."""
+        if mask.fill is None or is_absorbing(mask.fill, mask.dtype):
+            return False
+        masks = self.scores.masks
+        alone = mask is masks[-1] and commute(masks) and never_infinite(masks)
+        return not (alone and mask.fill <= -EXCLUDES)
+
+    @property
+    def replaced(self) -> list[Mask]:
+        return [mask for mask in self.scores.masks if self.is_replaced(mask)]
+
+    @property
+    def program(self) -> ScoreProgram:
+        """The score program, with ``c0, c1, ...`` for `factors_of_scores` and what is not `replaced`."""
+        result = self.scores.score.result
+        captured = [(each.node, each.at) for each in self.factors_of_scores]
+        captured += [(mask.node, mask.lead) for mask in self.replaced]
+        for place, (node, at) in enumerate(captured):
+            sizes = val(node).shape
+            differs = (*self.layout.extent(tuple(sizes[:-2]), at), *_differs(sizes))
+            indices = [axis if each else 0 for axis, each in zip(AXES, differs, strict=True)]
+            result = result * real_capture(f"c{place}")(*indices)
+        return ScoreProgram(result)
+
+    @property
     def reads(self) -> list[fx.Node]:
         """The tensors that the op will read."""
         operands = [each.node for each in (self.scores.query, self.scores.key, self.weighted.value)]
         sinks = [] if self.sinks is None else [self.sinks]
-        return [*operands, *sinks, *(mask.node for mask in self.scores.masks)]
+        return [*operands, *sinks, *(node for node, _ in self.placed)]
 
-    def leads_of(self, mask: Mask) -> tuple[Lead, Lead]:
-        """The lead of a mask, and that of the scores that it broadcasts to."""
-        return tuple(val(mask.node).shape[:-2]), mask.lead
+    @property
+    def placed(self) -> list[tuple[fx.Node, Lead]]:
+        """What broadcasts to the scores: masks and factors, with the lead of the scores there."""
+        masks = self.scores.masks
+        factors = [self.scores.factor, *(mask.factor for mask in masks)]
+        found = [(mask.node, mask.lead) for mask in masks]
+        return found + [(tensor.node, tensor.at) for factor in factors for tensor in factor.tensors]
+
+
+def _differs(sizes: Sequence[Size]) -> tuple[bool, bool]:
+    """Whether a tensor differs from row to row, and from column to column."""
+    rows, columns = (1, 1, *sizes)[-2:]
+    return not same_size(rows, 1), not same_size(columns, 1)
 
 
 def read_site(softmax: fx.Node) -> Site | Miss | None:

@@ -18,8 +18,9 @@ from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, val
 
 from .attention_layout import Lead
+from .attention_parts import keeps_rows, seen
 from .attention_products import PRODUCTS, Operand, Product, read_product
-from .attention_sites import VIEWS, keeps_rows, seen
+from .attention_steps import VIEWS
 
 aten = torch.ops.aten
 
@@ -114,7 +115,7 @@ def _drops_last(node: fx.Node) -> bool:
 
 
 def _product(node: fx.Node, weights: fx.Node, dropout: float, sliced: bool) -> Weighted | Miss:
-    found = read_product(node)
+    found = read_product(node, weights)
     if isinstance(found, Miss):
         return found
     if is_call(node, aten.einsum.default) and found.right.node is weights:

@@ -20,7 +20,7 @@ from fxopt.ir.cost import hint, numel
 from fxopt.ir.facts import argument, is_call, val
 from fxopt.ir.ops.attention import ATTENTION
 
-from .attention_sites import VIEWS
+from .attention_steps import VIEWS
 
 aten = torch.ops.aten
 

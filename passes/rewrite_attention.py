@@ -24,8 +24,9 @@ from fxopt.ir.ops.masking import NAN, NONE, ZERO
 from .attention_build import SiteBuilder
 from .attention_layout import Lead
 from .attention_masks import commute, never_infinite, replaces
+from .attention_parts import Mask
 from .attention_site import Site, read_site
-from .attention_sites import VIEWS
+from .attention_steps import VIEWS
 from .attention_weights import SOFTMAXES, SPELLED_OUT
 
 aten = torch.ops.aten
@@ -59,7 +60,7 @@ class RewriteAttention:
             verdict = check(site)
             if not verdict:
                 return verdict
-        if ctx.facts.differentiates(site.root) and replaces(site.scores.masks) is None:
+        if ctx.facts.differentiates(site.root) and replaces(_unreplaced(site)) is None:
             return Verdict.no(
                 "some scores are filled, which stops their gradient, and some masked by a sum, which does not"
             )
@@ -166,15 +167,20 @@ def _held_in(node: fx.Node) -> torch.dtype:
 
 def _masks(site: Site) -> Verdict:
     for mask in site.scores.masks:
-        value = val(mask.node)
-        if mask.fill is not None and value.dtype is not torch.bool:
-            return Verdict.no(f"wanted a bool condition, saw {value.dtype}")
-        own, at = site.leads_of(mask)
-        if site.layout.mask_steps(own, at) is None:
-            return Verdict.no(f"wanted a mask that broadcasts to the scores, saw {tuple(value.shape)}")
+        if mask.fill is not None and facts.dtype(mask.node) is not torch.bool:
+            return Verdict.no(f"wanted a bool condition, saw {facts.dtype(mask.node)}")
+    for node, at in site.placed:
+        if site.layout.mask_steps(tuple(val(node).shape[:-2]), at) is None:
+            return Verdict.no(f"wanted a mask that broadcasts to the scores, saw {tuple(val(node).shape)}")
+    if site.scores.factor.tensors and not site.scores.score.is_identity and site.factors_of_scores:
+        return Verdict.no("wanted a softcap of scores times numbers, saw times a tensor")
     if site.gated and not never_infinite(site.scores.masks):
         return Verdict.no("wanted finite masks: sinks as a factor of the result keep the NaN of rows of -inf")
     return Verdict.yes()
+
+
+def _unreplaced(site: Site) -> list[Mask]:
+    return [mask for mask in site.scores.masks if not site.is_replaced(mask)]
 
 
 def _build(site: Site, graph: fx.Graph) -> fx.Node:
@@ -182,17 +188,20 @@ def _build(site: Site, graph: fx.Graph) -> fx.Node:
     query, key, value = parts.query(), parts.key(), parts.value()
     finite = never_infinite(scores.masks)
     kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), "dead_rows": NONE if finite else NAN}
-    if replaces(scores.masks):
+    if replaces(_unreplaced(site)):
         kwargs["mask_replaces"] = True
     if torch.finfo(facts.dtype(scores.product)).bits > torch.finfo(site.dtype).bits:
         kwargs["wide_scores"] = True
     if not facts.same_size(layout.key_heads(*_keys(site)[0]), layout.heads):
         kwargs["enable_gqa"] = True
-    if not scores.score.is_identity:
-        kwargs["score"] = str(scores.score)
+    if not site.program.is_identity:
+        kwargs["score"] = str(site.program)
+        kwargs |= {"captures": parts.captures()} if site.program.captures else {}
     if site.sinks is not None:
         kwargs |= {"sinks": parts.sinks(), "dead_rows": ZERO}
-    mask = parts.mask() if finite and commute(scores.masks) else parts.exact_mask(finite)
+    mask = (
+        parts.mask() if finite and commute(scores.masks) and not site.replaced else parts.exact_mask(finite)
+    )
     result = graph.call_function(
         ATTENTION.overload, (query, key, value, mask, site.weighted.dropout_p, False), kwargs
     )

@@ -157,12 +157,16 @@ def test_a_large_site_that_may_have_such_rows_is_not_given_to_a_kernel() -> None
     assert not out[:, :, 6:].isnan().any()
 
 
-def test_not_a_fill_that_a_score_outweighs() -> None:
+def test_a_fill_that_a_score_outweighs_does_not_exclude_its_key() -> None:
+    """Scores of -1e5 lose against a fill of -1e4, whose keys then have all the weight."""
+
     def site(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return softmax((q @ k.mT).masked_fill(~keep, -1e4), dim=-1) @ v
 
     found = rewriting(site, PASSES)
-    args = inputs()
-    assert torch.equal(found.call(*args), site(*args))
-    assert found.applied(NAME) == 0
-    assert "masked_fill" in found.reasons(NAME)
+    q, k, v, keep = inputs()
+    q, k = torch.full_like(q, -250.0), torch.full_like(k, 100.0)
+    out = found.call(q, k, v, keep)
+    assert torch.allclose(out, site(q, k, v, keep), atol=1e-6)
+    assert torch.allclose(out[1, :, 4], v[1, :, 5:].mean(1), atol=1e-6)
+    assert found.applied(NAME) == 1

@@ -119,7 +119,7 @@ NEAR_MISSES: dict[Site, str] = {
     over_a_mask: "a softcap of scores without a mask",
     over_a_fill: "a softcap of scores without a mask",
     twice: "one softcap",
-    of_a_tensor: "aten.mul.Tensor",
+    of_a_tensor: "a softcap of numbers",
     read_elsewhere: "only the softmax reads",
     another_function: "aten.sigmoid.default",
 }

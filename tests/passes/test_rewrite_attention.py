@@ -227,16 +227,8 @@ def two_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Te
     return w @ v + w @ (v * 2)
 
 
-def tensor_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return softmax(q @ k.mT * q.abs().mean(), dim=-1) @ v
-
-
 def infinite_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return softmax((q @ k.mT).masked_fill(~keep, float("-inf")), dim=-1).nan_to_num() @ v
-
-
-def small_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return softmax((q @ k.mT).masked_fill(~keep, -10.0), dim=-1) @ v
 
 
 def written_value(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -261,9 +253,7 @@ NEAR_MISSES: dict[str, tuple[Site, str]] = {
     "escaping": (escaping, "only the product with V reads"),
     "scores_read_twice": (scores_read_twice, "only the softmax reads"),
     "two_values": (two_values, "only the product with V reads"),
-    "tensor_scale": (tensor_scale, "mul"),
     "nan_to_num": (infinite_fill, "nan_to_num"),
-    "small_fill": (small_fill, "masked_fill"),
     "written_value": (written_value, "written by"),
     "in_place_scores": (in_place_scores, "add_"),
     "wrong_side": (wrong_side, "left operand"),
