@@ -26,10 +26,18 @@ def dead_cone(roots: tuple[fx.Node, ...], kept: frozenset[fx.Node] = frozenset()
         # A pass that names a write as a root answers for it; no other effect may disappear.
         if has_effect(node) and node not in roots:
             continue
-        if all(user in dead for user in node.users):
+        alive = [user for user in node.users if user not in dead]
+        if all(_is_unread(user) and user not in kept for user in alive):
+            # Such as the indices that come with a maximum.
+            dead |= dict.fromkeys(alive)
             dead[node] = None
             pending += node.all_input_nodes
     return list(dead)
+
+
+def _is_unread(node: fx.Node) -> bool:
+    """Nobody reads it, and nobody would miss it."""
+    return node.op == "call_function" and not node.users and not has_effect(node)
 
 
 def erase_unused(nodes: Iterable[fx.Node]) -> None:

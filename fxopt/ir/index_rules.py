@@ -277,7 +277,7 @@ _AS_IS = (aten.alias.default, aten.detach.default, aten.clone.default, aten.cont
           aten.lift_fresh.default, aten.lift_fresh_copy.default)  # fmt: skip
 _SAME_ORDER = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
                aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default,
-               aten.reshape_as.default, aten.unflatten.int)  # fmt: skip
+               aten.reshape_as.default, aten.unflatten.int, aten.flatten.using_ints)  # fmt: skip
 _BROADCAST = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
           aten.type_as.default)  # fmt: skip
