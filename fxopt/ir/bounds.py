@@ -48,15 +48,6 @@ def is_full(formula: Boolean, rows: Interval, columns: Interval) -> bool:
     return span.low > 0 if isinstance(formula, sympy.Gt) else span.low >= 0
 
 
-def read_share(formula: Boolean, rows: Sequence[Interval], columns: int) -> float:
-    """The part of all scores that lies within the bounds of the blocks `rows`."""
-    read = sum(
-        (last - first) * sum(high - low for low, high in live_columns(formula, (first, last), columns))
-        for first, last in rows
-    )
-    return read / max(1, rows[-1][1] * columns)
-
-
 @dataclass(frozen=True)
 class _Range:
     """All integers from `low` to `high`, both included."""

@@ -7,6 +7,7 @@ tensor of Sq x Skv entries is only one way to compute it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,11 @@ class MaskProgram:
         return hash(str(self))
 
     def __str__(self) -> str:
+        return self.text
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The formula in one line."""
         return condition_text(self.live)
 
     @staticmethod
@@ -108,6 +114,11 @@ class ScoreProgram:
         return hash(str(self))
 
     def __str__(self) -> str:
+        return self.text
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The formula in one line."""
         return number_text(self.result)
 
     @staticmethod
@@ -129,17 +140,18 @@ class ScoreProgram:
         """The names of sizes that are not known while compiling."""
         return sizes_of(self.result)
 
-    @property
+    @functools.cached_property
     def is_identity(self) -> bool:
         """The score stays what it is."""
         return bool(self.result == S)
 
-    @property
+    @functools.cached_property
     def bias(self) -> sympy.Expr | None:
         """What is added to a score that is changed in no other way; None where it is."""
         rest = sympy.expand(self.result - S)
         return None if rest.has(S) else rest
 
+    @functools.cached_property
     def slope(self) -> sympy.Expr:
         """The derivative with respect to s."""
         return sympy.diff(self.result, S)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,6 +19,8 @@ _COMPARE: dict[Any, Any] = {
     sympy.Le: torch.le, sympy.Lt: torch.lt, sympy.Ge: torch.ge, sympy.Gt: torch.gt,
     sympy.Eq: torch.eq, sympy.Ne: torch.ne,
 }  # fmt: skip
+
+_ALONG = ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))
 
 
 @dataclass(frozen=True)
@@ -36,66 +38,42 @@ class TileValues:
     device: torch.device
     scores: torch.Tensor | None = None
     dtype: torch.dtype = torch.float32
+    memo: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def once(self, expression: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What is dear to compute, and is part of a score and of its derivative."""
+        if expression not in self.memo:
+            self.memo[expression] = compute()
+        return self.memo[expression]
 
     def condition(self, formula: Boolean) -> torch.Tensor:
         """A bool tensor."""
-        if formula in (sympy.true, sympy.false):
-            return torch.full((1, 1, 1, 1), bool(formula), dtype=torch.bool, device=self.device)
-        if isinstance(formula, sympy.And | sympy.Or):
-            joined = operator.and_ if isinstance(formula, sympy.And) else operator.or_
-            return functools.reduce(joined, (self.condition(arg) for arg in formula.args))
-        if isinstance(formula, sympy.Not):
-            return ~self.condition(formula.args[0])
-        left, right = self.number(formula.lhs), self.number(formula.rhs)
-        if not isinstance(left, torch.Tensor):
-            left = torch.full((1, 1, 1, 1), left, device=self.device)
-        result: torch.Tensor = _COMPARE[formula.func](left, right)
-        return result
+        found: torch.Tensor = _condition(formula)(self)
+        return found
 
     def number(self, expression: Any) -> Any:
         """A Python or symbolic number, or a tensor of four dimensions."""
-        if expression.is_Integer:
-            return int(expression)
-        if expression.is_number:
-            return float(expression)
-        if expression == S:
-            return self.scores
-        if expression in AXES:
-            return self._axis(AXES.index(expression))
-        if expression.is_Symbol:
-            return self.sizes[str(expression)]
-        if isinstance(expression, AppliedUndef):
-            return self._captured(expression)
-        if isinstance(expression, sympy.floor):
-            numerator, denominator = expression.args[0].as_numer_denom()
-            return self.number(numerator) // self.number(denominator)
-        parts = [self.number(arg) for arg in expression.args]
-        if isinstance(expression, sympy.tanh):
-            return torch.tanh(parts[0])
-        if isinstance(expression, sympy.Abs):
-            return abs(parts[0])
-        if isinstance(expression, sympy.Pow):
-            return parts[0] ** parts[1]
-        return functools.reduce(operator.add if isinstance(expression, sympy.Add) else operator.mul, parts)
+        return _number(expression)(self)
 
     def places(self, access: Any) -> tuple[torch.Tensor, ...]:
         """The indices of a captured entry, for each score of the tile."""
-        return tuple(self._index(index) for index in access.args)
+        return tuple(self.index(_number(index)(self)) for index in access.args)
 
-    def _axis(self, axis: int) -> torch.Tensor:
+    def index(self, place: Any) -> torch.Tensor:
+        """An index as a tensor of four dimensions."""
+        whole = (1, 1, 1, 1)
+        return place if isinstance(place, torch.Tensor) else torch.full(whole, place, device=self.device)
+
+    def axis(self, axis: int) -> torch.Tensor:
         """The indices along one axis of the tile."""
-        shape = [1, 1, 1, 1]
-        shape[axis] = -1
-        return torch.arange(*self.ranges[axis], device=self.device).view(shape)
+        return torch.arange(*self.ranges[axis], device=self.device).view(_ALONG[axis])
 
-    def _captured(self, access: Any) -> torch.Tensor:
-        """The entries of a captured tensor: a view where it is indexed by axes in order, else a gather."""
-        tensor = self.captures[str(access.func)]
-        axes = in_order(access)
-        found = tensor[self.places(access)] if axes is None else self._view(tensor, axes)
-        return found.to(self.dtype) if found.is_floating_point() else found
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Captured numbers in the dtype of the computation."""
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def _view(self, tensor: torch.Tensor, axes: list[int | None]) -> torch.Tensor:
+    def view(self, tensor: torch.Tensor, axes: Sequence[int | None]) -> torch.Tensor:
+        """A captured tensor that is indexed by axes in order."""
         for dim in reversed(range(len(axes))):
             axis = axes[dim]
             if axis is None:
@@ -108,10 +86,62 @@ class TileValues:
                 tensor = tensor.unsqueeze(axis)
         return tensor
 
-    def _index(self, index: Any) -> torch.Tensor:
-        found = self.number(index)
-        whole = (1, 1, 1, 1)
-        return found if isinstance(found, torch.Tensor) else torch.full(whole, found, device=self.device)
+
+# What computes a formula in a tile. Formulas are walked once, not in every tile.
+Computed: TypeAlias = Callable[[TileValues], Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _condition(formula: Boolean) -> Computed:
+    if formula in (sympy.true, sympy.false):
+        value = bool(formula)
+        return lambda tile: torch.full((1, 1, 1, 1), value, dtype=torch.bool, device=tile.device)
+    if isinstance(formula, sympy.And | sympy.Or):
+        joined = operator.and_ if isinstance(formula, sympy.And) else operator.or_
+        parts = [_condition(arg) for arg in formula.args]
+        return lambda tile: functools.reduce(joined, (part(tile) for part in parts))
+    if isinstance(formula, sympy.Not):
+        inner = _condition(formula.args[0])
+        return lambda tile: ~inner(tile)
+    compare, left, right = _COMPARE[formula.func], _number(formula.lhs), _number(formula.rhs)
+    return lambda tile: compare(tile.index(left(tile)), right(tile))
+
+
+@functools.lru_cache(maxsize=1024)
+def _number(expression: Any) -> Computed:
+    if expression.is_number:
+        value = int(expression) if expression.is_Integer else float(expression)
+        return lambda tile: value
+    if expression == S:
+        return lambda tile: tile.scores
+    if expression in AXES:
+        axis = AXES.index(expression)
+        return lambda tile: tile.axis(axis)
+    if expression.is_Symbol:
+        name = str(expression)
+        return lambda tile: tile.sizes[name]
+    if isinstance(expression, AppliedUndef):
+        return _entry(expression)
+    if isinstance(expression, sympy.floor):
+        numerator, denominator = (_number(part) for part in expression.args[0].as_numer_denom())
+        return lambda tile: numerator(tile) // denominator(tile)
+    parts = [_number(arg) for arg in expression.args]
+    if isinstance(expression, sympy.tanh):
+        return lambda tile: tile.once(expression, lambda: torch.tanh(parts[0](tile)))
+    if isinstance(expression, sympy.Abs):
+        return lambda tile: abs(parts[0](tile))
+    if isinstance(expression, sympy.Pow):
+        return lambda tile: parts[0](tile) ** parts[1](tile)
+    joined = operator.add if isinstance(expression, sympy.Add) else operator.mul
+    return lambda tile: functools.reduce(joined, (part(tile) for part in parts))
+
+
+def _entry(access: Any) -> Computed:
+    """The entries of a captured tensor: a view where it is indexed by axes in order, else a gather."""
+    name, axes = str(access.func), in_order(access)
+    if axes is not None:
+        return lambda tile: tile.read(tile.view(tile.captures[name], axes))
+    return lambda tile: tile.read(tile.captures[name][tile.places(access)])
 
 
 def in_order(access: Any) -> list[int | None] | None:

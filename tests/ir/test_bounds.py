@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.ir.bounds import is_full, live_columns, read_share
+from fxopt.ir.bounds import is_full, live_columns
 from fxopt.ir.program import MaskProgram
 
 ROWS, COLUMNS = 23, 29
@@ -79,7 +79,3 @@ def test_full_blocks() -> None:
     assert not is_full(causal, (8, 16), (0, 10))
     assert not is_full(MaskProgram.parse("k <= q and c0[b, k]").live, (8, 16), (0, 4))
     assert is_full(MaskProgram.parse("k//8 == q//8").live, (8, 16), (8, 16))
-
-
-def test_share() -> None:
-    assert read_share(MaskProgram.parse("k <= q").live, [(0, 8), (8, 16)], 16) == 0.75

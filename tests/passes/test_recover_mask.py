@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.functional import softmax
 
+from fxopt.ir.ops import attention_providers, tile_plan
 from support.golden import assert_golden
 from support.numerics import assert_closer
 from support.reference import reference_mode
@@ -24,8 +25,15 @@ Site = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _on_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def _blocks_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if tiles cost nothing but their scores, on two threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tile_plan, "SECONDS_OF_A_TILE", 0.0)
+    for name in ("PADDED_SCORES", "DENSE_SCORES", "DROPOUT_SCORES"):
+        monkeypatch.setattr(attention_providers, name, 0)
+    tile_plan.plan.cache_clear()
+    yield
+    tile_plan.plan.cache_clear()
 
 
 def places(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,20 +223,11 @@ def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor
     return sdpa(q, k, v, attn_mask=torch.where(j <= i, (j - i) * 0.1, -math.inf))
 
 
-def short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return given(causal)(q[:, :, :50], k[:, :, :50], v[:, :, :50], keep[:, :50])
-
-
 IN_WORDS: dict[str, tuple[Site, str, str]] = {
-    "padding_only": (given(padding_only), 'mask="c0[b, k]"', "'sdpa', 'blocks: blocks would read 100%"),
+    "padding_only": (given(padding_only), 'mask="c0[b, k]"', "'blocks'"),
     "prefix": (given(prefix), 'mask="(k < 30 or k <= q) and c0[b, k]"', "'blocks'"),
     "chunked": (given(chunked), 'mask="(k)//40 == (q)//40 and k <= q"', "'blocks'"),
     "biased": (biased, 'mask="k <= q" score="s + 0.1*k - 0.1*q"', "'blocks'"),
-    "short": (
-        short,
-        'mask="c0[b, k] and k <= q"',
-        "'sdpa', 'blocks: 50 x 50 scores per head, blocks pay from",
-    ),
 }
 
 

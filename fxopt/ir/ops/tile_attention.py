@@ -14,6 +14,7 @@ drawn again in the backward, from the same seed and in the same order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -55,18 +56,33 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     out = query.new_zeros(batch, count, heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_zeros(batch, heads, count, dtype=computed_in(query.dtype))
     generator = rows.generator()
-    for tile in tiles(problem):
+    flash = flash_serves(problem, rows)
+    for tile in tiles_of(problem, flash):
         at = (slice(*tile.batch), slice(None), slice(*tile.rows))
         if tile.columns[0] != tile.columns[1]:
-            if flash_serves(problem, rows):
-                out[at], lse[at] = _flash(problem, tile)
-            else:
+            if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
+            elif tile.batch == (0, batch) and tile.rows == (0, count):
+                out, lse = _flash(problem, tile)
+                lse = lse.contiguous()
+            else:
+                out[at], lse[at] = _flash(problem, tile)
         if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
             weights = dead_weights(problem, rows, tile, generator)
             mean = per_group(weights, problem.key.shape[1]) @ _part(value, tile.batch)
             out[at] = torch.where(tile.dead, per_head(mean, heads).to(out.dtype), out[at])
     return out, lse
+
+
+# Scores that are computed at once, so that the steps between two products find them in the cache.
+DENSE_SCORES = 2**18
+# The flash kernel has tiles of its own; this bounds the masks.
+FLASH_SCORES = 2**22
+
+
+def tiles_of(problem: Problem, flash: bool) -> Iterator[Tile]:
+    """The tiles of a problem; in the forward the same as in the backward where numbers are random."""
+    return tiles(problem, FLASH_SCORES if flash else DENSE_SCORES)
 
 
 def flash_serves(problem: Problem, rows: Rows) -> bool:
@@ -118,6 +134,7 @@ class DenseTile:
         grouped = per_group(self.query, self.key.shape[1])
         raw = scaled_product(grouped, self.key, problem.scale, problem.wide_scores)
         self.raw = per_head(raw, problem.heads).to(self.dtype)
+        self.values = problem.values(tile, self.raw)
         self.scores = self.raw if problem.score.is_identity else self.evaluate(problem.score.result)
         if tile.live is not None:
             self.scores = self.scores.masked_fill(~tile.live, -math.inf)
@@ -125,18 +142,26 @@ class DenseTile:
 
     def evaluate(self, formula: sympy.Expr) -> torch.Tensor:
         """A number of the tile's formulas, expanded to the scores."""
-        found = self.problem.values(self.tile, self.raw).number(formula)
+        found = self.values.number(formula)
         found = found if isinstance(found, torch.Tensor) else self.raw.new_full((1, 1, 1, 1), found)
         return found.to(self.dtype).expand(self.raw.shape)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        lse = torch.logsumexp(self.scores, -1, keepdim=True)
+        """(out, lse) of the tile. The scores are used up: the steps between the products are in place."""
+        top = self.scores.amax(-1, keepdim=True)
+        sink = None
         if self.rows.sinks is not None:
-            lse = torch.logaddexp(lse, self.rows.sinks.to(self.dtype).view(1, -1, 1, 1))
-        lse = torch.where(lse == -math.inf, 0.0, lse)
-        weights = self.dropped(torch.exp(self.scores - lse)).to(self.value.dtype)
-        out = per_group(weights, self.key.shape[1]) @ self.value
-        return per_head(out, self.problem.heads), lse.squeeze(-1)
+            sink = self.rows.sinks.to(self.dtype).view(1, -1, 1, 1)
+            top = torch.maximum(top, sink)
+        top = top.masked_fill_(top == -math.inf, 0.0)
+        shares = (self.scores - top).exp_()
+        total = shares.sum(-1, keepdim=True)
+        if sink is not None:
+            total += torch.exp(sink - top)
+        total.masked_fill_(total == 0.0, 1.0)  # a dead row
+        out = per_group(self.dropped(shares).to(self.value.dtype), self.key.shape[1]) @ self.value
+        out = per_head(out, self.problem.heads) / total
+        return out.to(self.value.dtype), (top + total.log()).squeeze(-1)
 
     def dropped(self, weights: torch.Tensor) -> torch.Tensor:
         return weights if self.kept is None else weights * self.kept
@@ -154,7 +179,7 @@ class DenseTile:
         value = per_group(self.dropped(weights).to(grad.dtype), groups).transpose(-2, -1) @ gathered
         of_weights = per_head(gathered @ self.value.transpose(-2, -1), heads).to(self.dtype)
         of_scores = weights * (self.dropped(of_weights) - delta)
-        slope = self.problem.score.slope()
+        slope = self.problem.score.slope
         of_raw = of_scores if slope == 1 else of_scores * self.evaluate(slope)
         product = per_group((of_raw * self.problem.scale).to(work), groups)
         query = per_head(product @ self.key.to(work), heads)

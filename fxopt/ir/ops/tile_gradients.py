@@ -15,8 +15,9 @@ from fxopt.ir.ops.tile_attention import (
     dead_number,
     flash_serves,
     operands,
+    tiles_of,
 )
-from fxopt.ir.ops.tiles import Problem, Tile, computed_in, tiles
+from fxopt.ir.ops.tiles import Problem, Tile, computed_in
 
 aten = torch.ops.aten
 
@@ -42,14 +43,15 @@ def backward(
     """
     total = _Totals(problem, rows, learned)
     generator = rows.generator()
-    for tile in tiles(problem):
+    flash = flash_serves(problem, rows) and not learned
+    for tile in tiles_of(problem, flash):
         at = (slice(*tile.batch), slice(None), slice(*tile.rows))
         given, result, sums = grad[at], out[at], lse[at]
         if tile.dead is not None:  # they are in no sum over live keys
             result = torch.where(tile.dead, torch.zeros_like(result), result)
         delta = _delta(given, result, lse.dtype)
         if tile.columns[0] != tile.columns[1]:
-            if flash_serves(problem, rows) and not learned:
+            if flash:
                 total.add(tile, _flash(problem, tile, given, result, sums))
             else:
                 dense = DenseTile(problem, rows, tile, generator)
@@ -119,11 +121,10 @@ class _Totals:
 
     def add_captured(self, dense: DenseTile, grad: torch.Tensor) -> None:
         """Args: grad: of the scores of the tile, after the score program."""
-        values = self.problem.values(dense.tile, dense.raw)
         for access, formula in self.sensitivities.items():
             part = grad if formula == 1 else grad * dense.evaluate(formula)
             total = self.captured[str(access.func)]
-            places = values.places(access)
+            places = dense.values.places(access)
             reach = torch.broadcast_shapes(*(each.shape for each in places))
             summed = [dim for dim in range(4) if reach[dim] == 1 and part.shape[dim] > 1]
             part = part.sum(summed, keepdim=True) if summed else part

@@ -7,17 +7,13 @@ a tile.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 
-from fxopt.ir.bounds import Interval, is_full, live_columns
-from fxopt.ir.formula import size
-from fxopt.ir.ops.masking import row_blocks
+from fxopt.ir.bounds import Interval
+from fxopt.ir.ops.tile_plan import Block, plan
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.tile_values import TileValues
 
@@ -77,50 +73,30 @@ class Tile:
     dead: torch.Tensor | None = None
 
 
-def tiles(problem: Problem) -> Iterator[Tile]:
-    """The tiles of a problem: every live score is in exactly one."""
-    batch, _, rows, _ = problem.query.shape
-    columns = problem.key.shape[-2]
-    for block in plan(problem.mask, tuple(problem.sizes.values()), rows, columns):
-        whole = Tile((0, batch), block.rows, (block.low, block.high))
+def tiles(problem: Problem, most: int) -> Iterator[Tile]:
+    """The tiles of a problem: every live score is in exactly one.
+
+    Args:
+        most: scores that a tile may have.
+    """
+    for block in plan_of(problem, most):
+        whole = Tile((0, problem.query.shape[0]), block.rows, (block.low, block.high))
         if block.low == block.high:
             yield Tile(whole.batch, whole.rows, whole.columns, None, _all_dead(problem))
         elif block.full:
             yield whole
-        else:
+        elif block.known:
             live = problem.values(whole).condition(problem.mask.live)
-            yield from _cropped(whole, live)
+            yield Tile(whole.batch, whole.rows, whole.columns, live)
+        else:
+            yield from _cropped(whole, problem.values(whole).condition(problem.mask.live))
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of queries, and the bounds of its keys; `full` when no mask is needed within them."""
-
-    rows: Interval
-    low: int
-    high: int
-    full: bool
-
-
-@functools.lru_cache(maxsize=256)
-def plan(mask: MaskProgram, sizes: tuple[int, ...], rows: int, columns: int) -> tuple[Block, ...]:
-    """The blocks of all queries, from the formula alone."""
-    formula = with_sizes(mask, sizes)
-    return tuple(_block(formula, each, columns) for each in row_blocks(rows))
-
-
-def with_sizes(mask: MaskProgram, sizes: tuple[int, ...]) -> Boolean:
-    """The formula with numbers in the place of ``n0, n1, ...``."""
-    numbers = {size(f"n{place}"): sympy.Integer(number) for place, number in enumerate(sizes)}
-    return mask.live.xreplace(numbers)
-
-
-def _block(formula: Boolean, rows: Interval, columns: int) -> Block:
-    found = live_columns(formula, rows, columns)
-    if not found:
-        return Block(rows, 0, 0, full=False)
-    low, high = found[0][0], found[-1][1]
-    return Block(rows, low, high, is_full(formula, rows, (low, high)))
+def plan_of(problem: Problem, most: int) -> tuple[Block, ...]:
+    """The blocks of queries of a problem."""
+    batch, heads, rows, depth = problem.query.shape
+    columns = problem.key.shape[-2]
+    return plan(problem.mask, tuple(problem.sizes.values()), rows, columns, batch * heads, depth, most)
 
 
 def _all_dead(problem: Problem) -> torch.Tensor:
