@@ -79,3 +79,12 @@ class InternalError(FxoptError, RuntimeError):
         "internal error in {stage}: {kind}: {detail}. This is a bug in fxopt, not in your model. "
         "Without options={{'strict': True}} the graph is compiled by the host, unchanged."
     )
+
+
+class FormulaDiffers(FxoptError, RuntimeError):
+    """A mask that was recovered as a formula says something else than its tensor: a fault of fxopt."""
+
+    message = (
+        "the mask was recovered as {formula}, but {found}. This is a bug in fxopt, please report it; "
+        "options={{'disable': 'recover-mask'}} avoids it."
+    )

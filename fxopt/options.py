@@ -18,6 +18,7 @@ from fxopt.errors import OptionTypeError, OptionValueError, UnknownOption, Unsup
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 HOSTS = ("auto", "inductor", "eager")
+VERIFY = ("nothing", "masks")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Options:
             lazily conjugated or negated inputs, which Inductor misreads.
         disable: names of passes not to run, see ``fxopt.pipeline``; ``("all",)`` runs none.
         strict: raise `InternalError` when a stage of fxopt fails, instead of handing the graph to the host.
+        verify: ``"masks"`` computes every mask that became a formula both ways, and compares all entries; a
+            formula that differs is not used (`InternalError` with `strict`). Slow: for tests and bug reports.
         fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         host_config: Inductor configuration, the keys that are not fields of this class.
@@ -40,6 +43,7 @@ class Options:
     host: str = "auto"
     disable: tuple[str, ...] = ()
     strict: bool = False
+    verify: str = "nothing"
     fuel: int | None = None
     dump: str | None = None
     host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -101,6 +105,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         found["dump"] = environ["FXOPT_DUMP"]
     if environ.get("FXOPT_STRICT"):
         found["strict"] = environ["FXOPT_STRICT"] not in ("0", "false", "False")
+    if environ.get("FXOPT_VERIFY"):
+        found["verify"] = environ["FXOPT_VERIFY"]
     return found
 
 
@@ -116,6 +122,7 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "host": ((str,), "a string"),
     "disable": ((str, list, tuple, set, frozenset), "a pass name or a list of pass names"),
     "strict": ((bool,), "a bool"),
+    "verify": ((str,), "a string"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
 }
@@ -128,10 +135,10 @@ def _checked(name: str, value: Any, said: str) -> Any:
         raise OptionTypeError(name=said, wanted=wanted, value=value, kind=type(value).__name__)
     if name == "mode" and value not in MODES:
         raise UnsupportedMode(mode=value, nearest=nearest("", value, MODES), valid=", ".join(MODES))
-    if name == "host" and value not in HOSTS:
-        raise OptionValueError(
-            name=said, value=value, nearest=nearest("valid values", value, HOSTS), valid=", ".join(HOSTS)
-        )
+    for option, values in (("host", HOSTS), ("verify", VERIFY)):
+        if name == option and value not in values:
+            near = nearest("valid values", value, values)
+            raise OptionValueError(name=said, value=value, nearest=near, valid=", ".join(values))
     if name == "fuel" and value is not None and value < 0:
         raise OptionValueError(name=said, value=value, nearest="", valid="integers from 0 on, or None")
     if name == "disable":

@@ -89,7 +89,7 @@ def _confirm(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node, causal: 
     """Compute the mask at small sizes: it must be what was proven. Returns where, in words."""
     hints = symbols([*made_by, attention])
     seen = {symbol: number for symbol, number in hints.items() if number is not None}
-    points = [seen, _small(hints, mask)] if len(seen) == len(hints) else [_small(hints, mask)]
+    points = [seen, small_sizes(hints, mask)] if len(seen) == len(hints) else [small_sizes(hints, mask)]
     point = next((each for each in points if _entries(mask, each) <= CONFIRM), None)
     if point is None:
         return ", too large to be computed as well"
@@ -99,7 +99,7 @@ def _confirm(mask: fx.Node, made_by: list[fx.Node], attention: fx.Node, causal: 
     return f" and computed at {named or 'its own size'}"
 
 
-def _small(found: Mapping[sympy.Symbol, int | None], mask: fx.Node) -> dict[sympy.Symbol, int]:
+def small_sizes(found: Mapping[sympy.Symbol, int | None], mask: fx.Node) -> dict[sympy.Symbol, int]:
     """A small number for each symbol, within its range, all different."""
     sizes = Sizes(getattr(val(mask).fake_mode, "shape_env", None))
     return {

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxopt.errors import FormulaDiffers
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.facts import argument, val
 from fxopt.ir.linear import Unsupported
@@ -27,6 +28,7 @@ from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import MEAN
 from fxopt.ir.tables import Table
 
+from .mask_check import difference
 from .mask_program import Recovered, in_words, recover, written
 
 aten = torch.ops.aten
@@ -65,7 +67,9 @@ class RecoverMask:
         unknown = [symbol for symbol in recovered.sizes.values() if _find(symbol, node.graph) is None]
         if unknown:
             return Verdict.no(f"wanted sizes that an operand has, saw {unknown[0]}")
-        return _same_rows(recovered, node)
+        found = _checked(match, ctx) if ctx.options.verify == "masks" else ""
+        same = _same_rows(recovered, node)
+        return Verdict(bool(same), same.reason + found)
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
         return Verdict.yes("whoever computes the attention may leave out keys")
@@ -83,6 +87,22 @@ class RecoverMask:
         if any(math.isfinite(fill) for fill in recovered.fills):
             kwargs["dead_rows"] = MEAN
         return graph.call_function(ATTENTION.overload, node.args, kwargs)
+
+
+def _checked(match: Match, ctx: Context) -> str:
+    """In words, that the formulas were compared with the mask.
+
+    Raises:
+        FormulaDiffers: they are not the same.
+    """
+    node, recovered = match.anchor, match["recovered"]
+    try:
+        found = difference(recovered, argument(node, "attn_mask"), node)
+    except Unsupported as reason:
+        return f"; not compared: {reason}"
+    if found is not None:
+        raise FormulaDiffers(formula=in_words(recovered, ""), found=found)
+    return "; compared entry by entry"
 
 
 def _sources(recovered: Recovered) -> list[fx.Node]:

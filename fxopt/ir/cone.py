@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -105,20 +105,34 @@ def _note_symbols(size: torch.SymInt, found: dict[sympy.Symbol, int | None]) -> 
         found[expression] = size.node.hint
 
 
-def run(nodes: list[fx.Node], at: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+def run(nodes: Sequence[fx.Node], at: Mapping[sympy.Symbol, int]) -> torch.Tensor:
     """Compute the last of `nodes` (a `cone`) on the CPU, each symbol replaced by the integer in `at`.
 
     Raises:
         Unsupported: an op whose result does not depend on its arguments alone, or has not the recorded form.
     """
-    results: dict[fx.Node, Any] = {}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for node in nodes:
-            results[node] = _run_node(node, results, at)
-    found = results[nodes[-1]]
+    found = run_all(nodes, at)[nodes[-1]]
     if not isinstance(found, torch.Tensor):
         raise Unsupported(f"{nodes[-1].name}, which is no tensor")
     return found
+
+
+def run_all(
+    nodes: Sequence[fx.Node],
+    at: Mapping[sympy.Symbol, int],
+    given: Callable[[fx.Node], torch.Tensor] | None = None,
+) -> dict[fx.Node, Any]:
+    """Compute `nodes` on the CPU, as `run` does. `given` makes those that can not be computed."""
+    results: dict[fx.Node, Any] = {}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for node in nodes:
+            try:
+                results[node] = _run_node(node, results, at)
+            except Unsupported:
+                if given is None:
+                    raise
+                results[node] = given(node)
+    return results
 
 
 def _run_node(node: fx.Node, results: dict[fx.Node, Any], at: Mapping[sympy.Symbol, int]) -> Any:
@@ -131,21 +145,27 @@ def _run_node(node: fx.Node, results: dict[fx.Node, Any], at: Mapping[sympy.Symb
         raise Unsupported(f"{node.name}, which is no operation on sizes alone")
     if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
         raise Unsupported(f"{op}")
+    found = call_on_cpu(node, lambda arg: results[arg] if arg in results else _stand_in(val(arg), at))
+    _check_form(node, found, at)
+    return found
+
+
+def call_on_cpu(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Run the op of a node, on the values that its arguments are given."""
 
     def concrete(arg: Any) -> Any:
         if isinstance(arg, fx.Node):
-            return results[arg] if arg in results else _stand_in(val(arg), at)
+            return value_of(arg)
         if isinstance(arg, (list, tuple)):
             return type(arg)(concrete(item) for item in arg)
         return torch.device("cpu") if isinstance(arg, torch.device) else arg
 
     args = tuple(concrete(arg) for arg in node.args)
     kwargs = {name: concrete(arg) for name, arg in node.kwargs.items()}
-    if any(formal.name == "device" for formal in op._schema.arguments[len(args) :]):
+    formals = node.target._schema.arguments  # type: ignore[union-attr]
+    if any(formal.name == "device" for formal in formals[len(args) :]):
         kwargs["device"] = torch.device("cpu")
-    found = op(*args, **kwargs)
-    _check_form(node, found, at)
-    return found
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _stand_in(value: Any, at: Mapping[sympy.Symbol, int]) -> Any:

@@ -58,7 +58,8 @@ SITES = [
     ("llama", {}, "ones", False), ("llama", {}, "left", False), ("llama", {}, "right", True),
     ("llama", {}, None, True), ("mistral", {"sliding_window": 100}, "left", True),
     ("gemma2", {"sliding_window": 100}, "right", True), ("gpt_oss", {"sliding_window": 100}, "right", True),
-    ("bert", {"max_position_embeddings": 1024}, "right", False), ("modernbert", {"local_attention": 100}, "right", False),
+    ("bert", {"max_position_embeddings": 1024}, "right", False),
+    ("modernbert", {"local_attention": 100}, "right", False),
     ("gpt2", {"attn_pdrop": 0.1}, "right", True), ("bloom", {}, "right", False), ("mpt", {}, "right", False),
     ("llama4_text", {"attention_chunk_size": 100}, "right", False),
 ]  # fmt: skip
