@@ -47,7 +47,11 @@ def calls(entry: Entry) -> Iterator[Call]:
         yield Call(*values)
 
 
-def measure(entry: Entry, call: Call, inductor: int | None = None) -> Row | None:
+# What Inductor finds, and the commit at which it was counted.
+Counted = tuple[int, str]
+
+
+def measure(entry: Entry, call: Call, inductor: Counted | None = None) -> Row | None:
     """One line; None when the model has no such form. `inductor`: what Inductor finds, where it is known."""
     dtype = getattr(torch, call.dtype)
     try:
@@ -59,8 +63,15 @@ def measure(entry: Entry, call: Call, inductor: int | None = None) -> Row | None
     with torch.set_grad_enabled(call.training):
         found = count(subject.model, subject.kwargs, inductor=inductor is None)
     release()
-    found.inductor = found.inductor if inductor is None else inductor
-    head = {"kind": "row", "commit": commit(), "model": entry.name, "class": entry.kind}
+    here = commit()
+    found.inductor, counted = (found.inductor, here) if inductor is None else inductor
+    head = {
+        "kind": "row",
+        "commit": here,
+        "inductor_commit": counted,
+        "model": entry.name,
+        "class": entry.kind,
+    }
     return head | vars(call) | found.as_dict()
 
 
@@ -89,7 +100,7 @@ def _measure_all(names: list[str], out: Path, keep_inductor: bool, console: Cons
     if unknown:
         raise typer.BadParameter(f"no such architecture: {', '.join(unknown)}; known: {', '.join(ENTRIES)}")
     rows = read(out)[1] if out.exists() else []
-    known = {(row["model"], call_of(row)): row["inductor"] for row in rows} if keep_inductor else {}
+    known = {(row["model"], call_of(row)): counted(row) for row in rows} if keep_inductor else {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("attention", total=sum(len([*calls(ENTRIES[name])]) for name in names))
         for name in names:
@@ -107,6 +118,12 @@ def _measure_all(names: list[str], out: Path, keep_inductor: bool, console: Cons
 
 def call_of(row: Row) -> Call:
     return Call(row["attention"], row["dtype"], row["training"], row["padded"])
+
+
+def counted(row: Row) -> Counted | None:
+    """Inductor's figure of an earlier run; none where that run does not say at which commit it counted."""
+    where = row.get("inductor_commit")
+    return (row["inductor"], where) if where else None
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
