@@ -12,6 +12,7 @@ import torch
 
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
 from fxopt.measure.compiled import compile_with
+from fxopt.measure.memory import peak_bytes
 from fxopt.measure.models import Subject
 from fxopt.measure.timing import Ratio, Timings, interleave
 from fxopt.report.record import GraphRecord, collect
@@ -25,6 +26,7 @@ class Comparison:
 
     Attributes:
         first_call: seconds until the first result, by backend: compilation, as cold as the caches were.
+        peaks: bytes held at most during a call, by backend; empty when not measured.
         records: fxopt's graphs.
         errors: largest absolute error against float64, by backend and "eager"; empty when not checked.
         allowed: the largest error that is accepted.
@@ -33,6 +35,7 @@ class Comparison:
 
     timings: Timings
     first_call: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     records: list[GraphRecord] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     allowed: float | None = None
@@ -70,6 +73,7 @@ def compare(
     options: Mapping[str, Any] | None = None,
     check: bool = True,
     eager: bool = False,
+    memory: bool = False,
     **timing: Any,
 ) -> Comparison:
     """Compile `subject` with Inductor and with fxopt, compare their results, and time them.
@@ -78,6 +82,7 @@ def compare(
         options: for fxopt, as in `torch.compile(options=...)`.
         check: compare with float64; needs a deterministic model.
         eager: time eager too.
+        memory: measure the peak of memory too. CPU only.
         timing: arguments of `fxopt.measure.timing.interleave`.
     """
     torch._dynamo.reset()
@@ -97,7 +102,8 @@ def compare(
         candidates["eager"] = plain
     for step in candidates.values():
         step()  # the second call may compile again, for shapes that turned out to change
-    return Comparison(interleave(candidates, **timing), first_call, list(records), errors, *verdict)
+    peaks = {name: peak_bytes(candidates[name]) for name in (BASELINE, CANDIDATE)} if memory else {}
+    return Comparison(interleave(candidates, **timing), first_call, peaks, list(records), errors, *verdict)
 
 
 def _errors(
