@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,6 +130,14 @@ class SiteBuilder:
         if total is None:
             raise ValueError("a site without masks")
         return self._narrow(total, self.site.scores.masks[-1].dtype) if finite else total
+
+    def excluding_mask(self) -> fx.Node:
+        """All steps of masking, the last of which fills, with -inf for it."""
+        *others, last = self.site.scores.masks
+        scores = replace(self.site.scores, masks=[*others, replace(last, fill=-math.inf)])
+        total = SiteBuilder(self.graph, replace(self.site, scores=scores)).exact_mask(False)
+        on_cpu = val(self.site.scores.product).device.type == "cpu"
+        return total if on_cpu else self._call(aten.to.dtype, total, self.dtype)
 
     def like_root(self, result: fx.Node) -> fx.Node:
         """(B, H, Sq, Dv) in the shape of the replaced product."""

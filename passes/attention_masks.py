@@ -96,13 +96,21 @@ def is_finite(node: Any, depth: int = DEPTH) -> bool:
         return is_finite(node.args[2 if node.target is aten.new_full.default else 1], depth)
     if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return is_finite(node.args[0], depth - 1) and is_finite(node.args[2], depth - 1)
-    if is_call(node, aten.div.Tensor, aten.div.Scalar) and not is_number(node.args[1]):
-        return False
+    if is_call(node, aten.div.Tensor, aten.div.Scalar):
+        return _is_divisor(node.args[1]) and is_finite(node.args[0], depth - 1)
     if _narrows(node) and fills(node.args[0]):
         return False  # the lowest float32 becomes -inf in bfloat16
     numbers = [arg for arg in node.args if is_number(arg)]
     floats = [arg for arg in node.all_input_nodes if facts.is_floating(arg)]
     return all(is_finite(arg, depth - 1) for arg in (*numbers, *floats))
+
+
+def _is_divisor(value: Any) -> bool:
+    """A number, or a tensor of numbers that are known, none of them so small that a quotient may overflow."""
+    if not isinstance(value, fx.Node):
+        return is_number(value)
+    known = known_value(value) if facts.is_tensor(value) else None
+    return known is not None and bool((known.abs() >= 1e-3).all())
 
 
 def _finite_input(node: fx.Node, depth: int) -> bool:

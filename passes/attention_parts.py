@@ -106,6 +106,7 @@ class Scores:
     masks: list[Mask] = field(default_factory=list)  # the innermost first
     score: ScoreProgram = ScoreProgram(S)
     lead: Lead = ()
+    floored: bool = False  # raised to the lowest number where it would be below
 
     @property
     def product_lead(self) -> Lead:

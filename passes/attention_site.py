@@ -65,6 +65,17 @@ class Site:
         return [mask for mask in self.scores.masks if self.is_replaced(mask)]
 
     @property
+    def unreplaced(self) -> list[Mask]:
+        return [mask for mask in self.scores.masks if not self.is_replaced(mask)]
+
+    @property
+    def heads_of_keys(self) -> tuple[Size, Size]:
+        """How many heads K and V have in the op."""
+        scores, weighted, layout = self.scores, self.weighted, self.layout
+        heads = layout.key_heads(scores.key.lead, scores.product_lead)
+        return heads, layout.key_heads(weighted.value.lead, weighted.lead)
+
+    @property
     def program(self) -> ScoreProgram:
         """The score program, with ``c0, c1, ...`` for `factors_of_scores` and what is not `replaced`."""
         result = self.scores.score.result

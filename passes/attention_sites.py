@@ -22,7 +22,7 @@ from fxopt.ir.program import ScoreProgram
 
 from .attention_parts import Factor, Mask, Scores, seen
 from .attention_products import PRODUCTS, Operand, read_product
-from .attention_steps import read_scale, read_step
+from .attention_steps import read_floor, read_scale, read_step
 
 aten = torch.ops.aten
 
@@ -39,6 +39,10 @@ def read_scores(node: fx.Node, factor: Factor = Factor()) -> Scores | Miss:  # n
         return _baddbmm(node, factor)
     if is_call(node, aten.tanh.default):
         return _capped(node, factor)
+    floored = read_floor(node)
+    if floored is not None:
+        found = _read_below(floored, factor)
+        return found if isinstance(found, Miss) else replace(found, floored=True)
     step = read_step(node, factor)
     if step is None:
         return Miss("scale, mask and casts between QK^T and softmax", seen(node))

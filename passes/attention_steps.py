@@ -95,7 +95,8 @@ def _mask(mask: fx.Node, after: fx.Node, **more: Any) -> Mask:
 
 
 _SINGLE = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar, aten.neg.default,
-           aten.tanh.default)  # fmt: skip
+           aten.tanh.default, aten.max.other, aten.maximum.default, aten.clamp.default,
+           aten.clamp_min.default)  # fmt: skip
 
 
 def _leads_to_product(node: Any, depth: int = 12) -> bool:
@@ -106,7 +107,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
         return True
     if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
         return any(_leads_to_product(arg, depth - 1) for arg in node.args[:2])
-    filled = _fill_of(node)
+    filled = read_fill(node)
     if filled is not None:
         return _leads_to_product(filled[0], depth - 1)
     return is_call(node, *_SINGLE) and _leads_to_product(node.args[0], depth - 1)
@@ -114,7 +115,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
 
 def _filled(node: fx.Node, factor: Factor) -> Step | None:
     """``masked_fill(scores, mask, fill)`` and ``where(mask, scores, fill)``, either way around."""
-    read = _fill_of(node)
+    read = read_fill(node)
     if read is None or not all(facts.is_tensor(each) for each in read[:2]):
         return None
     scores, mask, fill, where = read
@@ -129,7 +130,20 @@ def _filled(node: fx.Node, factor: Factor) -> Step | None:
     return scores, factor, [_mask(mask, node, fill=fill, where=where)]
 
 
-def _fill_of(node: fx.Node) -> tuple[Any, Any, float, bool] | None:
+def read_floor(node: fx.Node) -> fx.Node | None:
+    """Scores that are raised to a number as low as masks have."""
+    low: Any = None
+    if is_call(node, aten.max.other, aten.maximum.default, aten.clamp_min.default):
+        low = constant(node.args[1])
+    elif is_call(node, aten.clamp.default) and argument(node, "max") is None:
+        low = constant(argument(node, "min"))
+    scores: Any = node.args[0] if low is not None else None
+    if not is_number(low) or not _is_floating(scores) or not is_absorbing(low, facts.dtype(scores)):
+        return None
+    return scores  # type: ignore[no-any-return]
+
+
+def read_fill(node: fx.Node) -> tuple[Any, Any, float, bool] | None:
     """(scores, mask, fill, where): the fill replaces where the mask is `where`."""
     if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         scores, mask, fill = node.args[:3]

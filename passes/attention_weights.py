@@ -7,7 +7,7 @@ in front of one, which changes nothing.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fxopt.ir.facts import argument, is_call, val
 from .attention_layout import Lead
 from .attention_parts import keeps_rows, seen
 from .attention_products import PRODUCTS, Operand, Product, read_product
-from .attention_steps import VIEWS
+from .attention_steps import VIEWS, read_fill
 
 aten = torch.ops.aten
 
@@ -76,24 +76,38 @@ class Weighted:
     order: tuple[int, ...]
     dropout_p: float = 0.0
     sliced: bool = False
+    zeroed: Zeroed | None = None
+
+
+@dataclass(frozen=True)
+class Zeroed:
+    """Probabilities that are set to 0 where `condition` is `where`."""
+
+    condition: fx.Node
+    where: bool
 
 
 def read_weighted(softmax: fx.Node) -> Weighted | Miss:
     """Follow the probabilities down to their product with V; nobody else may read them."""
-    node, dropout, sliced = softmax, 0.0, False
+    node, dropout, sliced, zeroed = softmax, 0.0, False, None
     while True:
         users = [user for user in node.users if user.op != "output"]
         if len(users) != 1 or len(node.users) != 1:
             return Miss("probabilities that only the product with V reads", _readers(node))
         user = users[0]
         if is_call(user, *PRODUCTS):
-            return _product(user, node, dropout, sliced)
+            found = _product(user, node)
+            if isinstance(found, Miss):
+                return found
+            return replace(found, dropout_p=dropout, sliced=sliced, zeroed=zeroed)
         if facts.drops(user):
             if dropout:
                 return Miss("one dropout", "two")
             dropout = float(argument(user, "p"))
         elif _drops_last(user) and not dropout and not sliced:
             sliced = True
+        elif _zeroed(user, node) is not None and not (dropout or sliced or zeroed):
+            zeroed = _zeroed(user, node)
         elif not (
             is_call(user, aten.dropout.default, *KEEPING)
             or facts.is_float_cast(user)
@@ -114,7 +128,15 @@ def _drops_last(node: fx.Node) -> bool:
     return plain and facts.same_size(val(node).shape[-1], val(node.args[0]).shape[-1] - 1)
 
 
-def _product(node: fx.Node, weights: fx.Node, dropout: float, sliced: bool) -> Weighted | Miss:
+def _zeroed(node: fx.Node, weights: fx.Node) -> Zeroed | None:
+    fill = read_fill(node)
+    if fill is None or fill[0] is not weights or fill[2] != 0 or not facts.is_tensor(fill[1]):
+        return None
+    keeps = facts.same_shape(val(node).shape, val(weights).shape)
+    return Zeroed(fill[1], fill[3]) if keeps else None
+
+
+def _product(node: fx.Node, weights: fx.Node) -> Weighted | Miss:
     found = read_product(node, weights)
     if isinstance(found, Miss):
         return found
@@ -128,7 +150,7 @@ def _product(node: fx.Node, weights: fx.Node, dropout: float, sliced: bool) -> W
     lead = tuple(val(weights).shape[:-2])
     if not facts.same_shape(lead, _result_lead(found, node)):
         return Miss("a product with V of the probabilities' batch", seen(node))
-    return Weighted(node, found.right.transposed, lead, found.order, dropout, sliced)
+    return Weighted(node, found.right.transposed, lead, found.order)
 
 
 def _result_lead(found: Product, node: fx.Node) -> list[Any]:
