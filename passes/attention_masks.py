@@ -78,31 +78,41 @@ def _is_finite_constant(node: fx.Node) -> bool:
     return value is not None and bool(value.isfinite().all())
 
 
-def is_finite(node: Any, depth: int = DEPTH) -> bool:
+def is_finite(node: Any) -> bool:
     """No entry is infinite, as far as the operations tell. Of inputs, parameters are taken to be."""
+    return _finite(node, DEPTH, {})
+
+
+def _finite(node: Any, depth: int, known: dict[fx.Node, bool]) -> bool:
     if is_number(node):
         return math.isfinite(node)
     if depth == 0 or not isinstance(node, fx.Node) or facts.is_write(node):
         return False
+    if node not in known:
+        known[node] = _finite_call(node, depth - 1, known)
+    return known[node]
+
+
+def _finite_call(node: fx.Node, depth: int, known: dict[fx.Node, bool]) -> bool:
     if node.op == "placeholder":
-        return _finite_input(node, depth)
+        return _finite_input(node, depth, known)
     if node.op != "call_function" or is_call(node, *_MAY_OVERFLOW):
         return False
-    if is_call(node, *_CREATES, *_PRODUCTS):
+    if is_call(node, *_CREATES) or _is_product(node):
         return True
     if is_call(node, *_WHERES):
-        return all(is_finite(arg, depth - 1) for arg in node.args[1:])
+        return all(_finite(arg, depth, known) for arg in node.args[1:])
     if is_call(node, *_FILLS):
-        return is_finite(node.args[2 if node.target is aten.new_full.default else 1], depth)
+        return _finite(node.args[2 if node.target is aten.new_full.default else 1], depth, known)
     if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return is_finite(node.args[0], depth - 1) and is_finite(node.args[2], depth - 1)
+        return _finite(node.args[0], depth, known) and _finite(node.args[2], depth, known)
     if is_call(node, aten.div.Tensor, aten.div.Scalar):
-        return _is_divisor(node.args[1]) and is_finite(node.args[0], depth - 1)
+        return _is_divisor(node.args[1]) and _finite(node.args[0], depth, known)
     if _narrows(node) and fills(node.args[0]):
         return False  # the lowest float32 becomes -inf in bfloat16
     numbers = [arg for arg in node.args if is_number(arg)]
     floats = [arg for arg in node.all_input_nodes if facts.is_floating(arg)]
-    return all(is_finite(arg, depth - 1) for arg in (*numbers, *floats))
+    return all(_finite(arg, depth, known) for arg in (*numbers, *floats))
 
 
 def _is_divisor(value: Any) -> bool:
@@ -113,30 +123,48 @@ def _is_divisor(value: Any) -> bool:
     return known is not None and bool((known.abs() >= 1e-3).all())
 
 
-def _finite_input(node: fx.Node, depth: int) -> bool:
+def _finite_input(node: fx.Node, depth: int, known: dict[fx.Node, bool]) -> bool:
     if node.meta.get("fxopt_parameter"):
         return True
     outer = node.meta.get("fxopt_outer", ())
-    return bool(outer) and all(is_finite(each, depth - 1) for each in outer)
+    return bool(outer) and all(_finite(each, depth, known) for each in outer)
 
 
 def _narrows(node: fx.Node) -> bool:
     return facts.is_cast(node) and not facts.is_widening(node)
 
 
-def fills(node: Any, depth: int = DEPTH) -> int:
+def fills(node: Any) -> int:
     """How often the lowest number may be added up in one entry: 0 for a bias, 1 for a mask, 2 overflows."""
+    return _fills(node, DEPTH, {})
+
+
+def _fills(node: Any, depth: int, known: dict[fx.Node, int]) -> int:
     if depth == 0 or not isinstance(node, fx.Node):
         return 0
+    if node not in known:
+        known[node] = _fills_of(node, depth - 1, known)
+    return known[node]
+
+
+def _fills_of(node: fx.Node, depth: int, known: dict[fx.Node, int]) -> int:
     if node.op == "placeholder":
-        return max((fills(each, depth - 1) for each in node.meta.get("fxopt_outer", ())), default=0)
-    if node.op != "call_function" or not facts.is_floating(node):
+        return max((_fills(each, depth, known) for each in node.meta.get("fxopt_outer", ())), default=0)
+    if node.op != "call_function" or not facts.is_floating(node) or _is_product(node):
         return 0
     # float16's lowest number is a small one elsewhere.
     excludes = min(EXCLUDES, torch.finfo(facts.dtype(node)).max * LOWEST_SHARE)
     # The ends of a slice are no entries.
-    arguments: list[Any] = list(node.args[:1] if is_call(node, aten.slice.Tensor) else node.args)
-    counts = [int(abs(arg) >= excludes) if is_number(arg) else fills(arg, depth - 1) for arg in arguments]
-    if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        return sum(counts)
-    return max(counts, default=0)
+    numbers: list[Any] = (
+        [] if is_call(node, aten.slice.Tensor) else [arg for arg in node.args if is_number(arg)]
+    )
+    counts = [int(abs(number) >= excludes) for number in numbers]
+    sums = is_call(node, aten.add.Tensor, aten.sub.Tensor)
+    tensors = node.args[:2] if sums else node.all_input_nodes
+    counts += [_fills(each, depth, known) for each in tensors]
+    return sum(counts) if sums else max(counts, default=0)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Of several tensors; einsum may be a permutation of one."""
+    return is_call(node, *_PRODUCTS) and len(node.all_input_nodes) > 1

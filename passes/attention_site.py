@@ -15,7 +15,7 @@ from fxopt.ir.formula import AXES, real_capture
 from fxopt.ir.program import ScoreProgram
 
 from .attention_layout import Layout, Lead
-from .attention_masks import EXCLUDES, commute, never_infinite
+from .attention_masks import EXCLUDES, commute, never_infinite, replaces
 from .attention_parts import Mask, Multiplier, Scores
 from .attention_sinks import per_head, read_column, read_gate
 from .attention_sites import read_scores
@@ -33,6 +33,7 @@ class Site:
     layout: Layout
     sinks: fx.Node | None = None  # (H,), or of as many elements
     gated: bool = False
+    trains: bool = False  # autograd may record it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,10 +54,13 @@ class Site:
         return [each for each in self.scores.factor.tensors if each not in own]
 
     def is_replaced(self, mask: Mask) -> bool:
-        """Scores are replaced by a number that others may be as low as: they have to be multiplied by 0."""
-        if mask.fill is None or is_absorbing(mask.fill, mask.dtype):
-            return False
+        """Scores that it fills have to be multiplied by 0: to add the number would not be the same."""
         masks = self.scores.masks
+        if mask.fill is None:
+            return False
+        if is_absorbing(mask.fill, mask.dtype):
+            # A fill stops the gradient of its scores, a sum does not: no single mask says both.
+            return self.trains and replaces(masks) is None
         alone = mask is masks[-1] and commute(masks) and never_infinite(masks)
         return not (alone and mask.fill <= -EXCLUDES)
 
@@ -125,7 +129,13 @@ def read_site(softmax: fx.Node) -> Site | Miss | None:
     if isinstance(weighted, Miss):
         return weighted
     layout = Layout.of(scores.product_lead, scores.key.lead, scores.lead)
-    return _with_sinks(Site(weighted.root, scores, weighted, layout), softmax, top, column.sinks)
+    site = Site(weighted.root, scores, weighted, layout, trains=_may_train(softmax.graph))
+    return _with_sinks(site, softmax, top, column.sinks)
+
+
+def _may_train(graph: fx.Graph) -> bool:
+    inputs = graph.find_nodes(op="placeholder")
+    return torch.is_grad_enabled() and any(node.meta.get("fxopt_needs_grad") for node in inputs)
 
 
 def _with_sinks(site: Site, softmax: fx.Node, top: fx.Node, sinks: fx.Node | None) -> Site | Miss:

@@ -20,6 +20,7 @@ from fxopt.ir.facts import argument, is_call, is_number, val
 from fxopt.ir.formula import S
 from fxopt.ir.program import ScoreProgram
 
+from .attention_obstacles import obstacle
 from .attention_parts import Factor, Mask, Scores, seen
 from .attention_products import PRODUCTS, Operand, read_product
 from .attention_steps import read_floor, read_scale, read_step
@@ -45,7 +46,7 @@ def read_scores(node: fx.Node, factor: Factor = Factor()) -> Scores | Miss:  # n
         return found if isinstance(found, Miss) else replace(found, floored=True)
     step = read_step(node, factor)
     if step is None:
-        return Miss("scale, mask and casts between QK^T and softmax", seen(node))
+        return obstacle(node)
     inner, inner_factor, masks = step
     found = _read_below(inner, inner_factor)
     if isinstance(found, Miss):

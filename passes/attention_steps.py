@@ -94,7 +94,8 @@ def _mask(mask: fx.Node, after: fx.Node, **more: Any) -> Mask:
     return Mask(mask, tuple(val(after).shape[:-2]), facts.dtype(after), **more)
 
 
-_SINGLE = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar, aten.neg.default,
+# Operations through which scores are seen.
+SINGLE = (*VIEWS, *facts.CASTS, aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar, aten.neg.default,
            aten.tanh.default, aten.max.other, aten.maximum.default, aten.clamp.default,
            aten.clamp_min.default)  # fmt: skip
 
@@ -110,7 +111,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
     filled = read_fill(node)
     if filled is not None:
         return _leads_to_product(filled[0], depth - 1)
-    return is_call(node, *_SINGLE) and _leads_to_product(node.args[0], depth - 1)
+    return is_call(node, *SINGLE) and _leads_to_product(node.args[0], depth - 1)
 
 
 def _filled(node: fx.Node, factor: Factor) -> Step | None:

@@ -162,7 +162,7 @@ NEAR_MISSES: dict[Site, str] = {
     dropped_first: "aten.slice.Tensor",
     no_sink: "is dropped, and is one of sinks",
     two_columns: "one column of sinks",
-    other_maximum: "aten.sub.Tensor",
+    other_maximum: "read by amax, sub",
     other_total: "sigmoid(logsumexp(scores) - sinks)",
     other_sign: "sigmoid(logsumexp(scores) - sinks)",
     infinite_gate: "keep the NaN",

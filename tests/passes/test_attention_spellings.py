@@ -185,7 +185,7 @@ def larger_scale(q: T, k: T, v: T, keep: T) -> T:
 
 
 NEAR_MISSES: dict[Site, str] = {
-    scaled_by_scores: "aten.mul.Tensor",
+    scaled_by_scores: "read by sigmoid, mul",
     tensor_fill: "aten.where.self",
     nan_fill: "aten.masked_fill",
     other_sum: "",
