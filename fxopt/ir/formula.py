@@ -83,6 +83,9 @@ def _relation(formula: Any) -> str:
     signs = {sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!="}
     mirrored = {"<=": ">=", "<": ">", ">=": "<=", ">": "<", "==": "==", "!=": "!="}
     sign = signs[formula.func]
+    difference, whole = sympy.expand(left - right).as_numer_denom()
+    if whole != 1 and whole.is_positive:  # sympy makes k/7 - q/7 >= -1 of floor(k/7 - q/7) >= -1
+        left, right = difference, sympy.Integer(0)
     difference = sympy.expand(left - right)
     factor = difference.coeff(K)
     if factor in (1, -1) and not difference.has(AppliedUndef) and not difference.has(sympy.floor):

@@ -19,7 +19,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
     del result
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == _EVENT]  # type: ignore[union-attr]
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == _EVENT]
     live = peak = 0
     for event in sorted(events, key=lambda each: each.start_ns()):
         live += event.nbytes()

@@ -122,6 +122,28 @@ def test_gradients_by_differences() -> None:
     assert torch.autograd.gradcheck(attend, (q, k, v, slopes, sinks))
 
 
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_rows_that_numbers_mask_whole(fill: float) -> None:
+    """A mask that is captured as numbers hides which rows have no live key."""
+    torch.manual_seed(0)
+    length = 40
+    q, k, v = (torch.randn(1, 2, length, D, requires_grad=True) for _ in range(3))
+    added = torch.where(torch.arange(length) <= torch.arange(length)[:, None], 0.0, fill)
+    added[:7] = fill
+    dead = "nan" if fill == -math.inf else "none"
+    got = in_blocks(q, k, v, scale=0.3, dead_rows=dead, mask="True", bias="c0[q, k]", captures=[added])
+    # In float64 -1e9 would not absorb a score.
+    kind = torch.float32 if fill == -1e9 else torch.float64
+    wide = [each.detach().to(kind).requires_grad_() for each in (q, k, v)]
+    wanted = (wide[0] @ wide[1].mT * 0.3 + added).softmax(-1) @ wide[2]
+    torch.testing.assert_close(got.to(kind), wanted, equal_nan=True, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(got)
+    found = torch.autograd.grad(got, (q, k, v), weight)
+    right = torch.autograd.grad(wanted, wide, weight.to(kind))
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one.to(kind), other, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_drops_the_same_in_the_backward() -> None:
     """With V = identity the result is the weights: what was dropped is 0, and has no gradient."""
     torch.manual_seed(0)
@@ -149,3 +171,30 @@ def test_nothing_to_attend_to() -> None:
     assert torch.equal(in_blocks(q, k, v, mask="k <= q"), torch.zeros(1, 2, 3, D))
     assert in_blocks(q[:, :, :0], q, q, mask="k <= q").shape == (1, 2, 0, D)
     assert in_blocks(q[:0], q[:0], q[:0], mask="k <= q").shape == (0, 2, 3, D)
+
+
+@pytest.mark.parametrize("width", [D, 12])
+@pytest.mark.parametrize("mask", ["True", "k <= q"])
+def test_rows_that_a_bias_excludes_whole(mask: str, width: int) -> None:
+    """A row of -inf is NaN where softmax gave that; one of the lowest number has equal weights."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 40, D, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, 2, 40, width, requires_grad=True)
+    live = torch.ones(40, 40, dtype=torch.bool) if mask == "True" else torch.ones(40, 40).tril().bool()
+    bias = (
+        torch.zeros(40, 40).masked_fill(torch.arange(40) == 0, -math.inf).index_fill(0, torch.tensor(3), 0.0)
+    )
+    got = in_blocks(
+        q, k, v, dead_rows="nan", mask=mask, bias="c0[q, k]", captures=[bias], enable_gqa=True, scale=0.5
+    )
+    wanted = (q @ k.mT * 0.5 + bias).masked_fill(~live, -math.inf).softmax(-1) @ v
+    assert wanted.isnan().any() == (mask != "True")
+    torch.testing.assert_close(got, wanted, equal_nan=True)
+
+    bias = bias.index_fill(0, torch.tensor([7, 8]), torch.finfo(torch.float32).min).clamp(min=-1e30)
+    got = in_blocks(q, k, v, mask=mask, bias="c0[q, k]", captures=[bias], enable_gqa=True, scale=0.5)
+    wanted = (q @ k.mT * 0.5 + bias).masked_fill(~live, -math.inf).softmax(-1) @ v
+    weight = torch.randn_like(wanted)
+    found, right = (torch.autograd.grad(out, (q, k, v), weight) for out in (got, wanted))
+    for one, other in zip((got, *found), (wanted, *right), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import NAN, NONE, ZERO
 from fxopt.ir.ops.tile_attention import FLASH_SCORES
 from fxopt.ir.ops.tile_plan import Block, plan, seconds, seconds_of
-from fxopt.ir.program import MaskProgram
+from fxopt.ir.program import MaskProgram, ScoreProgram
 
 # Below these numbers of scores per head (Sq * Skv) the host's own fusion of product, softmax and product
 # beats the CPU flash kernel, whose forward has a fixed cost and whose backward recomputes the scores.
@@ -109,6 +109,13 @@ def _blocks(node: fx.Node) -> tuple[Block, ...]:
     return plan(MaskProgram.parse(text), sizes, rows, columns, batch * heads, depth, FLASH_SCORES)
 
 
+def _rows_live(node: fx.Node) -> bool:
+    """By the formulas, every row has a key to whose score no number is added that could exclude it."""
+    if not argument(node, "mask") or ScoreProgram.parse(argument(node, "bias") or "0").captures:
+        return False
+    return all(block.full or block.known for block in _blocks(node))
+
+
 def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
     """Where the decomposed form is the faster one, or the only one with the right answer."""
     query, key, mask = val(node.args[0]), val(node.args[1]), val(argument(node, "attn_mask"))
@@ -131,6 +138,8 @@ def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
         return Verdict.yes("the CPU's kernel gives a mask no gradient")
     if argument(node, "dropout_p"):
         return Verdict.yes("the CPU has no fused kernel with dropout")
+    if mask is not None and facts.differentiates(node) and not _rows_live(node):
+        return Verdict.yes("the CPU's kernel has a wrong gradient in rows that a number masks whole")
     scores = hint(query.shape[-2]) * hint(key.shape[-2])
     limit = FLASH_BACKWARD_SCORES if facts.differentiates(node) else FLASH_FORWARD_SCORES
     if scores < limit:

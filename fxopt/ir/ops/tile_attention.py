@@ -1,9 +1,9 @@
 """Attention tile by tile on the CPU, with any mask and score program: forward, and one tile differentiated.
 
 Tiles whose scores are only scaled and biased go to the CPU's flash kernel. The others are computed as
-product, score program, softmax, product; the backward recomputes them from the log-sum-exp of each row.
+product, score program, softmax, product; the backward computes them again.
 
-    P = exp(score(scale * Q K^T) - lse)      O = P V
+    P = softmax(score(scale * Q K^T))      O = P V
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O)) * score'
     dQ = scale * dS K      dK = scale * dS^T Q
 
@@ -63,10 +63,10 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
             elif tile.batch == (0, batch) and tile.rows == (0, count):
-                out, lse = _flash(problem, tile)
+                out, lse = _flash(problem, rows, tile)
                 lse = lse.contiguous()
             else:
-                out[at], lse[at] = _flash(problem, tile)
+                out[at], lse[at] = _flash(problem, rows, tile)
         if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
             weights = dead_weights(problem, rows, tile, generator)
             mean = per_group(weights, problem.key.shape[1]) @ _part(value, tile.batch)
@@ -88,14 +88,25 @@ def tiles_of(problem: Problem, flash: bool) -> Iterator[Tile]:
 def flash_serves(problem: Problem, rows: Rows) -> bool:
     """The CPU's flash kernel has the answer."""
     plain = problem.score.bias is not None and rows.sinks is None and rows.seed is None
+    # It gives 0 for a row to which only -inf is added.
+    plain = plain and not (rows.dead == NAN and problem.score.captures)
     return plain and not problem.wide_scores and problem.query.shape[-1] == problem.value.shape[-1]
 
 
-def _flash(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash(problem: Problem, rows: Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    added = additive(problem, tile)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *operands(problem, tile), 0.0, False, attn_mask=additive(problem, tile), scale=problem.scale
+        *operands(problem, tile), 0.0, False, attn_mask=added, scale=problem.scale
     )
+    if rows.dead == NAN and added is not None and problem.score.captures:
+        empty = biased_away(added.amax(-1, keepdim=True) == -math.inf, tile)
+        out, lse = out.masked_fill(empty, math.nan), lse.masked_fill(empty.squeeze(-1), math.nan)
     return out, lse
+
+
+def biased_away(empty: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """Of rows whose scores are all -inf, those of which the mask alone leaves a key: the bias excludes it."""
+    return empty if tile.dead is None else empty & ~tile.dead
 
 
 def operands(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,29 +158,38 @@ class DenseTile:
         return found.to(self.dtype).expand(self.raw.shape)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) of the tile. The scores are used up: the steps between the products are in place."""
+        """(out, lse) of the tile."""
+        shares, top, total = self._shares()
+        out = per_group(self.dropped(shares).to(self.value.dtype), self.key.shape[1]) @ self.value
+        out = per_head(out, self.problem.heads) / total
+        return out.to(self.value.dtype), (top + total.log()).squeeze(-1)
+
+    def _shares(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weights times the sum of their row, the largest score of each row, and that sum."""
         top = self.scores.amax(-1, keepdim=True)
         sink = None
         if self.rows.sinks is not None:
             sink = self.rows.sinks.to(self.dtype).view(1, -1, 1, 1)
             top = torch.maximum(top, sink)
-        top = top.masked_fill_(top == -math.inf, 0.0)
+        lost = top == -math.inf
+        top = top.masked_fill_(lost, 0.0)
         shares = (self.scores - top).exp_()
         total = shares.sum(-1, keepdim=True)
         if sink is not None:
             total += torch.exp(sink - top)
-        total.masked_fill_(total == 0.0, 1.0)  # a dead row
-        out = per_group(self.dropped(shares).to(self.value.dtype), self.key.shape[1]) @ self.value
-        out = per_head(out, self.problem.heads) / total
-        return out.to(self.value.dtype), (top + total.log()).squeeze(-1)
+        total.masked_fill_(lost, 1.0)
+        if self.rows.dead == NAN:  # what the formula says is dead is not computed from scores
+            total.masked_fill_(lost if self.tile.dead is None else lost & ~self.tile.dead, math.nan)
+        return shares, top, total
 
     def dropped(self, weights: torch.Tensor) -> torch.Tensor:
         return weights if self.kept is None else weights * self.kept
 
-    def backward(self, grad: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor) -> TileGradients:
-        """Args: grad (batch, H, rows, Dv). delta: rowsum(grad * out), lse: (batch, H, rows, 1)."""
-        weights = torch.exp(self.scores - lse)
-        return self.of_weights(weights, grad, delta)
+    def backward(self, grad: torch.Tensor, delta: torch.Tensor) -> TileGradients:
+        """Args: grad (batch, H, rows, Dv). delta: rowsum(grad * out), (batch, H, rows, 1)."""
+        # Not from the log-sum-exp, which rounds what is far below the largest score of a row of low ones.
+        shares, _, total = self._shares()
+        return self.of_weights(shares.div_(total), grad, delta)
 
     def of_weights(self, weights: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> TileGradients:
         """The gradients for weights that are given."""

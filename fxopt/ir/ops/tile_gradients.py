@@ -43,7 +43,7 @@ def backward(
     """
     total = _Totals(problem, rows, learned)
     generator = rows.generator()
-    flash = flash_serves(problem, rows) and not learned
+    flash = flash_serves(problem, rows) and not learned and _keeps_weights(lse)
     for tile in tiles_of(problem, flash):
         at = (slice(*tile.batch), slice(None), slice(*tile.rows))
         given, result, sums = grad[at], out[at], lse[at]
@@ -55,7 +55,7 @@ def backward(
                 total.add(tile, _flash(problem, tile, given, result, sums))
             else:
                 dense = DenseTile(problem, rows, tile, generator)
-                found = dense.backward(given, delta, sums.unsqueeze(-1))
+                found = dense.backward(given, delta)
                 total.add(tile, found)
                 total.add_captured(dense, found.scores)
             total.add_sinks(delta, sums)
@@ -73,6 +73,15 @@ def backward(
 
 def _delta(grad: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (grad.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+
+
+# exp(score - lse) is off by this times the dtype's precision.
+LARGEST_LSE = 2.0**10
+
+
+def _keeps_weights(lse: torch.Tensor) -> bool:
+    """The flash kernel finds the weights again: no row has only scores to which a huge number was added."""
+    return not bool(((lse.abs() > LARGEST_LSE) & lse.isfinite()).any())
 
 
 def _flash(
