@@ -153,6 +153,22 @@ def test_a_large_site_that_may_have_such_rows_is_not_given_to_a_kernel() -> None
     assert not out[:, :, 6:].isnan().any()
 
 
+def test_gradients_of_rows_that_a_number_masks_whole_are_not_left_to_a_kernel() -> None:
+    """The kernel's backward has exp(score - lse), and the lowest number absorbs the logarithm in lse."""
+
+    def site(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return softmax(q @ k.mT + torch.where(keep, 0.0, low(q)), dim=-1) @ v
+
+    found = rewriting(site, (*PASSES, "recover-mask"))
+    tensors = [torch.randn(1, 2, 264, 4) for _ in range(3)]
+    keep = (torch.arange(264)[:, None] >= torch.arange(264)) & (torch.arange(264) > 5)
+    with reference_mode():
+        exact = gradients(site, keep, *(t.double() for t in tensors))
+    got, eager = (gradients(call, keep, *tensors) for call in (found.call, site))
+    assert_closer(exact, got, eager, strides=False)
+    assert "wrong gradient" in found.providers[0] or "'decomposed'" in found.providers[0]
+
+
 def test_a_fill_that_a_score_outweighs_does_not_exclude_its_key() -> None:
     """Scores of -1e5 lose against a fill of -1e4, whose keys then have all the weight."""
 

@@ -303,3 +303,32 @@ def test_not_float16_filled_with_its_lowest_number() -> None:
     check(found, spelled(causal), inputs(torch.float16, left=True), exactly(causal))
     assert found.applied(NAME) == 0
     assert "float16" in found.reasons(NAME)
+
+
+def test_not_float16_numbers_that_may_hold_its_lowest_one() -> None:
+    """Two masks in one sum are no formula; captured as numbers they would be added in float32."""
+
+    def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        i, j = places(q, k)
+        masks = [torch.where(m, 0.0, torch.finfo(q.dtype).min).to(q.dtype) for m in (j <= i, j > i - 9)]
+        padding = torch.where(keep.bool(), 0.0, -1e4).to(q.dtype)[:, None, None]
+        return softmax((q @ k.mT) * 0.4 + masks[0] + masks[1] + padding, -1) @ v
+
+    found = rewriting(twice, PASSES)
+    args = inputs(torch.float16, left=True)
+    torch.testing.assert_close(found.call(*args), twice(*args), rtol=1e-2, atol=1e-2)
+    assert found.applied(NAME) == 0
+    assert "saw float16 in" in found.reasons(NAME)
+
+
+def test_a_number_that_is_none_is_no_formula() -> None:
+    """0 * -inf."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        i, j = places(q, k)
+        return softmax(q @ k.mT + (1.0 - (j <= i).to(q.dtype)) * -math.inf, -1) @ v
+
+    found = rewriting(attend, PASSES)
+    out = found.call(*inputs())
+    assert out.isnan().all()
+    assert "c0[0, 0, q, k]" in found.reasons(NAME)

@@ -63,10 +63,10 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
             elif tile.batch == (0, batch) and tile.rows == (0, count):
-                out, lse = _flash(problem, rows, tile)
+                out, lse = _flash(problem, tile)
                 lse = lse.contiguous()
             else:
-                out[at], lse[at] = _flash(problem, rows, tile)
+                out[at], lse[at] = _flash(problem, tile)
         if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
             weights = dead_weights(problem, rows, tile, generator)
             mean = per_group(weights, problem.key.shape[1]) @ _part(value, tile.batch)
@@ -93,20 +93,11 @@ def flash_serves(problem: Problem, rows: Rows) -> bool:
     return plain and not problem.wide_scores and problem.query.shape[-1] == problem.value.shape[-1]
 
 
-def _flash(problem: Problem, rows: Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-    added = additive(problem, tile)
+def _flash(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *operands(problem, tile), 0.0, False, attn_mask=added, scale=problem.scale
+        *operands(problem, tile), 0.0, False, attn_mask=additive(problem, tile), scale=problem.scale
     )
-    if rows.dead == NAN and added is not None and problem.score.captures:
-        empty = biased_away(added.amax(-1, keepdim=True) == -math.inf, tile)
-        out, lse = out.masked_fill(empty, math.nan), lse.masked_fill(empty.squeeze(-1), math.nan)
     return out, lse
-
-
-def biased_away(empty: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Of rows whose scores are all -inf, those of which the mask alone leaves a key: the bias excludes it."""
-    return empty if tile.dead is None else empty & ~tile.dead
 
 
 def operands(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
