@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Context
 from fxopt.ir.facts import Facts, shape, val
-from fxopt.ir.formula import AXES, capture, number_text, real_capture, size
+from fxopt.ir.formula import AXES, capture, integral, number_text, real_capture, size
 from fxopt.ir.index_rules import TABLE, captured, value_of
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE
@@ -89,7 +89,7 @@ def _expressed(mask: fx.Node, value: Value, attention: fx.Node, made_by: tuple[f
     sizes = _sizes(mask)
     live, bias, fills = split(value)
     moved, domain = over_scores(sizes, value, attention)
-    live = tidied(live.xreplace(moved), domain, sizes)
+    live = tidied(integral(live.xreplace(moved)), domain, sizes)
     axes = dict(zip(INDEX, AXES, strict=False))
     return _named(live.xreplace(axes), bias.xreplace(moved).xreplace(axes), fills, made_by)
 
@@ -125,6 +125,8 @@ def split(value: Value) -> tuple[Boolean, sympy.Expr, frozenset[float]]:
     number: Any = numbers.pop() if numbers else 0.0
     live = sympy.Or(*(case.guard for case in kept))
     if isinstance(number, float):
+        if not math.isfinite(number):
+            raise Unsupported(f"live keys whose scores get {number}")
         number = sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
     return live, number, frozenset(fills)
 

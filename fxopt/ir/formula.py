@@ -57,6 +57,19 @@ def _numbered(name: str) -> tuple[int, str]:
     return (int(digits) if digits.isdigit() else -1, name)
 
 
+def integral(formula: Any) -> Any:
+    """The same condition with integer factors: ``k >= q - 7`` for ``k/7 - q/7 >= -1``, as sympy has it."""
+    return formula.replace(lambda part: isinstance(part, Relational), _without_fractions)
+
+
+def _without_fractions(relation: Any) -> Any:
+    difference = sympy.expand(relation.lhs - relation.rhs)
+    factor = sympy.ilcm(
+        1, *(each.q for each in difference.as_coefficients_dict().values() if each.is_Rational)
+    )
+    return relation if factor == 1 else relation.func(sympy.expand(difference * factor), 0)
+
+
 # Text
 
 

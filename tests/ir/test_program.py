@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.ir.formula import AXES, capture, size
+from fxopt.ir.formula import AXES, capture, integral, size
 from fxopt.ir.program import MaskProgram
 
 TEXTS = [
@@ -21,6 +21,7 @@ TEXTS = [
     "c0[b, k] == c0[b, q] and k <= q",
     "(c0[b, k] == c0[b, q] or not c1[b, 0, q, k]) and k <= q",
     "(q)//16 == (k)//16",
+    "(k - q)//7 >= -1",
     "k >= -3 or c0[0, 0, q, k]",
     "c0[b, n0 + q] != 2*c1[k]",
 ]
@@ -127,3 +128,10 @@ def test_computed_entry_by_entry(formula: sympy.logic.boolalg.Boolean, n0: int) 
         assert bool(whole[b, 0, q, k]) == wanted, (b, q, k)
     block = program.compute((BATCH, 1), (2, 4), (1, 6), captured, {"n0": n0}, torch.device("cpu"))
     assert torch.equal(block.expand(BATCH, 1, 2, 5), whole[:, :, 2:4, 1:6])
+
+
+def test_fractions_become_integers() -> None:
+    """sympy takes ``floor(x) >= -1`` for ``x >= -1``."""
+    q, k = AXES[2:]
+    formula = sympy.Ge((k - q) / 7, -1)
+    assert str(MaskProgram(integral(formula))) == "k >= q - 7"
