@@ -72,7 +72,7 @@ class RecoverMask:
         return Verdict(bool(same), same.reason + found)
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
-        return Verdict.yes("whoever computes the attention may leave out keys")
+        return Verdict.yes()
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         node, recovered = match.anchor, match["recovered"]
@@ -86,7 +86,9 @@ class RecoverMask:
         kwargs |= {name: value for name, value in given.items() if value}
         if any(math.isfinite(fill) for fill in recovered.fills):
             kwargs["dead_rows"] = MEAN
-        return graph.call_function(ATTENTION.overload, node.args, kwargs)
+        made = graph.call_function(ATTENTION.overload, node.args, kwargs)
+        made.meta["val"] = val(node)  # the attributes say the same in other words
+        return made
 
 
 def _checked(match: Match, ctx: Context) -> str:
