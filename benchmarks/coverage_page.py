@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from benchmarks.coverage_models import ENTRIES
 
 Row = dict[str, Any]
 FORMS = ("eager", "sdpa")
@@ -16,6 +19,8 @@ How many of the attention layers of a model become `fxopt::attention`, what is k
 how many of them Inductor's own attention patterns find in the same graphs. Written by
 `python -m benchmarks.attention_coverage` (torch {torch}, transformers {transformers}); with `--page-only`
 the committed results are rendered again.
+
+{commits}
 """
 
 _METHOD = """## How it is counted
@@ -26,9 +31,12 @@ _METHOD = """## How it is counted
 - A site is a call of scaled_dot_product_attention, or a softmax whose result, dropped out, converted,
   sliced or reshaped as it may be, is an operand of a matrix product. Sites are counted in Dynamo's graphs
   before any pass. A site in a graph that fxopt leaves alone counts as not recovered.
-- A known mask is none at all, causal without a tensor, or a formula over batch `b`, head `h`, query `q`
-  and key `k` with captured tensors `c0, c1, ...`. `tensor` means that the op reads the mask that the model
-  made, and why there is no formula.
+- Recovered: the site became `fxopt::attention`. Refused: it was left as it is, for the reason given.
+- Formula known: of all sites, those whose whole mask, and all that is added to their scores, is none at all,
+  causal, or a formula over batch `b`, head `h`, query `q` and key `k` with captured tensors `c0, c1, ...`.
+  A tensor captured with an entry for each query and key (`c0[..., q, k]`) is no formula, nor is `tensor`,
+  the mask as the model made it, with the reason. `score` is what becomes of a scaled score `s`, `bias` what
+  is added to it, `sinks` are scores of a key without a value.
 - Inductor's figure is its counter `fuse_attention` after its joint-graph passes, where its attention
   patterns are, over the same Dynamo graphs; no code is generated. In training the counter goes up twice
   for each match, which is divided out. A call of scaled_dot_product_attention is one op already, so
@@ -41,13 +49,39 @@ def render(machine: Row, rows: list[Row]) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     table = [_line(name, [row for row in rows if row["model"] == name]) for name in models]
     parts = [
-        _HEAD.format(torch=machine["torch"], transformers=machine["transformers"]),
+        _HEAD.format(**{name: machine[name] for name in ("torch", "transformers")}, commits=_commits(rows)),
         _totals(rows),
         "## By architecture\n\n" + _table(_COLUMNS, table),
         _refusals(rows),
         _METHOD.format(models=len(models), calls=len(rows)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _commits(rows: list[Row]) -> str:
+    """At which commit what was counted, and which architectures were not."""
+    where = ", ".join(_distinct(row["commit"] for row in rows))
+    other = Counter(row["inductor_commit"] for row in rows if row["inductor_commit"] != row["commit"])
+    text = f"All figures of fxopt were counted at commit {where}."
+    if other:
+        earlier = ", ".join(f"{number} at {name}" for name, number in other.most_common())
+        text += (
+            f" Inductor's, which do not depend on fxopt, were counted there for {len(rows) - other.total()}"
+            f" of {len(rows)} calls, and in earlier runs for the others: {earlier}."
+        )
+    missing = [name for name in ENTRIES if name not in {row["model"] for row in rows}]
+    if missing:
+        named = ", ".join(f"{name} ({ENTRIES[name].kind})" for name in missing)
+        text += (
+            f"\n\n**Not counted at this commit, and in no figure of this page: {named}.** Architectures are"
+            " counted in a fixed order, the common ones first: the shares below are of easier ones than those"
+            " of all would be."
+        )
+    return text
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 def _totals(rows: list[Row]) -> str:
@@ -73,11 +107,16 @@ def _totals(rows: list[Row]) -> str:
         "calls",
         "sites",
         "recovered by fxopt",
-        "of these sites, with a known mask",
+        "formula known",
         "matched by Inductor",
     )
-    fxopt, inductor = lines[0][2], lines[0][4]
-    whole = f"**fxopt recovers {fxopt} of the attention sites**, Inductor's patterns match {inductor}.\n\n"
+    fxopt, formula, inductor = lines[0][2:]
+    counted = len(_distinct(row["model"] for row in rows))
+    part = "" if counted == len(ENTRIES) else f"Of {counted} of {len(ENTRIES)} architectures only: "
+    whole = (
+        f"{part}**fxopt recovers {fxopt} of the attention sites**, and knows the formula of {formula}; "
+        f"Inductor's patterns match {inductor}.\n\n"
+    )
     return whole + _table(names, lines)
 
 
@@ -98,8 +137,8 @@ def _line(name: str, rows: list[Row]) -> tuple[str, ...]:
     layers = max(row["sites"] for row in rows)
     cells = [_cell(rows, form, key) for key in ("recovered", "inductor") for form in FORMS]
     masks = _merge(row["masks"] for row in rows)
-    why = _merge({entry["reason"]: entry["sites"] for entry in row["refused"]} for row in rows)
-    shown = [f"`{mask}`" for mask, _ in masks.most_common(_MOST_MASKS)]
+    why = Counter(entry["reason"] for row in rows for entry in _lost(row))
+    shown = [f"`{_NONE.sub('none', mask)}`" for mask, _ in masks.most_common(_MOST_MASKS)]
     if len(masks) > _MOST_MASKS:
         shown.append(f"and {len(masks) - _MOST_MASKS} more")
     return (name, rows[0]["class"], str(layers), *cells, "<br>".join(shown), "<br>".join(why))
@@ -113,7 +152,7 @@ def _cell(rows: list[Row], form: str, key: str) -> str:
 def _refusals(rows: list[Row]) -> str:
     lost: Counter[tuple[str, str, str]] = Counter()
     for row in rows:
-        for entry in row["refused"]:
+        for entry in _lost(row):
             lost[entry["reason"], row["model"], entry["line"]] += entry["sites"]
     lines = [(str(number), name, line, reason) for (reason, name, line), number in lost.most_common()]
     if not lines:
@@ -121,8 +160,21 @@ def _refusals(rows: list[Row]) -> str:
     return "## Refused\n\n" + _table(("sites", "architecture", "the model's line", "reason"), lines)
 
 
+def _lost(row: Row) -> list[dict[str, Any]]:
+    """The sites that were not recovered: refused ones, and those of a graph in which fxopt failed."""
+    refused: list[dict[str, Any]] = row["refused"]
+    failed = row["sites"] - row["recovered"] - sum(entry["sites"] for entry in refused)
+    faults = [fault for fault in row["faults"] if not fault.startswith("Inductor: ")]
+    lost = {"reason": f"failed: {'; '.join(faults)}", "line": "-", "sites": failed}
+    return [*refused, lost] if failed else refused
+
+
+_NONE = re.compile(r"^True\b")
+_WHOLE = re.compile(r"\bc\d+\[(?:[^\[\]]*, )?q, k\]")
+
+
 def _is_known(mask: str) -> bool:
-    return not mask.startswith("tensor")
+    return not mask.startswith("tensor") and not _WHOLE.search(mask)
 
 
 def _merge(counts: Iterable[dict[str, int]]) -> Counter[str]:

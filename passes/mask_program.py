@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import sympy
@@ -51,6 +51,21 @@ class Recovered:
     def bias_text(self) -> str:
         """Empty when nothing is added."""
         return "" if self.bias == 0 else number_text(self.bias)
+
+    def renumbered(self, first: int) -> Recovered:
+        """The same with captures named from ``c<first>`` on."""
+        names = {name: f"c{first + place}" for place, name in enumerate(self.captures)}
+
+        def rename(access: Any) -> Any:
+            make = capture if access.is_integer else real_capture
+            return make(names[str(access.func)])(*access.args)
+
+        live, bias = (
+            formula.replace(lambda part: isinstance(part, AppliedUndef), rename)
+            for formula in (self.program.live, self.bias)
+        )
+        captures = {names[name]: source for name, source in self.captures.items()}
+        return replace(self, program=MaskProgram(live), bias=bias, captures=captures)
 
     def __str__(self) -> str:
         named = [f"{name} is {_named_source(source)}" for name, source in self.captures.items()]

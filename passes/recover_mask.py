@@ -59,8 +59,6 @@ class RecoverMask:
         outside = next((n for n in _sources(recovered) if n.graph is not node.graph), None)
         if outside is not None:
             return Verdict.no(f"wanted captured tensors of this graph, saw {outside.name} outside of it")
-        if argument(node, "captures"):
-            return Verdict.no("wanted an op without captures")
         stale = written(recovered.made_by, node, ctx)
         if stale:
             return Verdict.no(stale)
@@ -76,13 +74,15 @@ class RecoverMask:
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         node, recovered = match.anchor, match["recovered"]
+        before = list(argument(node, "captures") or ())
+        renamed = recovered.renumbered(len(before))
         captures = [
             source.build(graph) if isinstance(source, Table) else source
             for source in recovered.captures.values()
         ]
         sizes = [_size(symbol, graph) for symbol in recovered.sizes.values()]
-        given = {"bias": recovered.bias_text, "captures": captures, "sizes": sizes}
-        kwargs: dict[str, Any] = {**node.kwargs, "mask": str(recovered.program)}
+        given = {"bias": renamed.bias_text, "captures": [*before, *captures], "sizes": sizes}
+        kwargs: dict[str, Any] = {**node.kwargs, "mask": str(renamed.program)}
         kwargs |= {name: value for name, value in given.items() if value}
         if any(math.isfinite(fill) for fill in recovered.fills):
             kwargs["dead_rows"] = MEAN

@@ -104,6 +104,8 @@ def excluded(p: torch.Tensor) -> torch.Tensor:
 PROGRAMS: dict[str, tuple[Mask, tuple[torch.Tensor, ...], str]] = {
     "causal": (lambda q, k: k <= q, (), "k <= q"),
     "causal_with_a_cache": (lambda q, k: k - 2 <= q, (), "k <= q + 2"),
+    "length_of_a_static_cache": (
+        lambda q, k, n: k <= q + n, (torch.tensor(2),), "k <= c0[0, 0, q, 0]"),
     "padding": (lambda q, k, p: p.bool()[:, None, None, :], (padding,), "c0[b, k]"),
     "gathered_padding": (
         lambda q, k, p: (k <= q) & p.bool()[torch.arange(B).view(B, 1, 1, 1), k],
