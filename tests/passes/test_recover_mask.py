@@ -240,16 +240,17 @@ def test_evidence_has_the_formula_and_says_who_computes(name: str) -> None:
     assert provider in found.providers[0]
 
 
-def replaced_and_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def some_replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """A fill that excludes nothing is part of the score; the mask comes after it."""
     i, j = places(q, k)
     scores = (q @ k.mT * 0.4).masked_fill((i - j) % 5 == 3, -2.0)
-    return softmax(scores + torch.where(causal(q, k, keep), 0.0, torch.finfo(q.dtype).min).to(q.dtype), -1) @ v
+    added = torch.where(causal(q, k, keep), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    return softmax(scores + added, -1) @ v
 
 
 def test_captures_of_score_and_mask_go_together() -> None:
-    found = rewriting(replaced_and_masked, PASSES)
-    check(found, replaced_and_masked, inputs(left=True))
+    found = rewriting(some_replaced, PASSES)
+    check(found, some_replaced, inputs(left=True))
     assert found.applied(NAME) == 1, found.reasons(NAME)
     assert "score=s*c0[0, 0, q, k]" in found.after[0]
     assert "bias=c1[b, 0, q, k]" in found.after[0]

@@ -80,50 +80,50 @@ ALL: dict[str, Mask] = {
 }
 
 NEAR_MISSES: dict[str, tuple[Mask, str]] = {
-    "one_ahead": (lambda x: q_and_k(x)[1] <= q_and_k(x)[0] + 1, "saw mask=\"k <= q + 1"),
+    "one_ahead": (lambda x: q_and_k(x)[1] <= q_and_k(x)[0] + 1, 'saw mask="k <= q + 1'),
     "strictly_before": (
         lambda x: (q_and_k(x)[1] < q_and_k(x)[0]) | (q_and_k(x)[1] == 0),
-        "saw mask=\"k < q or k == 0",
+        'saw mask="k < q or k == 0',
     ),
-    "anticausal": (lambda x: q_and_k(x)[0] <= q_and_k(x)[1], "saw mask=\"k >= q"),
+    "anticausal": (lambda x: q_and_k(x)[0] <= q_and_k(x)[1], 'saw mask="k >= q'),
     "window": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & (q_and_k(x)[1] > q_and_k(x)[0] - 4),
-        "saw mask=\"k <= q and k > q - 4",
+        'saw mask="k <= q and k > q - 4',
     ),
     "prefix": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (q_and_k(x)[1] < 3),
-        "saw mask=\"k < 3 or k <= q",
+        'saw mask="k < 3 or k <= q',
     ),
     "one_hole": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & ~((q_and_k(x)[0] == 7) & (q_and_k(x)[1] == 2)),
-        "saw mask=\"(k != 2 or q != 7) and k <= q",
+        'saw mask="(k != 2 or q != 7) and k <= q',
     ),
     "first_batch_only": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (torch.arange(x.shape[0]) > 0)[:, None, None, None],
-        "saw mask=\"b > 0 or k <= q",
+        'saw mask="b > 0 or k <= q',
     ),
     "one_head_only": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) | (torch.arange(x.shape[1]) == 1)[:, None, None],
-        "saw mask=\"h == 1 or k <= q",
+        'saw mask="h == 1 or k <= q',
     ),
     "documents": (documents, "(k)//4 == (q)//4 and k <= q"),
     "bias": (
         lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 0.0, -1e4),
-        "mask=\"True\" score=\"s + c0[q, k]\"",
+        'mask="True" score="s + c0[q, k]"',
     ),
     "lowest_of_half": (
         lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 0.0, torch.finfo(torch.float16).min),
-        "score=\"s + c0[q, k]\"",
+        'score="s + c0[q, k]"',
     ),
     "raised": (
         lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 1.0, -math.inf),
-        "mask=\"k <= q\" score=\"s + 1\"",
+        'mask="k <= q" score="s + 1"',
     ),
-    "slopes": (lambda x: (q_and_k(x)[1] - q_and_k(x)[0]).float() * 0.5, "score=\"s + 0.5*k - 0.5*q\""),
-    "random": (lambda x: torch.rand(x.shape[2], x.shape[2]) > 0.5, "saw mask=\"c0[q, k]\"; c0 is gt"),
+    "slopes": (lambda x: (q_and_k(x)[1] - q_and_k(x)[0]).float() * 0.5, 'score="s + 0.5*k - 0.5*q"'),
+    "random": (lambda x: torch.rand(x.shape[2], x.shape[2]) > 0.5, 'saw mask="c0[q, k]"; c0 is gt'),
     "data": (
         lambda x: (q_and_k(x)[1] <= q_and_k(x)[0]) & (x[0, 0, :, 0] < 9),
-        "saw mask=\"c0[k] and k <= q\"; c0 is lt",
+        'saw mask="c0[k] and k <= q"; c0 is lt',
     ),
     "int_remainder": (lambda x: q_and_k(x)[1] % 5 <= q_and_k(x)[0], "remainder"),
 }
