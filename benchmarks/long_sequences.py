@@ -62,6 +62,12 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    if arguments.draw:
+        plot(
+            json.loads(arguments.draw.read_text())["rows"],
+            arguments.plot or arguments.draw.with_suffix(".png"),
+        )
+        return 0
     torch.set_num_threads(arguments.threads)
     console = Console()
     rows: list[dict[str, Any]] = []
@@ -76,6 +82,8 @@ def main() -> int:
         text = json.dumps({"machine": describe(), "rows": rows}, indent=1, default=str)
         arguments.out.write_text(text + "\n")
         console.print(f"written to {arguments.out}")
+    if arguments.plot:
+        plot(rows, arguments.plot)
     return 0
 
 
@@ -108,6 +116,42 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Two panels, a bar for each model and length: how much faster, and the share of memory that is left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(f"{row['model']}, {row['length']}" for row in rows))
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(11, 0.42 * len(names) + 1.3), layout="constrained", sharey=True
+    )
+    for place, (phase, training) in enumerate((("inference", False), ("training", True))):
+        kept = {f"{row['model']}, {row['length']}": row for row in rows if row["training"] == training}
+        spots = [number + (place - 0.5) * 0.4 for number, name in enumerate(names) if name in kept]
+        ratios = [kept[name]["ratio"]["median"] for name in names if name in kept]
+        shares = [kept[name]["peak_bytes"]["fxopt"] / kept[name]["peak_bytes"]["inductor"] for name in names
+                  if name in kept]  # fmt: skip
+        for axes, values, form in ((panels[0], ratios, "{:.1f}"), (panels[1], shares, "{:.0%}")):
+            bars = axes.barh(spots, values, 0.38, label=phase)
+            axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    panels[0].set_xlabel("times faster than Inductor alone")
+    panels[1].set_xlabel("peak memory of a step, as a part of Inductor's")
+    panels[1].xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    for axes in panels:
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.12)
+    panels[1].legend(loc="lower right")
+    figure.suptitle(
+        "One decoder layer, eager attention, by model and tokens (one CPU core, float32)", fontsize=11
+    )
+    figure.savefig(path, dpi=130)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="llama,mistral,gemma2", help="model types, by commas")
@@ -117,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="for the timing of one line")
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--plot", type=Path, help="a PNG or SVG file")
+    parser.add_argument("--draw", type=Path, help="a JSON file of an earlier run, to be drawn only")
     return parser
 
 
