@@ -182,3 +182,23 @@ def test_a_fill_that_a_score_outweighs_does_not_exclude_its_key() -> None:
     assert torch.allclose(out, site(q, k, v, keep), atol=1e-6)
     assert torch.allclose(out[1, :, 4], v[1, :, 5:].mean(1), atol=1e-6)
     assert found.applied(NAME) == 1
+
+
+def bias_under_a_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A fill over whole rows: what was added before it gets no gradient there."""
+    dead = torch.arange(q.shape[2])[:, None] < 2
+    scores = (q @ k.mT * 0.4 + bias @ bias.mT).masked_fill(dead, torch.finfo(q.dtype).min)
+    return softmax(scores, -1) @ v
+
+
+def test_a_bias_under_a_fill_keeps_its_gradient() -> None:
+    found = rewriting(bias_under_a_fill, ("eliminate-noops", "rewrite-attention", "recover-mask"))
+    torch.manual_seed(0)
+    args = [torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3)]
+    args.append(torch.randn(1, 3, 6, 6, requires_grad=True))
+    weight = torch.randn(2, 3, 6, 4)
+    got = torch.autograd.grad(found.call(*args), args, weight)
+    wanted = torch.autograd.grad(bias_under_a_fill(*args), args, weight)
+    assert found.applied("rewrite-attention") == 1, found.reasons()
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
