@@ -110,9 +110,19 @@ class SiteBuilder:
         """The sum of all masks, of rank 4, in float32 or the result's dtype; None when there is none."""
         total: fx.Node | None = None
         for mask in self.site.scores.masks:
+            if total is not None and mask.fill is not None:
+                total = self._filled_over(total, mask)
+                continue
             term = self._term(mask)
             total = term if total is None else self._call(aten.add.Tensor, total, term)
         return total
+
+    def _filled_over(self, total: fx.Node, mask: Mask) -> fx.Node:
+        """A fill in the place of what was added before it, which gets no gradient there."""
+        condition, lowest = self._placed(mask.node, mask.lead), torch.finfo(self.dtype).min
+        if mask.where:
+            return self._call(aten.where.ScalarSelf, condition, lowest, total)
+        return self._call(aten.where.ScalarOther, condition, total, lowest)
 
     def exact_mask(self, finite: bool) -> fx.Node:
         """All steps of masking in the model's order and dtypes: the sum overflows where the model's does."""

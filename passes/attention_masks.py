@@ -60,12 +60,6 @@ def commute(masks: Sequence[Mask]) -> bool:
     return sum(mask.fill is not None or fills(mask.node) > 0 for mask in masks) <= 1
 
 
-def fills_over_sums(masks: Sequence[Mask]) -> bool:
-    """A fill stands in the place of what was added before, which then gets no gradient there."""
-    first = next((place for place, mask in enumerate(masks) if mask.fill is None), len(masks))
-    return any(mask.fill is not None for mask in masks[first:])
-
-
 def replaces(masks: Sequence[Mask]) -> bool | None:
     """Whether the entries that exclude a key replace the score; None when some do and others are added."""
     filled = [mask.fill is not None for mask in masks]

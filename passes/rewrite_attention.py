@@ -23,7 +23,7 @@ from fxopt.ir.ops.masking import NAN, NONE, ZERO
 
 from .attention_build import SiteBuilder
 from .attention_checks import found_legal
-from .attention_masks import commute, fills_over_sums, never_infinite, replaces
+from .attention_masks import commute, never_infinite, replaces
 from .attention_site import Site, read_site
 from .attention_weights import SOFTMAXES, SPELLED_OUT
 
@@ -97,7 +97,7 @@ def _build(site: Site, graph: fx.Graph) -> fx.Node:
     parts, scores = SiteBuilder(graph, site), site.scores
     query, key, value = parts.query(), parts.key(), parts.value()
     finite = never_infinite(scores.masks)
-    sums = finite and commute(scores.masks) and not site.replaced and not fills_over_sums(scores.masks)
+    sums = finite and commute(scores.masks) and not site.replaced
     kwargs: dict[str, Any] = {"scale": scores.factor.build(graph), **_rows(site, finite)}
     if torch.finfo(facts.dtype(scores.product)).bits > torch.finfo(site.dtype).bits:
         kwargs["wide_scores"] = True
