@@ -11,7 +11,7 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Miss
 from fxopt.ir.facts import is_call, val
 
-from .attention_parts import seen
+from .attention_parts import readers, seen
 from .attention_products import PRODUCTS
 from .attention_steps import SINGLE, read_fill
 
@@ -29,7 +29,7 @@ def obstacle(node: fx.Node) -> Miss:
         if operand is None:
             return Miss("scale, mask and casts between QK^T and softmax", seen(node))
         if len(operand.users) != 1:
-            return Miss("scores that only the softmax reads", _readers(operand))
+            return Miss("scores that only the softmax reads", readers(operand))
         if is_call(operand, *PRODUCTS, aten.baddbmm.default):
             return Miss("scale, mask and casts between QK^T and softmax", seen(node))
         node = operand
@@ -64,9 +64,3 @@ def _distance(node: fx.Node) -> int | None:
             return distance
         layer = list(dict.fromkeys(arg for each in layer for arg in each.all_input_nodes))
     return None
-
-
-def _readers(node: fx.Node) -> str:
-    """A value and those who read it, with the line of the value."""
-    names = ", ".join("the graph's output" if user.op == "output" else user.name for user in node.users)
-    return f"{node.name} is read by {names} ({facts.location(node)})"

@@ -122,3 +122,9 @@ def keeps_rows(node: fx.Node) -> bool:
 def seen(node: fx.Node) -> str:
     """An operation, and where the user wrote it."""
     return f"{node.target} ({facts.location(node)})"
+
+
+def readers(node: fx.Node) -> str:
+    """A value and those who read it, and where the user wrote it."""
+    names = ", ".join("the graph's output" if user.op == "output" else user.name for user in node.users)
+    return f"{node.name} is read by {names or 'nobody'} ({facts.location(node)})"

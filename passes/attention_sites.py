@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, is_number, val
-from fxopt.ir.formula import S
+from fxopt.ir.formula import S, exact
 from fxopt.ir.program import ScoreProgram
 
 from .attention_obstacles import obstacle
@@ -75,9 +75,7 @@ def _capped(node: fx.Node, factor: Factor) -> Scores | Miss:
         return Miss("a softcap of scores without a mask", f"a mask inside of {seen(node)}")
     if found.score != ScoreProgram(S):
         return Miss("one softcap", f"another in {seen(node)}")
-    cap = (
-        sympy.nsimplify(abs(factor.number)) if factor.number.is_integer() else sympy.Float(abs(factor.number))
-    )
+    cap = exact(abs(factor.number))
     found.score = ScoreProgram(cap * sympy.tanh(S / cap))
     found.factor = found.factor.times(factor.number)
     return found

@@ -18,7 +18,7 @@ from fxopt.ir.contract import Miss
 from fxopt.ir.facts import argument, is_call, val
 
 from .attention_layout import Lead
-from .attention_parts import keeps_rows, seen
+from .attention_parts import keeps_rows, readers, seen
 from .attention_products import PRODUCTS, Operand, Product, read_product
 from .attention_steps import VIEWS, read_fill
 
@@ -93,7 +93,7 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
     while True:
         users = [user for user in node.users if user.op != "output"]
         if len(users) != 1 or len(node.users) != 1:
-            return Miss("probabilities that only the product with V reads", _readers(node))
+            return Miss("probabilities that only the product with V reads", readers(node))
         user = users[0]
         if is_call(user, *PRODUCTS):
             found = _product(user, node)
@@ -156,8 +156,3 @@ def _product(node: fx.Node, weights: fx.Node) -> Weighted | Miss:
 def _result_lead(found: Product, node: fx.Node) -> list[Any]:
     sizes: dict[int, Any] = dict(zip(found.order, val(node).shape, strict=True))
     return [sizes[place] for place in range(len(found.order) - 2)]
-
-
-def _readers(node: fx.Node) -> str:
-    names = ", ".join("the graph's output" if u.op == "output" else u.name for u in node.users)
-    return f"{node.name} is read by {names or 'nobody'}"

@@ -14,10 +14,10 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from fxopt.ir.cone import cone
+from fxopt.ir.cone import cone, outer_of
 from fxopt.ir.contract import Context
 from fxopt.ir.facts import Facts, shape, val
-from fxopt.ir.formula import AXES, capture, integral, number_text, real_capture, size
+from fxopt.ir.formula import AXES, capture, exact, integral, number_text, real_capture, size
 from fxopt.ir.index_rules import TABLE, captured, value_of
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE
@@ -55,15 +55,7 @@ class Recovered:
     def renumbered(self, first: int) -> Recovered:
         """The same with captures named from ``c<first>`` on."""
         names = {name: f"c{first + place}" for place, name in enumerate(self.captures)}
-
-        def rename(access: Any) -> Any:
-            make = capture if access.is_integer else real_capture
-            return make(names[str(access.func)])(*access.args)
-
-        live, bias = (
-            formula.replace(lambda part: isinstance(part, AppliedUndef), rename)
-            for formula in (self.program.live, self.bias)
-        )
+        live, bias = (_renamed(formula, names) for formula in (self.program.live, self.bias))
         captures = {names[name]: source for name, source in self.captures.items()}
         return replace(self, program=MaskProgram(live), bias=bias, captures=captures)
 
@@ -142,7 +134,7 @@ def split(value: Value) -> tuple[Boolean, sympy.Expr, frozenset[float]]:
     if isinstance(number, float):
         if not math.isfinite(number):
             raise Unsupported(f"live keys whose scores get {number}")
-        number = sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
+        number = exact(number)
     return live, number, frozenset(fills)
 
 
@@ -192,8 +184,10 @@ def _named(
     live: Boolean, bias: sympy.Expr, fills: frozenset[float], made_by: tuple[fx.Node, ...]
 ) -> Recovered:
     """With ``c0, c1, ...`` and ``n0, n1, ...`` in the place of the names of nodes and symbols."""
-    nodes = {node.name: node for node in made_by}
-    if len(nodes) != len(made_by):
+    # What stands for a value of an enclosing graph is captured there.
+    own = [node for node in made_by if outer_of(node) is None or len(made_by) == 1]
+    nodes = {node.name: node for node in own}
+    if len(nodes) != len(own):
         raise Unsupported("nodes of one name in nested graphs")
     accesses = live.atoms(AppliedUndef) | bias.atoms(AppliedUndef)
     names = {source: f"c{place}" for place, source in enumerate(sorted({str(a.func) for a in accesses}))}
@@ -201,15 +195,18 @@ def _named(
     symbols = sorted((live.free_symbols | bias.free_symbols) - set(AXES), key=str)
     found = {f"n{place}": symbol for place, symbol in enumerate(symbols)}
     sizes = {symbol: size(name) for name, symbol in found.items()}
+    live, bias = (_renamed(formula, names).xreplace(sizes) for formula in (live, bias))
+    return Recovered(MaskProgram(live), bias, fills, captures, found, made_by)
 
-    def renamed(formula: Any) -> Any:
-        return formula.replace(lambda part: isinstance(part, AppliedUndef), rename).xreplace(sizes)
+
+def _renamed(formula: Any, names: Mapping[str, str]) -> Any:
+    """With other names of captured tensors."""
 
     def rename(access: Any) -> Any:
         make = capture if access.is_integer else real_capture
         return make(names[str(access.func)])(*access.args)
 
-    return Recovered(MaskProgram(renamed(live)), renamed(bias), fills, captures, found, made_by)
+    return formula.replace(lambda part: isinstance(part, AppliedUndef), rename)
 
 
 def _source(name: str, nodes: Mapping[str, fx.Node]) -> Source:

@@ -21,6 +21,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.errors import FormulaDiffers
+from fxopt.ir.cone import inside
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.facts import argument, val
 from fxopt.ir.linear import Unsupported
@@ -50,15 +51,18 @@ class RecoverMask:
         if mask is None or argument(node, "mask"):
             return None
         try:
-            return Match(node, (node,), {"recovered": recover(mask, node)})
+            recovered = recover(mask, node)
         except Unsupported as refusal:
             return Miss("a mask that can be written as a formula", str(refusal))
+        outside = tuple(each for each in _nodes(recovered) if each.graph is not node.graph)
+        return Match(node, (node,), {"recovered": recovered}, outside)
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         node, recovered = match.anchor, match["recovered"]
-        outside = next((n for n in _sources(recovered) if n.graph is not node.graph), None)
+        tables = [each for each in recovered.captures.values() if isinstance(each, Table)]
+        outside = next((each.base for each in tables if each.base.graph is not node.graph), None)
         if outside is not None:
-            return Verdict.no(f"wanted captured tensors of this graph, saw {outside.name} outside of it")
+            return Verdict.no(f"wanted tables of this graph, saw {outside.name} outside of it")
         stale = written(recovered.made_by, node, ctx)
         if stale:
             return Verdict.no(stale)
@@ -77,7 +81,7 @@ class RecoverMask:
         before = list(argument(node, "captures") or ())
         renamed = recovered.renumbered(len(before))
         captures = [
-            source.build(graph) if isinstance(source, Table) else source
+            source.build(graph) if isinstance(source, Table) else inside(graph, source)
             for source in recovered.captures.values()
         ]
         sizes = [_size(symbol, graph) for symbol in recovered.sizes.values()]
@@ -105,6 +109,10 @@ def _checked(match: Match, ctx: Context) -> str:
     if found is not None:
         raise FormulaDiffers(formula=in_words(recovered, ""), found=found)
     return "; compared entry by entry"
+
+
+def _nodes(recovered: Recovered) -> list[fx.Node]:
+    return [source for source in recovered.captures.values() if isinstance(source, fx.Node)]
 
 
 def _sources(recovered: Recovered) -> list[fx.Node]:

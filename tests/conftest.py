@@ -37,3 +37,17 @@ def fresh_compiler() -> Iterator[None]:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def blocks_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if tiles of attention cost nothing but their scores, on two threads."""
+    from fxopt.ir.ops import attention_providers, tile_plan
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tile_plan, "SECONDS_OF_A_TILE", 0.0)
+    for name in ("PADDED_SCORES", "DENSE_SCORES", "DROPOUT_SCORES"):
+        monkeypatch.setattr(attention_providers, name, 0)
+    tile_plan.plan.cache_clear()
+    yield
+    tile_plan.plan.cache_clear()

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxopt.errors import InternalError
 from fxopt.frontend.dead_code import dead_cone
+from fxopt.frontend.subgraphs import pass_in
 from fxopt.ir.cone import from_sizes
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
@@ -130,6 +131,12 @@ class _Run:
         profit = self.rewrite.profit(match, context)
         if not profit:
             return self._note(node, Status.UNPROFITABLE, profit.reason)
+        far = next((each for each in match.outside if pass_in(each, self.gm.graph) is None), None)
+        if far is not None:
+            reason = f"wanted a value that the sub-graph can be given, saw {far.name} outside of it"
+            return self._note(node, Status.ILLEGAL, reason)
+        if match.outside:
+            self._facts = None  # the sub-graph may have new inputs
         if not FUEL.take(self.options.fuel):
             return self._note(node, Status.OUT_OF_FUEL, f"{self.options.fuel} rewrites were applied already")
         return self._apply(match, legal, profit)

@@ -7,7 +7,11 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
+from fxopt.ir.cone import inside
+
 OUTER_KEY = "fxopt_outer"
+# The calls of a sub-graph, kept on its inputs.
+CALLS_KEY = "fxopt_calls"
 
 # Higher-order ops whose sub-graphs are ordinary forward code of the user, run once for each call on its
 # operands. The sub-graphs of all others (loops, flex attention, autograd.Function) mean something else: their
@@ -23,6 +27,10 @@ PLAIN_CALLS = frozenset(
         "invoke_subgraph",
     }
 )
+
+
+# Those that take the sub-graph first, and then one argument for each of its inputs.
+_FLAT_CALLS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"})
 
 
 def link_subgraphs(gm: fx.GraphModule) -> None:
@@ -55,6 +63,7 @@ def _link_call(gm: fx.GraphModule, call: fx.Node) -> None:
         passed = operands[len(operands) - len(placeholders) :]
         for placeholder, outer in zip(placeholders, passed, strict=True):
             placeholder.meta[OUTER_KEY] = (*placeholder.meta.get(OUTER_KEY, ()), outer)
+            placeholder.meta[CALLS_KEY] = (*placeholder.meta.get(CALLS_KEY, ()), call)
 
 
 def unlink_subgraphs(gm: fx.GraphModule) -> None:
@@ -62,6 +71,33 @@ def unlink_subgraphs(gm: fx.GraphModule) -> None:
     for module in _graph_modules(gm):
         for placeholder in module.graph.find_nodes(op="placeholder"):
             placeholder.meta.pop(OUTER_KEY, None)
+            placeholder.meta.pop(CALLS_KEY, None)
+
+
+def pass_in(outer: fx.Node, graph: fx.Graph) -> fx.Node | None:
+    """The input of a sub-graph that stands for `outer`, a node of the graph around it; a new one if need be.
+
+    None when the calls of the sub-graph take no further operand, or come before `outer`.
+    """
+    try:
+        return inside(graph, outer)
+    except LookupError:
+        placeholders = graph.find_nodes(op="placeholder")
+    calls: tuple[fx.Node, ...] = placeholders[-1].meta.get(CALLS_KEY, ()) if placeholders else ()
+    if not calls or not all(_takes(call, outer) for call in calls):
+        return None
+    with graph.inserting_after(placeholders[-1]):
+        made = graph.placeholder(outer.name)
+    made.meta = {"val": outer.meta["val"], OUTER_KEY: (outer,) * len(calls), CALLS_KEY: calls}
+    for call in calls:
+        call.args = (*call.args, outer)
+        call.graph.owning_module.recompile()  # type: ignore[union-attr]
+    return made
+
+
+def _takes(call: fx.Node, outer: fx.Node) -> bool:
+    flat = isinstance(call.target, HigherOrderOperator) and call.target.name() in _FLAT_CALLS
+    return flat and call.graph is outer.graph and outer < call
 
 
 def _graph_modules(gm: torch.nn.Module) -> list[fx.GraphModule]:

@@ -58,6 +58,21 @@ def outer_of(node: fx.Node) -> fx.Node | None:
     return outer.pop() if len(outer) == 1 else None
 
 
+def inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """`node`, or the input of the sub-graph `graph` that stands for it.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if node.graph is graph:
+        return node
+    for placeholder in graph.find_nodes(op="placeholder"):
+        if outer_of(placeholder) is node:
+            found: fx.Node = placeholder
+            return found
+    raise LookupError(f"{node.name} is outside of the sub-graph")
+
+
 def cone(root: fx.Node) -> list[fx.Node]:
     """All that decides the contents of `root`, itself included, arguments first.
 

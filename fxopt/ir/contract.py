@@ -50,12 +50,15 @@ class Match:
     """An instance of what the pass rewrites.
 
     `anchor` is the node that the search started from; `roots` are the nodes whose values the replacement
-    computes (their users are rewired), in graph order; `values` is what the pass has learnt, by name.
+    computes (their users are rewired), in graph order; `values` is what the pass has learnt, by name;
+    `outside` are the values of an enclosing graph that the replacement reads. The driver makes inputs of the
+    sub-graph of them, which `cone.inside` finds.
     """
 
     anchor: fx.Node
     roots: tuple[fx.Node, ...]
     values: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    outside: tuple[fx.Node, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -17,6 +17,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from fxopt.ir.facts import argument, dtype, val
+from fxopt.ir.formula import exact
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE
 from fxopt.ir.predicate import Case, Number, Sizes, Value, combine, known_value
@@ -176,7 +177,7 @@ def _exact(number: Number) -> sympy.Expr:
         return number
     if not math.isfinite(number):
         raise Unsupported(f"arithmetic with {number}")
-    return sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
+    return exact(number)
 
 
 _REAL: dict[Any, Callable[[fx.Node, list[Any]], Any]] = {

@@ -285,21 +285,27 @@ def _may_write(node: fx.Node) -> bool:
 
 
 def _calls_readers(node: fx.Node) -> bool:
-    """A higher-order op whose sub-graphs write to nothing."""
+    """A higher-order op whose sub-graphs write to nothing that they are given."""
     root = node.graph.owning_module
     if not isinstance(node.target, HigherOrderOperator) or root is None:
         return False
     held = [getattr(root, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
     graphs = [module.graph for module in held if isinstance(module, fx.GraphModule)]
-    return bool(graphs) and all(_only_reads(inner) for graph in graphs for inner in graph.nodes)
+    return bool(graphs) and not any(_writes_inputs(graph) for graph in graphs)
 
 
-def _only_reads(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return node.op in ("placeholder", "get_attr", "output")
-    if isinstance(node.target, OpOverload):
-        return not is_write(node)
-    return node.target is operator.getitem or _calls_readers(node)
+def _writes_inputs(graph: fx.Graph) -> bool:
+    owner = _alias_classes(graph)
+    given = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    inputs = {owner.get(_storage(value)) for node in given for value in _tensors(node.meta.get("val"))}
+    for node in graph.nodes:
+        if is_write(node):
+            written = [value for arg in _written_args(node) for value in _tensors(arg.meta.get("val"))]
+            if not written or any(owner.get(_storage(value)) in inputs for value in written):
+                return True
+        elif _may_write(node):
+            return True
+    return False
 
 
 def _written_args(node: fx.Node) -> list[fx.Node]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -18,6 +18,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from fxopt.ir.linear import Unsupported
+
+T = TypeVar("T")
 
 B, H, Q, K = AXES = sympy.symbols("b h q k", integer=True)
 S = sympy.Symbol("s", real=True)
@@ -42,6 +44,11 @@ def size(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
+def numbered(letter: str, values: Iterable[T] | None) -> dict[str, T]:
+    """Values by the names that formulas have for them: ``c0, c1, ...`` or ``n0, n1, ...``."""
+    return {f"{letter}{place}": value for place, value in enumerate(values or ())}
+
+
 def captures_of(formula: Any) -> tuple[str, ...]:
     """The names of captured tensors, those in the indices of others too."""
     return tuple(sorted({str(each.func) for each in formula.atoms(AppliedUndef)}, key=_numbered))
@@ -55,6 +62,11 @@ def sizes_of(formula: Any) -> tuple[str, ...]:
 def _numbered(name: str) -> tuple[int, str]:
     digits = name[1:]
     return (int(digits) if digits.isdigit() else -1, name)
+
+
+def exact(number: float) -> sympy.Expr:
+    """A finite number of Python; an integer where it is whole."""
+    return sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
 
 
 def integral(formula: Any) -> Any:

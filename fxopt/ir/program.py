@@ -8,6 +8,7 @@ tensor of Sq x Skv entries is only one way to compute it.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,30 +31,55 @@ from fxopt.ir.formula import (
 from fxopt.ir.tile_values import TileValues
 
 
-@dataclass(frozen=True, eq=False)
-class MaskProgram:
-    """Where a key takes part: a formula over b, h, q, k, captures ``c0, ...`` and sizes ``n0, ...``.
+class Program(ABC):
+    """A formula and its text. Two programs are equal when their texts are."""
 
-    Two programs are equal when their texts are.
-    """
+    @property
+    @abstractmethod
+    def formula(self) -> sympy.Basic:
+        """What the program says."""
 
-    live: Boolean
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The formula in one line."""
+
+    @property
+    def captures(self) -> tuple[str, ...]:
+        """The names of captured tensors."""
+        return captures_of(self.formula)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of sizes that are not known while compiling."""
+        return sizes_of(self.formula)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, MaskProgram) and str(self) == str(other)
+        return isinstance(other, Program) and type(self) is type(other) and self.text == other.text
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self.text)
 
     def __str__(self) -> str:
         return self.text
 
+
+@dataclass(frozen=True, eq=False)
+class MaskProgram(Program):
+    """Where a key takes part: a formula over b, h, q, k, captures ``c0, ...`` and sizes ``n0, ...``."""
+
+    live: Boolean
+
+    @property
+    def formula(self) -> sympy.Basic:
+        return self.live
+
     @functools.cached_property
     def text(self) -> str:
-        """The formula in one line."""
         return condition_text(self.live)
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)
     def parse(text: str) -> MaskProgram:
         """The program that `str` printed.
 
@@ -61,16 +87,6 @@ class MaskProgram:
             ValueError: it is no such text; the message says what was not understood.
         """
         return MaskProgram(parsed_condition(parsed_tree(text, "mask program")))
-
-    @property
-    def captures(self) -> tuple[str, ...]:
-        """The names of captured tensors."""
-        return captures_of(self.live)
-
-    @property
-    def sizes(self) -> tuple[str, ...]:
-        """The names of sizes that are not known while compiling."""
-        return sizes_of(self.live)
 
     def conjuncts(self) -> tuple[Boolean, ...]:
         """The conditions that must all hold."""
@@ -99,29 +115,21 @@ class MaskProgram:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreProgram:
-    """What becomes of a score s: a formula over s, b, h, q, k, captures and sizes.
-
-    Two programs are equal when their texts are.
-    """
+class ScoreProgram(Program):
+    """What becomes of a score s: a formula over s, b, h, q, k, captures and sizes."""
 
     result: sympy.Expr
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ScoreProgram) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def __str__(self) -> str:
-        return self.text
+    @property
+    def formula(self) -> sympy.Basic:
+        return self.result
 
     @functools.cached_property
     def text(self) -> str:
-        """The formula in one line."""
         return number_text(self.result)
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)
     def parse(text: str) -> ScoreProgram:
         """The program that `str` printed; of an empty text, the one that changes nothing.
 
@@ -129,16 +137,6 @@ class ScoreProgram:
             ValueError: it is no such text; the message says what was not understood.
         """
         return ScoreProgram(parsed_number(parsed_tree(text, "score program")) if text else S)
-
-    @property
-    def captures(self) -> tuple[str, ...]:
-        """The names of captured tensors."""
-        return captures_of(self.result)
-
-    @property
-    def sizes(self) -> tuple[str, ...]:
-        """The names of sizes that are not known while compiling."""
-        return sizes_of(self.result)
 
     @functools.cached_property
     def is_identity(self) -> bool:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn.functional import dropout, softmax
 from torch.utils.checkpoint import checkpoint
 
-from fxopt.ir.ops import attention_providers, tile_plan
 from fxopt.report.record import GraphRecord, collect
 
 B, H, S, D = 2, 2, 70, 8
 
 
-@pytest.fixture(autouse=True)
-def _blocks_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(tile_plan, "SECONDS_OF_A_TILE", 0.0)
-    for name in ("PADDED_SCORES", "DENSE_SCORES", "DROPOUT_SCORES"):
-        monkeypatch.setattr(attention_providers, name, 0)
-    tile_plan.plan.cache_clear()
-    yield
-    tile_plan.plan.cache_clear()
+pytestmark = pytest.mark.usefixtures("blocks_at_any_size")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0) -> torch.Tensor:

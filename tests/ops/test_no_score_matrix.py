@@ -65,11 +65,14 @@ SITES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "overrides", "padding", "training"), SITES)
-def test_no_matrix_of_scores(
-    name: str, overrides: dict[str, Any], padding: str | None, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def compiled(
+    name: str, overrides: dict[str, Any], padding: str | None, *, training: bool, checkpointing: bool = False
+) -> list[fx.GraphModule]:
     scale = Scale(layers=1, hidden=32, heads=4, ffn=32, vocab=64, seq=LENGTH)
     subject = build(name, scale, attention="eager", training=training, overrides=overrides)
     kwargs = {key: value for key, value in subject.kwargs.items() if key != "labels"}
@@ -79,7 +82,24 @@ def test_no_matrix_of_scores(
         keep[0, slice(0, 50) if padding == "left" else slice(LENGTH - 50, None)] = int(padding == "ones")
         kwargs["attention_mask"] = keep
     model = subject.model.train() if training else subject.model.eval()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.set_grad_enabled(training):
-        graphs = graphs_of(model, {**kwargs, "use_cache": False, "return_dict": False}, training=training)
+        return graphs_of(model, {**kwargs, "use_cache": False, "return_dict": False}, training=training)
+
+
+@pytest.mark.parametrize(("name", "overrides", "padding", "training"), SITES)
+def test_no_matrix_of_scores(
+    name: str, overrides: dict[str, Any], padding: str | None, training: bool
+) -> None:
+    graphs = compiled(name, overrides, padding, training=training)
     assert len(graphs) == 1 + training
+    assert not [line for gm in graphs for line in score_matrices(gm)]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "bert"])
+def test_no_matrix_of_scores_under_checkpointing(name: str) -> None:
+    overrides = {"max_position_embeddings": 1024, "sliding_window": 100}
+    graphs = compiled(name, overrides, "left", training=True, checkpointing=True)
+    assert len(graphs) == 2
     assert not [line for gm in graphs for line in score_matrices(gm)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.functional import softmax
+from torch.utils.checkpoint import checkpoint
 
-from fxopt.ir.ops import attention_providers, tile_plan
 from support.golden import assert_golden
 from support.numerics import assert_closer
 from support.reference import reference_mode
@@ -24,16 +24,7 @@ B, H, S, D = 2, 3, 160, 8
 Site = Callable[..., torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _blocks_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if tiles cost nothing but their scores, on two threads."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(tile_plan, "SECONDS_OF_A_TILE", 0.0)
-    for name in ("PADDED_SCORES", "DENSE_SCORES", "DROPOUT_SCORES"):
-        monkeypatch.setattr(attention_providers, name, 0)
-    tile_plan.plan.cache_clear()
-    yield
-    tile_plan.plan.cache_clear()
+pytestmark = pytest.mark.usefixtures("blocks_at_any_size")
 
 
 def places(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,6 +303,26 @@ def test_blocks_not_with_fewer_heads_than_threads(monkeypatch: pytest.MonkeyPatc
     found = rewriting(given(causal), PASSES)
     check(found, given(causal), inputs())
     assert "of 7 threads" in found.providers[0]
+
+
+def checkpointed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Two layers that share a mask made outside of them, as gradient checkpointing has it."""
+    mask = causal(q, k, keep)
+    for _ in range(2):
+        q = checkpoint(given(lambda *_: mask), q, k, v, keep, use_reentrant=False)
+    return q
+
+
+def test_fires_inside_of_checkpoints() -> None:
+    """The padding is passed into the sub-graphs, whose mask is not computed any more."""
+    found = rewriting(checkpointed, PASSES)
+    args = inputs(left=True)
+    check(found, checkpointed, args)
+    with reference_mode():
+        exact = gradients(checkpointed, *(t.double() if t.is_floating_point() else t for t in args))
+    assert_closer(exact, gradients(found.call, *args), gradients(checkpointed, *args), strides=False)
+    assert found.applied(NAME) == 2 * found.graphs, found.reasons(NAME)
+    assert "('attention', 'blocks', '')" in found.providers
 
 
 def test_not_float16_filled_with_its_lowest_number() -> None:

@@ -23,16 +23,16 @@ Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fxopt.ir.contract import Verdict
+from fxopt.ir.ops.attention_attributes import Attributes
 from fxopt.ir.ops.attention_providers import blocks_pay, decomposed_wins
 from fxopt.ir.ops.block_attention import in_blocks
 from fxopt.ir.ops.decomposed_attention import decomposed
-from fxopt.ir.ops.masking import NAN, NONE, ZERO
+from fxopt.ir.ops.masking import NAN, NONE
 from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
 
 
@@ -43,34 +43,22 @@ def attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    dead_rows: str = ZERO,
-    mask_replaces: bool = False,
-    wide_scores: bool = False,
-    score: str = "",
-    sinks: torch.Tensor | None = None,
-    mask: str = "",
-    bias: str = "",
-    captures: Sequence[torch.Tensor] | None = None,
-    sizes: Sequence[int] | None = None,
+    **attributes: Any,
 ) -> torch.Tensor:
     """Scaled dot-product attention; the arguments are explained above.
 
     Returns:
         (B, Hq, Sq, Dv), of query's dtype.
     """
-    if dead_rows == NAN or mask_replaces or score or sinks is not None:
-        attributes: Any = {"dead_rows": dead_rows, "mask_replaces": mask_replaces, "wide_scores": wide_scores}
-        attributes |= {"score": score, "sinks": sinks, "captures": captures, "sizes": sizes}
-        attributes |= {"scale": scale, "enable_gqa": enable_gqa}
+    given = Attributes(**attributes)
+    if given.dead_rows == NAN or given.mask_replaces or given.score or given.sinks is not None:
         return decomposed(query, key, value, attn_mask, dropout_p, is_causal, **attributes)
-    if dead_rows == NONE and scale is not None and is_symbol(scale):
+    scale = given.scale
+    if given.dead_rows == NONE and scale is not None and is_symbol(scale):
         # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
         query, scale = query * scale, 1.0
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=given.enable_gqa
     )
 
 

@@ -14,17 +14,18 @@ derivative of its own.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fxopt.ir.formula import numbered
+from fxopt.ir.ops.attention_attributes import Attributes, computed_in
 from fxopt.ir.ops.op import NAMESPACE, is_symbol, without_autocast
 from fxopt.ir.ops.tile_attention import Rows, forward
 from fxopt.ir.ops.tile_gradients import backward, empty_like_heads_last
-from fxopt.ir.ops.tiles import Problem, computed_in
+from fxopt.ir.ops.tiles import Problem
 from fxopt.ir.program import MaskProgram, ScoreProgram
 
 _OPERANDS = (
@@ -48,31 +49,24 @@ def in_blocks(
     **attributes: Any,
 ) -> torch.Tensor:
     """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
-    scale = attributes.get("scale")
+    given = Attributes(**attributes)
+    scale = given.scale
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     elif is_symbol(scale):
         # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
         query, scale = query * scale, 1.0
     seed = torch.randint(2**31, (), dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
-    score = _program(ScoreProgram, attributes.get("score") or "")
-    bias = _program(ScoreProgram, attributes.get("bias") or "0")
+    score, bias = ScoreProgram.parse(given.score), ScoreProgram.parse(given.bias or "0")
     out, _ = torch.ops.fxopt.block_attention(
-        query, key, value, attributes.get("sinks"), seed,
-        list(attributes.get("captures") or ()), list(attributes.get("sizes") or ()),
-        mask=attributes.get("mask") or ("k <= q" if is_causal else "True"),
+        query, key, value, given.sinks, seed, list(given.captures or ()), list(given.sizes or ()),
+        mask=given.mask or ("k <= q" if is_causal else "True"),
         score=str(ScoreProgram(score.result + bias.result)),
-        scale=float(scale), dead_rows=attributes.get("dead_rows", "zero"),
-        stops=bool(attributes.get("mask_replaces")), wide_scores=bool(attributes.get("wide_scores")),
-        dropout_p=float(dropout_p),
+        scale=float(scale), dead_rows=given.dead_rows, stops=given.mask_replaces,
+        wide_scores=given.wide_scores, dropout_p=float(dropout_p),
     )  # fmt: skip
     result: torch.Tensor = out
     return result
-
-
-@functools.lru_cache(maxsize=256)
-def _program(kind: Any, text: str) -> Any:
-    return kind.parse(text)
 
 
 def _problem(
@@ -81,13 +75,12 @@ def _problem(
     sizes: Sequence[int],
     attributes: dict[str, Any],
 ) -> Problem:
-    named = {f"c{place}": tensor for place, tensor in enumerate(captures)}
-    numbers = {f"n{place}": int(number) for place, number in enumerate(sizes)}
-    mask, score = _program(MaskProgram, attributes["mask"]), _program(ScoreProgram, attributes["score"])
     query, key, value = tensors
     return Problem(
-        query, key, value, named, numbers, mask, score, attributes["scale"], attributes["wide_scores"]
-    )
+        query, key, value, numbered("c", captures), numbered("n", map(int, sizes)),
+        MaskProgram.parse(attributes["mask"]), ScoreProgram.parse(attributes["score"]),
+        attributes["scale"], attributes["wide_scores"],
+    )  # fmt: skip
 
 
 def _rows(sinks: torch.Tensor | None, seed: torch.Tensor | None, attributes: dict[str, Any]) -> Rows:

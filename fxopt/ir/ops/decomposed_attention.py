@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from fxopt.ir.formula import numbered
+from fxopt.ir.ops.attention_attributes import Attributes, computed_in
 from fxopt.ir.ops.masking import LOWEST_SHARE, ZERO
 from fxopt.ir.ops.op import is_symbol
 from fxopt.ir.program import ScoreProgram
 from fxopt.ir.tile_values import TileValues
-
-
-@functools.lru_cache(maxsize=64)
-def score_program(text: str) -> ScoreProgram:
-    """The program of the op's attribute."""
-    return ScoreProgram.parse(text)
 
 
 def decomposed(
@@ -27,40 +22,30 @@ def decomposed(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    dead_rows: str = ZERO,
-    mask_replaces: bool = False,
-    wide_scores: bool = False,
-    score: str = "",
-    sinks: torch.Tensor | None = None,
-    mask: str = "",
-    bias: str = "",
-    captures: Sequence[torch.Tensor] | None = None,
-    sizes: Sequence[int] | None = None,
+    **attributes: Any,
 ) -> torch.Tensor:
     """`fxopt::attention`, all scores at once. Keys of a group are not repeated. Reads no formula of the mask.
 
     Args: as `fxopt::attention` has them.
     """
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    given = Attributes(**attributes)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if given.scale is None else given.scale
     batch, heads, rows, _ = query.shape
-    grouped = enable_gqa and key.shape[1] != heads
+    grouped = given.enable_gqa and key.shape[1] != heads
     if grouped:
         query = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = scaled_product(query, key, factor, wide_scores)
+    scores = scaled_product(query, key, factor, given.wide_scores)
     if grouped:
         scores = scores.reshape(batch, heads, rows, -1)
-    if score:
-        scored = _scored(scores, score, captures or (), sizes or ())
+    if given.score:
+        scored = _scored(scores, given)
         # The lowest float16 number, as a mask, absorbs a score of float16, not one of float32.
         scores = scored.half() if scores.dtype is torch.float16 else scored
-    scores = _masked(scores, attn_mask, is_causal, mask_replaces)
-    if sinks is not None:
-        weights = _with_sinks(scores, sinks).to(value.dtype)
+    scores = _masked(scores, attn_mask, is_causal, given.mask_replaces)
+    if given.sinks is not None:
+        weights = _with_sinks(scores, given.sinks).to(value.dtype)
     else:
-        weights = _softmax(scores, dead_rows != ZERO or attn_mask is None).to(value.dtype)
+        weights = _softmax(scores, given.dead_rows != ZERO or attn_mask is None).to(value.dtype)
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     if not grouped:
@@ -79,15 +64,12 @@ def scaled_product(query: torch.Tensor, key: torch.Tensor, factor: float, wide: 
     return torch.matmul(query, key.transpose(-2, -1)) * factor
 
 
-def _scored(
-    scores: torch.Tensor, score: str, captures: Sequence[torch.Tensor], sizes: Sequence[int]
-) -> torch.Tensor:
-    program = score_program(score)
+def _scored(scores: torch.Tensor, given: Attributes) -> torch.Tensor:
     ranges = tuple((0, size) for size in scores.shape)
-    named = {f"c{place}": tensor for place, tensor in enumerate(captures)}
-    numbers = {f"n{place}": number for place, number in enumerate(sizes)}
-    wide = scores if scores.dtype is torch.float64 else scores.float()
-    result: torch.Tensor = TileValues(ranges, named, numbers, scores.device, wide).number(program.result)
+    named, numbers = numbered("c", given.captures), numbered("n", given.sizes)
+    wide = scores.to(computed_in(scores.dtype))
+    values = TileValues(ranges, named, numbers, scores.device, wide)
+    result: torch.Tensor = values.number(ScoreProgram.parse(given.score).result)
     return result
 
 
@@ -114,15 +96,14 @@ def absorbs(mask: torch.Tensor) -> torch.Tensor:
 
 def _softmax(scores: torch.Tensor, plain: bool) -> torch.Tensor:
     if plain:
-        return torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    safe: torch.Tensor = torch.ops.aten._safe_softmax.default(wide, -1)
+        return torch.softmax(scores, -1, dtype=computed_in(scores.dtype))
+    safe: torch.Tensor = torch.ops.aten._safe_softmax.default(scores.to(computed_in(scores.dtype)), -1)
     return safe
 
 
 def _with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """softmax over the scores and one more key, without that key's weight."""
-    wide = scores if scores.dtype is torch.float64 else scores.float()
+    wide = scores.to(computed_in(scores.dtype))
     sink = sinks.to(wide.dtype).view(1, -1, 1, 1).expand(*wide.shape[:-1], 1)
     # One softmax, not a quotient of sums: the gradients of the latter have up to three times the error.
     return torch.softmax(torch.cat([wide, sink], -1), -1)[..., :-1]

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from fxopt.ir.ops.attention_attributes import computed_in
 from fxopt.ir.ops.decomposed_attention import scaled_product
 from fxopt.ir.ops.masking import MEAN, NAN
-from fxopt.ir.ops.tiles import Problem, Tile, computed_in, tiles
+from fxopt.ir.ops.tiles import Problem, Tile, tiles
 
 aten = torch.ops.aten
 
@@ -42,6 +43,11 @@ class Rows:
     dropout_p: float
     seed: torch.Tensor | None
 
+    @property
+    def fill_dead(self) -> bool:
+        """A row without a live key gives something else than 0."""
+        return self.sinks is None and self.dead in (MEAN, NAN)
+
     def generator(self) -> torch.Generator | None:
         """The random numbers of one pass over all tiles."""
         if self.seed is None:
@@ -58,7 +64,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     generator = rows.generator()
     flash = flash_serves(problem, rows)
     for tile in tiles_of(problem, flash):
-        at = (slice(*tile.batch), slice(None), slice(*tile.rows))
+        at = tile.of_query
         if tile.columns[0] != tile.columns[1]:
             if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
@@ -67,9 +73,9 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
                 lse = lse.contiguous()
             else:
                 out[at], lse[at] = _flash(problem, tile)
-        if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
+        if tile.dead is not None and rows.fill_dead:
             weights = dead_weights(problem, rows, tile, generator)
-            mean = per_group(weights, problem.key.shape[1]) @ _part(value, tile.batch)
+            mean = per_group(weights, problem.key.shape[1]) @ value[slice(*tile.batch)]
             out[at] = torch.where(tile.dead, per_head(mean, heads).to(out.dtype), out[at])
     return out, lse
 
@@ -101,12 +107,8 @@ def _flash(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def operands(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, rows, columns = slice(*tile.batch), slice(*tile.rows), slice(*tile.columns)
-    return problem.query[batch, :, rows], problem.key[batch, :, columns], problem.value[batch, :, columns]
-
-
-def _part(tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
-    return tensor[slice(*batch)]
+    """The parts of query, key and value that a tile is made of."""
+    return problem.query[tile.of_query], problem.key[tile.of_key], problem.value[tile.of_key]
 
 
 def additive(problem: Problem, tile: Tile) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fxopt.ir.ops.masking import MEAN, NAN
+from fxopt.ir.ops.attention_attributes import computed_in
 from fxopt.ir.ops.tile_attention import (
     DenseTile,
     Rows,
@@ -17,7 +17,7 @@ from fxopt.ir.ops.tile_attention import (
     operands,
     tiles_of,
 )
-from fxopt.ir.ops.tiles import Problem, Tile, computed_in
+from fxopt.ir.ops.tiles import Problem, Tile
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def backward(
     generator = rows.generator()
     flash = flash_serves(problem, rows) and not learned and _keeps_weights(lse)
     for tile in tiles_of(problem, flash):
-        at = (slice(*tile.batch), slice(None), slice(*tile.rows))
+        at = tile.of_query
         given, result, sums = grad[at], out[at], lse[at]
         if tile.dead is not None:  # they are in no sum over live keys
             result = torch.where(tile.dead, torch.zeros_like(result), result)
@@ -59,7 +59,7 @@ def backward(
                 total.add(tile, found)
                 total.add_captured(dense, found.scores)
             total.add_sinks(delta, sums)
-        if tile.dead is not None and rows.sinks is None and rows.dead in (MEAN, NAN):
+        if tile.dead is not None and rows.fill_dead:
             whole = Tile(tile.batch, tile.rows, (0, problem.key.shape[-2]))
             dense = DenseTile(problem, rows, whole, generator)
             number = dead_number(rows.dead, problem.key.shape[-2])
@@ -117,11 +117,10 @@ class _Totals:
         }
 
     def add(self, tile: Tile, found: TileGradients, *, only_value: bool = False) -> None:
-        batch, rows, columns = slice(*tile.batch), slice(*tile.rows), slice(*tile.columns)
-        self.value[batch, :, columns] += found.value
+        self.value[tile.of_key] += found.value
         if not only_value:
-            self.query[batch, :, rows] += found.query
-            self.key[batch, :, columns] += found.key
+            self.query[tile.of_query] += found.query
+            self.key[tile.of_key] += found.key
 
     def add_sinks(self, delta: torch.Tensor, lse: torch.Tensor) -> None:
         if self.sinks is not None:

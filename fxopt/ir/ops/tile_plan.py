@@ -14,7 +14,7 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
 from fxopt.ir.bounds import Interval, is_full, live_columns
-from fxopt.ir.formula import AXES, size
+from fxopt.ir.formula import AXES, numbered, size
 from fxopt.ir.program import MaskProgram
 from fxopt.ir.tile_values import TileValues
 
@@ -82,7 +82,7 @@ def seconds_of(scores: int, depth: int) -> float:
 
 def with_sizes(mask: MaskProgram, sizes: tuple[int, ...]) -> Boolean:
     """The formula with numbers in the place of ``n0, n1, ...``."""
-    numbers = {size(f"n{place}"): sympy.Integer(number) for place, number in enumerate(sizes)}
+    numbers = {size(name): sympy.Integer(number) for name, number in numbered("n", sizes).items()}
     return mask.live.xreplace(numbers)
 
 

@@ -13,17 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from fxopt.ir.bounds import Interval
+from fxopt.ir.ops.attention_attributes import computed_in
 from fxopt.ir.ops.tile_plan import Block, plan
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.tile_values import TileValues
 
 # Sequences that would read at most this much more together are computed together.
 WORTH_A_SPLIT = 1.25
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, weights and sums."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,16 @@ class Tile:
     columns: Interval
     live: torch.Tensor | None = None
     dead: torch.Tensor | None = None
+
+    @property
+    def of_query(self) -> tuple[slice, slice, slice]:
+        """Its part of what has a row for each query, (B, Hq, Sq, ...)."""
+        return slice(*self.batch), slice(None), slice(*self.rows)
+
+    @property
+    def of_key(self) -> tuple[slice, slice, slice]:
+        """Its part of what has a row for each key, (B, Hkv, Skv, ...)."""
+        return slice(*self.batch), slice(None), slice(*self.columns)
 
 
 def tiles(problem: Problem, most: int) -> Iterator[Tile]:
