@@ -2,8 +2,7 @@
 
 Each measurement is a process of its own with empty caches, the two backends take turns, and the fastest of
 the repeats counts: whatever else the machine does only adds. fxopt's own share is what its stages before the
-host
-take (normalize, passes, lower), as a part of the time until Inductor's first result.
+host take (normalize, passes, lower), as a part of the time until Inductor's first result.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from rich.table import Table
 
 BACKENDS = ("inductor", "fxopt")
 OWN_STAGES = ("normalize", "passes", "lower")
+ATTENTION_PASSES = ("rewrite-attention", "fold-causal-mask", "remove-repeat-kv", "recover-mask")
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def _worker(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    from fxopt.measure.compare import stage_seconds
+    from fxopt.measure.compare import pass_seconds, stage_seconds
     from fxopt.measure.models import build
     from fxopt.measure.shrink import SCALES
     from fxopt.report.record import collect
@@ -85,6 +85,7 @@ def _worker(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": first - (time.perf_counter() - start),
         "stages": stage_seconds(records),
+        "passes": pass_seconds(records),
         "sites": sum(len(record.applied()) for record in records),
     }
 
@@ -100,6 +101,7 @@ def _row(model: str, theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -
         "own": own,
         "share": own / inductor,
         "stages": stages,
+        "attention": min(sum(run["passes"].get(name, 0.0) for name in ATTENTION_PASSES) for run in ours),
         "seconds": {
             "inductor": [run["seconds"] for run in theirs],
             "fxopt": [run["seconds"] for run in ours],
@@ -112,13 +114,25 @@ def _table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> Table:
     phase = "training" if arguments.train else "inference"
     table = Table(title=f"cold compilation, {arguments.layers} layers, {phase}, seconds")
     table.add_column("model")
-    for name in ("inductor", "fxopt", "own part", *OWN_STAGES, "own / inductor", "sites"):
+    for name in (
+        "inductor",
+        "fxopt",
+        "own part",
+        *OWN_STAGES,
+        "own / inductor",
+        "sites",
+        "attention, ms a layer",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         figures = [row["inductor"], row["fxopt"], row["own"], *row["stages"].values()]
         cells = [f"{figure:.2f}" for figure in figures]
-        table.add_row(row["model"], *cells, f"{row['share']:.1%}", str(row["sites"]))
+        table.add_row(row["model"], *cells, f"{row['share']:.1%}", str(row["sites"]), _layer(row, arguments))
     return table
+
+
+def _layer(row: dict[str, Any], arguments: argparse.Namespace) -> str:
+    return f"{1000 * row['attention'] / arguments.layers:.1f}"
 
 
 def _write(out: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:

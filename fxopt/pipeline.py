@@ -138,7 +138,8 @@ def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dum
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
     for one in load_passes():
-        found = run_pass(one, gm, options)
+        with record.timed_pass(one.name):
+            found = run_pass(one, gm, options)
         record.evidence += found
         if dump is not None and any(entry.status == "applied" for entry in found):
             dump.write(one.name, gm)

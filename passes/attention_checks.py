@@ -121,7 +121,7 @@ def _zeroed(site: Site, ctx: Context) -> Verdict:
         return Verdict.no(f"wanted probabilities set to 0 by {last.node.name}, saw {zeroed.condition.name}")
     if not _is_plain(masks) or site.sinks is not None:
         return Verdict.no("wanted one mask over probabilities that are set to 0, saw several")
-    first, second = sorted((last.node, zeroed.condition), key=ctx.facts.order.__getitem__)
+    first, second = sorted((last.node, zeroed.condition))
     stale = ctx.facts.unsafe_read(_above(first), first, second)
     return Verdict.no(stale) if stale else Verdict.yes()
 

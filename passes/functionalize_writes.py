@@ -72,7 +72,7 @@ class FunctionalizeWrites:
         for other in ctx.facts.sharing(written):
             if other.op != "call_function":
                 return Verdict.no(f"wanted a value that the graph made, saw {other.name}, an input of it")
-            reader = _reads_after(other, node, ctx)
+            reader = _reads_after(other, node)
             if reader is not None:
                 return Verdict.no(
                     f"{reader.name} ({location(reader)}) reads what was written through {other.name}"
@@ -94,12 +94,9 @@ class FunctionalizeWrites:
         return result
 
 
-def _reads_after(value: fx.Node, write: fx.Node, ctx: Context) -> fx.Node | None:
+def _reads_after(value: fx.Node, write: fx.Node) -> fx.Node | None:
     """Who reads `value`, made before `write`, after it."""
-    order = ctx.facts.order
-    if order[value] >= order[write]:
-        return None
-    return next((user for user in value.users if order[user] > order[write]), None)
+    return next((user for user in value.users if write < user), None) if value < write else None
 
 
 def _pure(node: fx.Node) -> torch.Tensor:

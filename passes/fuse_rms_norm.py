@@ -100,7 +100,7 @@ class FuseAddRmsNorm:
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         total, norm = match.roots
-        if not sites.read_later(total, {norm}, norm, ctx):
+        if not sites.read_later(total, {norm}, norm):
             return Verdict.no(f"wanted readers of the sum after the norm, saw {total.name} read before")
         why = sites.stale(list(match["addends"]), norm, ctx)
         return Verdict.no(why) if why is not None else Verdict.yes("the same sum")

@@ -16,8 +16,9 @@ from torch import fx
 
 from fxopt.ir.cone import cone, outer_of
 from fxopt.ir.contract import Context
-from fxopt.ir.facts import Facts, shape, val
+from fxopt.ir.facts import shape, val
 from fxopt.ir.formula import AXES, capture, exact, integral, number_text, real_capture, size
+from fxopt.ir.graph_facts import Facts
 from fxopt.ir.index_rules import TABLE, captured, value_of
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE

@@ -113,7 +113,6 @@ def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if alike else None  # type: ignore[return-value]
 
 
-def read_later(node: fx.Node, inside: set[fx.Node], root: fx.Node, ctx: Context) -> bool:
+def read_later(node: fx.Node, inside: set[fx.Node], root: fx.Node) -> bool:
     """Everyone outside of the site who reads `node` comes after `root`."""
-    order = ctx.facts.order
-    return all(user in inside or order[user] > order[root] for user in node.users)
+    return all(user in inside or root < user for user in node.users)

@@ -18,7 +18,8 @@ from fxopt.frontend.subgraphs import pass_in
 from fxopt.ir.cone import from_sizes
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
-from fxopt.ir.facts import Facts, is_floating, location
+from fxopt.ir.facts import is_floating, location
+from fxopt.ir.graph_facts import Facts
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
 from fxopt.ir.verify import Violation, check_graph, check_replacement
 from fxopt.options import Options
@@ -157,20 +158,24 @@ class _Run:
             self._edit(match, edit)
             dead = dead_cone(match.roots, frozenset(edit.inserted))
         except Exception:
-            edit.undo()
+            self._undo(edit)
             raise
         crossing = self._mode_change(match, dead)
         if crossing is not None:
-            edit.undo()
+            self._undo(edit)
             return self._note(match.anchor, Status.ILLEGAL, crossing)
         before, after = cost_of(dead), cost_of(edit.inserted)
         for node in dead:
             node.graph.erase_node(node)
         self.applied += 1
-        self._facts = None
+        self.facts.update(edit.inserted, edit.values, beside=match.roots[-1])
         reason = "; ".join(part for part in (legal.reason, profit.reason) if part) or "proven equal"
         detail = ", ".join(new.format_node() or new.name for new in edit.replacements)
         return Evidence(self.rewrite.name, anchor, where, Status.APPLIED, reason, detail, before, after)
+
+    def _undo(self, edit: _Edit) -> None:
+        edit.undo()
+        self._facts = None
 
     def _mode_change(self, match: Match, dead: list[fx.Node]) -> str | None:
         """Why the replaced computation cannot be one op: part of it ran in another grad or autocast mode."""
@@ -192,7 +197,7 @@ class _Run:
         news = made if isinstance(made, tuple) else (made,)
         if len(news) != len(match.roots):
             raise Violation(f"{len(match.roots)} roots, {len(news)} replacements")
-        self._check_order(match)
+        self._check_order(match, edit.inserted)
         self._complete(edit.inserted, match)
         for old, new in zip(match.roots, news, strict=True):
             check_replacement(old, new)
@@ -208,7 +213,7 @@ class _Run:
                 old.meta.get("val"),
                 self._mode,
                 lambda n, v: edit.values.setdefault(n, v),
-                lambda n: self.facts.mode_at(n if n in self.facts.order else last)[1],
+                lambda n: self.facts.mode_at(last if n in edit.inserted else n)[1],
             )
 
     def _complete(self, inserted: list[fx.Node], match: Match) -> None:
@@ -221,11 +226,10 @@ class _Run:
             if "val" not in node.meta and node.op == "call_function" and self._mode is not None:
                 node.meta["val"] = evaluate(node, self._mode, regions)
 
-    def _check_order(self, match: Match) -> None:
+    def _check_order(self, match: Match, inserted: list[fx.Node]) -> None:
         """The replacement stands at the last root; whoever reads an earlier root must come after it."""
-        order = self.facts.order
         for root in match.roots[:-1]:
-            early = next((u for u in root.users if u in order and order[u] < order[match.roots[-1]]), None)
+            early = next((u for u in root.users if u not in inserted and u < match.roots[-1]), None)
             if early is not None and early not in match.roots and not self._inside(early, match):
                 raise Violation(f"{early.name} reads {root.name} before {match.roots[-1].name}")
 

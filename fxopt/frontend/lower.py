@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt.frontend.constants import restore_constants
 from fxopt.frontend.dead_code import erase_unused
-from fxopt.ir.facts import Facts
+from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
-from fxopt.ir.propagate import fake_mode_of
+from fxopt.ir.propagate import fake_mode_of, signature
 from fxopt.report.record import GraphRecord
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
@@ -71,7 +71,7 @@ def _trace(
     traces: dict[Any, fx.GraphModule],
 ) -> fx.GraphModule:
     flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-    key = (op.name, provider.name, spec, tuple(_signature(arg) for arg in flat))
+    key = (op.name, provider.name, spec, tuple(map(signature, flat)))
     if key in traces:
         return traces[key]
     nodes = [arg for arg in flat if isinstance(arg, fx.Node)]
@@ -88,14 +88,6 @@ def _trace(
     with mode, torch.no_grad():
         traces[key] = make_fx(call, pre_dispatch=True)(*[arg.meta["val"] for arg in nodes])
     return traces[key]
-
-
-def _signature(arg: Any) -> Any:
-    value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
-    if isinstance(value, torch.Tensor):
-        sizes = tuple(str(n) for n in (*value.shape, *value.stride()))
-        return (value.dtype, value.device, sizes)
-    return (type(value).__name__, str(value))
 
 
 def _inline(graph: fx.Graph, node: fx.Node, trace: fx.GraphModule, facts: Facts) -> None:

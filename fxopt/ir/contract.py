@@ -17,7 +17,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 if TYPE_CHECKING:
-    from fxopt.ir.facts import Facts
+    from fxopt.ir.graph_facts import Facts
     from fxopt.options import Options
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,8 +125,16 @@ def exact_result(subject: Subject) -> Any:
 
 def stage_seconds(records: Sequence[GraphRecord]) -> dict[str, float]:
     """Seconds of each stage, summed over graphs."""
-    total: dict[str, float] = {}
-    for record in records:
-        for stage, seconds in record.seconds.items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return total
+    return _summed(record.seconds for record in records)
+
+
+def pass_seconds(records: Sequence[GraphRecord]) -> dict[str, float]:
+    """Seconds of each pass, summed over graphs."""
+    return _summed(record.pass_seconds for record in records)
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)

@@ -29,6 +29,15 @@ _counter = itertools.count()
 _lock = threading.Lock()
 
 
+@contextmanager
+def _added_to(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
 @dataclass
 class GraphRecord:
     """One compiled graph.
@@ -49,6 +58,7 @@ class GraphRecord:
         refusals: (stage, reason) of what was handed to the host untouched, by design.
         failures: (stage, message) of faults of fxopt that were survived.
         seconds: wall-clock seconds by stage: normalize, passes, lower, host.
+        pass_seconds: wall-clock seconds by pass; the parts of the stage "passes".
         error: the exception that ended the compilation, if one did.
     """
 
@@ -67,15 +77,18 @@ class GraphRecord:
     refusals: list[tuple[str, str]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    pass_seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
+        with _added_to(self.seconds, stage):
             yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def timed_pass(self, name: str) -> Iterator[None]:
+        with _added_to(self.pass_seconds, name):
+            yield
 
     def refuse(self, stage: str, reason: str) -> None:
         self.refusals.append((stage, reason))

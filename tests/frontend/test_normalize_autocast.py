@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxopt.ir.facts import Facts, dtype
+from fxopt.ir.facts import dtype
+from fxopt.ir.graph_facts import Facts
 from fxopt.report.record import collect
 from support.compiled import all_handled, compile_fxopt
 from support.frontend import capture, targets

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.ir.facts import Facts
+from fxopt.ir.graph_facts import Facts
 from support.compiled import all_handled, compile_fxopt
 from support.frontend import capture, targets
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxopt.pipeline as pipeline
 from fxopt.ir.contract import Status
-from fxopt.ir.facts import Facts
+from fxopt.ir.graph_facts import Facts
 from fxopt.ir.verify import writes_of
 from fxopt.options import Options
 from fxopt.report.record import GraphRecord

@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.ir.facts import (
-    Facts,
     argument,
     is_last_dim,
     is_number,
@@ -26,6 +25,7 @@ from fxopt.ir.facts import (
     same_shape,
     same_strides,
 )
+from fxopt.ir.graph_facts import Facts
 from support.frontend import capture
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def test_inputs_that_share_memory_outside_share_a_class() -> None:
 
 def test_what_is_no_tensor_has_no_class() -> None:
     facts, node = graph_of(lambda x: x.view(x.shape[0] * 2), ones(4, 2), dynamic=True)
-    symbols = [n for n in facts.order if isinstance(n.meta.get("val"), torch.SymInt)]
+    symbols = [n for n in facts.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
     assert symbols
     assert {facts.alias_class(symbol) for symbol in symbols} == {None}
 
@@ -161,14 +161,14 @@ def test_custom_ops_write_what_their_schema_says() -> None:
         return a + y
 
     facts, node = graph_of(f, ones(3), ones(3))
-    write = next(n for n in facts.order if is_write(n))
+    write = next(n for n in facts.graph.nodes if is_write(n))
     assert facts.written_after(node("l_x_"), node("sin")) is write
     assert facts.written_after(node("l_y_"), node("sin")) is None
 
 
 def test_writes_to_lists_of_tensors() -> None:
     facts, node = graph_of(lambda x, y: torch._foreach_add_([x, y], 1.0), ones(3), ones(3))
-    (write,) = [n for n in facts.order if is_write(n)]
+    (write,) = [n for n in facts.graph.nodes if is_write(n)]
     for name in ("l_x_", "l_y_"):
         assert facts.written_after(node(name), node("l_y_")) is write
 
@@ -297,7 +297,7 @@ def test_numbers(value: Any, wanted: float | None, answer: bool) -> None:
 
 def test_numbers_that_are_symbols_are_scalars() -> None:
     facts, node = graph_of(lambda x, s: x * s, ones(3), 2.5, dynamic=True)
-    scale = next(n for n in facts.order if str(n.target) == "aten.mul.Tensor").args[1]
+    scale = next(n for n in facts.graph.nodes if str(n.target) == "aten.mul.Tensor").args[1]
     assert is_scalar(scale)
     assert not is_number(scale)
 
@@ -328,3 +328,32 @@ def test_location_is_the_innermost_line_of_the_user() -> None:
     _, node = graph_of(written, ones(4))
     assert location(node("sin")) == f"{__file__}:{written.__code__.co_firstlineno + 1}"
     assert location(fx.Graph().placeholder("x")) == "-"
+
+
+def test_facts_follow_an_edit() -> None:
+    """After an edit, `update` gives what facts made anew give."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x.view(-1) * 2
+        y.add_(1)
+        return y.view(2, 3) + x
+
+    graph = capture(function, torch.ones(2, 3, requires_grad=True)).graph.graph
+    facts = Facts(graph)
+    product = next(node for node in graph.nodes if node.target is aten.mul.Tensor)
+    with graph.inserting_before(product):
+        view = graph.call_function(aten.alias.default, (product.args[0],))
+        view.meta["val"] = product.args[0].meta["val"].view(-1)  # type: ignore[union-attr]
+        new = graph.call_function(aten.mul_.Tensor, (view, 2))
+        new.meta["val"] = view.meta["val"]
+    product.replace_all_uses_with(new)
+    graph.erase_node(product)
+    facts.update([view, new], [], beside=product)
+    anew = Facts(graph)
+    for node in graph.nodes:
+        assert facts.mode_at(node) == anew.mode_at(node), node
+        assert set(map(str, facts.sharing(node))) == set(map(str, anew.sharing(node))), node
+        for other in graph.nodes:
+            assert str(facts.written_between(node, new, other)) == str(anew.written_between(node, new, other))
+    assert facts.written_after(view, view) is new

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor, FakeTensorMode
 
-from fxopt.ir.facts import Facts
+from fxopt.ir.graph_facts import Facts
+from fxopt.ir.ops import register_ops
+from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.propagate import (
     can_evaluate,
     describe,
@@ -141,3 +146,26 @@ def test_equivalent(other: Any, wanted: bool) -> None:
 def test_descriptions() -> None:
     assert describe(torch.ones(2, 3).t()) == "torch.float32 (3, 2) strides (1, 3) on cpu"
     assert describe(3) == "int"
+
+
+def test_a_semantic_op_is_evaluated_once_for_each_form_of_its_arguments() -> None:
+    """Results have memory of their own, and what is kept does not keep the fake mode."""
+    register_ops()
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+    with mode:
+        values = [torch.empty(2, 3, 5, 8) for _ in range(3)]
+    operands = []
+    for name, value in zip("qkv", values, strict=True):
+        operands.append(graph.placeholder(name))
+        operands[-1].meta["val"] = value
+    calls = [graph.call_function(ATTENTION.overload, tuple(operands)) for _ in range(2)]
+    first, second = (evaluate(call, mode) for call in calls)
+    assert equivalent(first, second) and isinstance(second, FakeTensor)
+    assert storage_of(first) != storage_of(second)
+    operands[0].meta["val"] = values[0].new_empty(2, 3, 7, 8)
+    assert evaluate(calls[0], mode).shape == (2, 3, 7, 8)
+    kept = weakref.ref(mode)
+    del mode, graph, values, value, operands, calls, first, second
+    gc.collect()
+    assert kept() is None

@@ -8,7 +8,8 @@ from torch import fx
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Verdict
 from fxopt.ir.cost import hint
-from fxopt.ir.facts import Facts, argument, is_floating, val
+from fxopt.ir.facts import argument, is_floating, val
+from fxopt.ir.graph_facts import Facts
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import NAN, NONE, ZERO
 from fxopt.ir.ops.tile_attention import FLASH_SCORES

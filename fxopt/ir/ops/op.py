@@ -20,7 +20,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.ir.contract import Verdict
-from fxopt.ir.facts import Facts
+from fxopt.ir.graph_facts import Facts
 
 NAMESPACE = "fxopt"
 
