@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxopt.backend import backend
     from fxopt.errors import FxoptError
+    from fxopt.integrations.generate import compile_config
     from fxopt.options import Options
     from fxopt.report.explain import explain
     from fxopt.report.report import Report
@@ -20,13 +21,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "backend": "fxopt.backend",
+    "compile_config": "fxopt.integrations.generate",
     "explain": "fxopt.report.explain",
     "Report": "fxopt.report.report",
     "Options": "fxopt.options",
     "FxoptError": "fxopt.errors",
 }
 
-__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "explain"]
+__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "compile_config", "explain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,10 +42,12 @@ def validate(mode: str | None = None, options: Mapping[str, Any] | None = None) 
 def reset() -> None:
     """Forget CUDA graphs, fuel and records. `torch.compiler.reset` leads here for compiled functions."""
     from fxopt.frontend.driver import FUEL
+    from fxopt.integrations.generate import forget as forget_stand_ins
     from fxopt.report.record import forget
 
     FUEL.reset()
     forget()
+    forget_stand_ins()
     _reset_cuda_graphs()
 
 

@@ -35,6 +35,8 @@ class Options:
         verify: ``"masks"`` computes every mask that became a formula both ways, and compares all entries; a
             formula that differs is not used (`InternalError` with `strict`). Slow: for tests and bug reports.
         fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.
+        generate: `generate` of the module that torch.compile returns runs compiled; otherwise torch hands it
+            on to the original model, as it does with any other backend.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         host_config: Inductor configuration, the keys that are not fields of this class.
     """
@@ -45,6 +47,7 @@ class Options:
     strict: bool = False
     verify: str = "nothing"
     fuel: int | None = None
+    generate: bool = True
     dump: str | None = None
     host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -103,8 +106,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         found["fuel"] = _integer("environment variable FXOPT_FUEL", environ["FXOPT_FUEL"])
     if environ.get("FXOPT_DUMP"):
         found["dump"] = environ["FXOPT_DUMP"]
-    if environ.get("FXOPT_STRICT"):
-        found["strict"] = environ["FXOPT_STRICT"] not in ("0", "false", "False")
+    for name in ("strict", "generate"):
+        if environ.get(f"FXOPT_{name.upper()}"):
+            found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
     if environ.get("FXOPT_VERIFY"):
         found["verify"] = environ["FXOPT_VERIFY"]
     return found
@@ -123,6 +127,7 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable": ((str, list, tuple, set, frozenset), "a pass name or a list of pass names"),
     "strict": ((bool,), "a bool"),
     "verify": ((str,), "a string"),
+    "generate": ((bool,), "a bool"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
 }

@@ -1,9 +1,10 @@
 """What fxopt does at the end of `import torch`, called by torch through its entry points `torch.backends`.
 
-Three small things, none of which imports torch's compiler, accelerate or any other part of fxopt:
+Four small things, none of which imports torch's compiler, accelerate or any other part of fxopt:
 - `TORCH_LOGS="fxopt"` becomes a name that torch knows;
 - `torch.compile(backend="fxopt", options=...)` checks its options at once, as it does for Inductor;
-- accelerate will accept the name `fxopt`, if and when it is imported.
+- accelerate will accept the name `fxopt`, if and when it is imported;
+- `generate` of a module that was compiled with fxopt will run compiled, see `fxopt.integrations.generate`.
 
 torch turns an exception raised here into a failure of `import torch`. So each step is contained, and what
 became of it is kept for `fxopt doctor`. With `TORCH_DEVICE_BACKEND_AUTOLOAD=0` torch calls nothing of this.
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 _LOGGING = 'TORCH_LOGS="fxopt"'
 _OPTIONS = "options checked by torch.compile"
-_IMPORT_HOOKS = "import hooks for accelerate"
+_IMPORT_HOOKS = "import hooks"
 _ACCELERATE = "accelerate"
 _LAUNCH = "accelerate launch"
+_GENERATE = "generate of compiled models"
 
 _outcomes: dict[str, str] = {}
 _failures: dict[str, str] = {}
@@ -36,7 +38,7 @@ def autoload() -> None:
     """Run every step. Never raises; calling it again changes nothing."""
     _attempt(_LOGGING, _register_log)
     _attempt(_OPTIONS, _check_options_in_torch_compile)
-    _attempt(_IMPORT_HOOKS, _wait_for_accelerate)
+    _attempt(_IMPORT_HOOKS, _wait_for_imports)
 
 
 def outcomes() -> dict[str, str]:
@@ -95,16 +97,17 @@ def _is_from_fxopt(function: object) -> bool:
     return callable(function) and str(getattr(function, "__module__", "")).partition(".")[0] == "fxopt"
 
 
-def _wait_for_accelerate() -> str:
+def _wait_for_imports() -> str:
     global _finder
     from fxopt.integrations.import_hooks import PostImportFinder
 
     if _finder is None:
         _finder = PostImportFinder()
-    for step in (_ACCELERATE, _LAUNCH):
+    for step in (_ACCELERATE, _LAUNCH, _GENERATE):
         _outcomes.setdefault(step, "waits until it is imported")
     _finder.when_imported("accelerate.utils.dataclasses", _on_accelerate)
     _finder.when_imported("accelerate.commands.config.config_utils", _on_accelerate_launch)
+    _finder.when_imported("torch._dynamo.eval_frame", _on_compiled_modules)
     return "installed"
 
 
@@ -115,6 +118,15 @@ def _on_accelerate(module: ModuleType) -> None:
         return extend_dynamo_backends(module)
 
     _attempt(_ACCELERATE, action)
+
+
+def _on_compiled_modules(module: ModuleType) -> None:
+    def action() -> str:
+        from fxopt.integrations.generate import extend_optimized_module
+
+        return extend_optimized_module(module)
+
+    _attempt(_GENERATE, action)
 
 
 def _on_accelerate_launch(module: ModuleType) -> None:

@@ -1,0 +1,146 @@
+"""`torch.compile(model, backend="fxopt").generate(...)` runs compiled.
+
+torch hands an attribute that its compiled module does not have on to the original model. So `generate` is
+bound to that one, which then calls itself: nothing is compiled, and nobody says so. With fxopt as backend,
+`generate` is bound to a stand-in: an instance of a subclass of the model's class that shares the model's
+`__dict__`, and whose `__call__` is the compiled one. The model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import CompileConfig
+
+    from fxopt.options import Options
+
+_HOOKED = "_fxopt_original"
+
+# Set to True by the first call of a stand-in within the current `generate`.
+_called: ContextVar[list[bool] | None] = ContextVar("fxopt_called", default=None)
+_classes: weakref.WeakKeyDictionary[Any, type] = weakref.WeakKeyDictionary()
+
+
+def extend_optimized_module(module: ModuleType) -> str:
+    """Have `torch._dynamo.eval_frame.OptimizedModule` give out a compiled `generate`; says what was done."""
+    kind = getattr(module, "OptimizedModule", None)
+    original = getattr(kind, "__getattr__", None)
+    if kind is None or original is None or not hasattr(module, "innermost_backend"):
+        return "not done: this torch has another class for compiled modules; use model.compile(...)"
+    if hasattr(original, _HOOKED):
+        return "done"
+
+    @functools.wraps(original)
+    def getattr_(self: Any, name: str) -> Any:
+        found = original(self, name)
+        return _compiled(self, found, module.innermost_backend) if name == "generate" else found
+
+    setattr(getattr_, _HOOKED, original)
+    kind.__getattr__ = getattr_
+    return "done"
+
+
+def restore_optimized_module(module: ModuleType) -> None:
+    """Undo `extend_optimized_module`."""
+    original = getattr(module.OptimizedModule.__getattr__, _HOOKED, None)
+    if original is not None:
+        module.OptimizedModule.__getattr__ = original
+    forget()
+
+
+def forget() -> None:
+    """Drop the stand-ins of all compiled modules."""
+    _classes.clear()
+
+
+def compile_config(**given: Any) -> CompileConfig:
+    """transformers' `CompileConfig` for `generate`, with fxopt as backend, on a CPU too.
+
+    transformers compiles decoding over a static cache by itself, on accelerators only unless it is told::
+
+        model.generate(**inputs, cache_implementation="static", compile_config=fxopt.compile_config())
+
+    Args:
+        given: fields of `CompileConfig`. `mode` and `options` mean what they mean for torch.compile, and
+            exclude each other; without either, `mode` is "reduce-overhead".
+    """
+    from transformers import CompileConfig
+
+    if "options" in given:
+        given.setdefault("mode", None)
+    config = CompileConfig(**{"backend": "fxopt", **given})
+    config._compile_all_devices = True
+    return config
+
+
+def _compiled(compiled: Any, found: Any, innermost_backend: Callable[[Any], Any]) -> Any:
+    """`found`, the `generate` of the original model, bound to a stand-in where fxopt is the backend."""
+    model = compiled._orig_mod
+    if not isinstance(found, MethodType) or found.__self__ is not model:
+        return found
+    options = _options(getattr(compiled.dynamo_ctx, "callback", None), innermost_backend)
+    if options is None or not options.generate:
+        return found
+
+    @functools.wraps(found.__func__)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        called = [False]
+        token = _called.set(called)
+        try:
+            result = found.__func__(_stand_in(compiled, model), *args, **kwargs)
+        finally:
+            _called.reset(token)
+        if not called[0]:
+            warnings.warn(_NOT_CALLED.format(name=type(model).__name__), stacklevel=2)
+        return result
+
+    return generate
+
+
+_NOT_CALLED = (
+    "fxopt: generate of {name} did not call the model itself, so nothing of it ran compiled. "
+    'Compile the module that it calls instead: module.compile(backend="fxopt").'
+)
+
+
+def _options(callback: Any, innermost_backend: Callable[[Any], Any]) -> Options | None:
+    """The options given to torch.compile; None when its backend is another one."""
+    backend = innermost_backend(callback)
+    function = getattr(backend, "compiler_fn", backend)
+    validate: Any = getattr(function, "validate", None)
+    if str(getattr(validate, "__module__", "")) != "fxopt.backend":
+        return None
+    options: Options = validate(**getattr(backend, "kwargs", {}))
+    return options
+
+
+def _stand_in(compiled: Any, model: Any) -> Any:
+    kind = _classes.get(compiled)
+    if kind is None or kind.__bases__ != (type(model),):
+        kind = _classes[compiled] = _stand_in_class(weakref.ref(compiled), type(model))
+    made: Any = object.__new__(kind)
+    object.__setattr__(made, "__dict__", model.__dict__)
+    return made
+
+
+def _stand_in_class(compiled: Callable[[], Any], kind: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called = _called.get()
+        if called is not None:
+            called[0] = True
+        return compiled()(*args, **kwargs)
+
+    def get_compiled_call(self: Any, compile_config: Any = None) -> Any:
+        """transformers asks for this to compile decoding itself. It is compiled already."""
+        return self.__call__
+
+    body: dict[str, Any] = {"__call__": call, "get_compiled_call": get_compiled_call}
+    body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
