@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import fx
 
-from fxopt.ir.ops import block_attention
+from fxopt.ir.ops import block_attention, decode_attention
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
@@ -29,6 +29,7 @@ def register_ops() -> None:
         for op in OPS:
             op.register(library)
         block_attention.register(library)
+        decode_attention.register(library)
         _library = library
 
 
