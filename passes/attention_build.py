@@ -21,8 +21,7 @@ from .attention_site import Site
 aten = torch.ops.aten
 
 # where(condition, a, b): (a is a tensor, b is a tensor) -> the overload for it
-_WHERE: dict[tuple[bool, ...], Any] = {
-    (False, False): aten.where.Scalar,
+_WHERE: dict[tuple[bool, bool], Any] = {
     (True, False): aten.where.ScalarOther,
     (False, True): aten.where.ScalarSelf,
 }
@@ -90,7 +89,7 @@ class SiteBuilder:
         return self._call(aten.reshape.default, node, [-1])
 
     def captures(self) -> list[fx.Node]:
-        """``c0, c1, ...``: factors of the scores, and 0 where a score is replaced."""
+        """``c0, c1, ...``: factors of the scores, and False where a score is replaced."""
         factors = [self._factor(each) for each in self.site.factors_of_scores]
         return factors + [self._kept(mask) for mask in self.site.replaced]
 
@@ -102,9 +101,8 @@ class SiteBuilder:
         return self._call(aten.reciprocal.default, self._call(aten.to.dtype, node, wide))
 
     def _kept(self, mask: Mask) -> fx.Node:
-        values = (0.0, 1.0) if mask.where else (1.0, 0.0)
-        kept = self._call(aten.where.Scalar, self._placed(mask.node, mask.lead), *values)
-        return self._call(aten.to.dtype, kept, self.dtype)
+        placed = self._placed(mask.node, mask.lead)
+        return self._call(aten.logical_not.default, placed) if mask.where else placed
 
     def mask(self) -> fx.Node | None:
         """The sum of all masks, of rank 4, in float32 or the result's dtype; None when there is none."""
@@ -135,7 +133,7 @@ class SiteBuilder:
             else:
                 rest = 0.0 if total is None else total
                 chosen = (mask.fill, rest) if mask.where else (rest, mask.fill)
-                total = self._call(_WHERE[tuple(isinstance(each, fx.Node) for each in chosen)], node, *chosen)
+                total = self._chosen(node, chosen, mask.dtype)
             total = self._call(aten.to.dtype, total, mask.dtype)
         if total is None:
             raise ValueError("a site without masks")
@@ -182,9 +180,17 @@ class SiteBuilder:
 
     def _filled(self, mask: Mask) -> fx.Node:
         lowest = torch.finfo(self.dtype).min
-        values = (lowest, 0.0) if mask.where else (0.0, lowest)
-        chosen = self._call(aten.where.Scalar, mask.node, *values)
-        return self._call(aten.to.dtype, chosen, self.dtype)
+        return self._chosen(mask.node, (lowest, 0.0) if mask.where else (0.0, lowest), self.dtype)
+
+    def _chosen(self, condition: fx.Node, values: tuple[Any, Any], dtype: torch.dtype) -> fx.Node:
+        """The first value where `condition` holds, else the second: nodes, or numbers of `dtype`."""
+        first, second = values
+        if not isinstance(first, fx.Node) and not isinstance(second, fx.Node):
+            # ATen would have them in torch's default dtype, which has not the lowest number of float64.
+            options = {"dtype": dtype, "device": val(self.site.scores.product).device}
+            first = self.graph.call_function(aten.full.default, ([], first), options)
+        overload = _WHERE[isinstance(first, fx.Node), isinstance(second, fx.Node)]
+        return self._call(overload, condition, first, second)
 
     def _narrow(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """float32 masks stay on the CPU, whose kernels take them; elsewhere a mask has the dtype of Q."""

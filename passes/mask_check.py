@@ -57,13 +57,17 @@ def _difference_at(recovered: Recovered, mask: fx.Node, attention: fx.Node, at: 
     tile = TileValues(tuple((0, size) for size in shape), captures, sizes, torch.device("cpu"))
     live = tile.condition(recovered.program.live).expand(shape)
     wanted = values[mask].expand(shape)
-    lives = wanted if wanted.dtype is torch.bool else wanted > LOWEST_SHARE * torch.finfo(wanted.dtype).min
+    added = tile.index(tile.number(recovered.bias)).expand(shape).double()
+    lives = wanted
+    if wanted.dtype is not torch.bool:  # a bias that was captured whole may exclude keys by itself
+        lowest = LOWEST_SHARE * torch.finfo(wanted.dtype).min
+        live, lives = live & (added > lowest), wanted > lowest
     if not torch.equal(live, lives):
         place = (live != lives).nonzero()[0].tolist()
         return f"the formula says {bool(live[tuple(place)])} at [b, h, q, k] = {place}"
     if wanted.dtype is torch.bool or not live.any():
         return None
-    bias = tile.index(tile.number(recovered.bias)).expand(shape)[live].double()
+    bias = added[live]
     exact = wanted[live].double()
     # The formula is computed in float32, the mask in its own dtype, step by step.
     allowed = 16 * torch.finfo(wanted.dtype).eps * max(1.0, float(exact.abs().max()))

@@ -99,7 +99,9 @@ def _expressed(mask: fx.Node, value: Value, attention: fx.Node, made_by: tuple[f
     moved, domain = over_scores(sizes, value, attention)
     live = tidied(integral(live.xreplace(moved)), domain, sizes)
     axes = dict(zip(INDEX, AXES, strict=False))
-    return _named(live.xreplace(axes), bias.xreplace(moved).xreplace(axes), fills, made_by)
+    found = _named(live.xreplace(axes), bias.xreplace(moved).xreplace(axes), fills, made_by)
+    _ = str(found.program), found.bias_text  # Unsupported, where a formula has no text
+    return found
 
 
 def _sizes(mask: fx.Node) -> Sizes:

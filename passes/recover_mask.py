@@ -27,6 +27,7 @@ from fxopt.ir.facts import argument, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import MEAN, ZERO
+from fxopt.ir.propagate import storage_of
 from fxopt.ir.tables import Table
 
 from .mask_check import difference
@@ -81,7 +82,7 @@ class RecoverMask:
         before = list(argument(node, "captures") or ())
         renamed = recovered.renumbered(len(before))
         captures = [
-            source.build(graph) if isinstance(source, Table) else inside(graph, source)
+            source.build(graph) if isinstance(source, Table) else _kept(inside(graph, source), graph)
             for source in recovered.captures.values()
         ]
         sizes = [_size(symbol, graph) for symbol in recovered.sizes.values()]
@@ -93,6 +94,17 @@ class RecoverMask:
         made = graph.call_function(ATTENTION.overload, node.args, kwargs)
         made.meta["val"] = val(node)  # the attributes say the same in other words
         return made
+
+
+def _kept(source: fx.Node, graph: fx.Graph) -> fx.Node:
+    """`source` for a backward pass: what is made of an input by views may be written before that runs."""
+    inputs = graph.find_nodes(op="placeholder")
+    if not torch.is_grad_enabled() or not any(node.meta.get("fxopt_needs_grad") for node in inputs):
+        return source
+    own = {storage_of(val(node)) for node in inputs if not node.meta.get("fxopt_parameter")}
+    if val(source).dim() > 2 or val(source).is_floating_point() or storage_of(val(source)) not in own:
+        return source
+    return graph.call_function(torch.ops.fxopt.snapshot.default, (source,))
 
 
 def _checked(match: Match, ctx: Context) -> str:

@@ -107,7 +107,7 @@ def _interleaved(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
     """repeat_interleave along the heads."""
     if not is_call(node, aten.repeat_interleave.self_int) or argument(node, "dim") not in (heads, heads - 4):
         return None
-    return (node.args[0], node.args[1]) if val(node.args[0]).dim() == 4 else None
+    return (node.args[0], val(node.args[1])) if val(node.args[0]).dim() == 4 else None
 
 
 def _expanded(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:

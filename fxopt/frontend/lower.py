@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from fxopt.frontend.constants import restore_constants
 from fxopt.frontend.dead_code import erase_unused
+from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
-from fxopt.ir.propagate import fake_mode_of, signature
+from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
 from fxopt.report.record import GraphRecord
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
@@ -50,15 +51,17 @@ def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
         return
     mode = fake_mode_of(gm.graph)
     facts = Facts(gm.graph)
+    layout = output_layout(gm.graph)
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:
         provider, refused = op.choose(node, facts)
         record.note_provider(node, op.name, provider.name, "; ".join(refused))
         trace = _trace(op, provider, node, mode, traces)
         unused |= dict.fromkeys(node.all_input_nodes)
-        _inline(gm.graph, node, trace, facts)
+        _inline(gm.graph, node, trace, facts, mode)
     # A mask whose formula is used needs no tensor.
     erase_unused(unused)
+    keep_output_layout(gm, layout)
     gm.graph.lint()
     gm.recompile()
 
@@ -90,7 +93,9 @@ def _trace(
     return traces[key]
 
 
-def _inline(graph: fx.Graph, node: fx.Node, trace: fx.GraphModule, facts: Facts) -> None:
+def _inline(
+    graph: fx.Graph, node: fx.Node, trace: fx.GraphModule, facts: Facts, mode: FakeTensorMode | None
+) -> None:
     """Copy `trace` in the place of `node`; inside of an autocast region, under a disabled one."""
     flat, _ = pytree.tree_flatten((node.args, node.kwargs))
     inputs = iter(arg for arg in flat if isinstance(arg, fx.Node))
@@ -102,7 +107,35 @@ def _inline(graph: fx.Graph, node: fx.Node, trace: fx.GraphModule, facts: Facts)
                 env[inner] = _copy(graph, inner, env, node)
         if guard is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (guard,)).meta["val"] = None
-    _rewire(graph, node, fx.node.map_arg(trace.graph.output_node().args[0], lambda n: env[n]))
+        result = fx.node.map_arg(trace.graph.output_node().args[0], lambda n: env[n])
+        if isinstance(result, fx.Node) and mode is not None:
+            result = _in_layout_of_readers(graph, node, result, facts, mode)
+    _rewire(graph, node, result)
+
+
+def _in_layout_of_readers(
+    graph: fx.Graph, node: fx.Node, result: fx.Node, facts: Facts, mode: FakeTensorMode
+) -> fx.Node:
+    """`result`, which a provider may lay out in another way than the op's body; a copy if a reader of `node`
+    can not take that.
+    """
+    recorded = node.meta["val"]
+    if equivalent(recorded, result.meta["val"]):
+        return result
+    before: dict[fx.Node, Any] = {}
+    users = list(node.users)
+    node.replace_all_uses_with(result)
+    try:
+        propagate_from(result, recorded, mode, before.setdefault, lambda n: facts.mode_at(n)[1])
+    except (RuntimeError, ValueError):  # a view that needs the strides that were recorded
+        for changed, value in before.items():
+            changed.meta["val"] = value
+        copy = with_strides(graph, result, recorded)
+        copy.meta["val"] = evaluate(copy, mode)
+        for user in users:
+            user.replace_input_with(result, copy)
+        return copy
+    return result
 
 
 def _copy(graph: fx.Graph, inner: fx.Node, env: dict[fx.Node, fx.Node], origin: fx.Node) -> fx.Node:

@@ -28,7 +28,7 @@ def keep_output_layout(gm: fx.GraphModule, wanted: list[Any]) -> None:
         if before is None or after is None or after.shape != before.shape or same_strides(before, after):
             continue
         with gm.graph.inserting_before(output):
-            copy = _with_strides(gm.graph, arg, before)
+            copy = with_strides(gm.graph, arg, before)
         if mode is not None:
             copy.meta["val"] = evaluate(copy, mode)
         output.replace_input_with(arg, copy)
@@ -47,8 +47,8 @@ def _tensor(arg: Any) -> Any:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _with_strides(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
-    """A copy of `node` with the order of dimensions in memory of `like`."""
+def with_strides(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
+    """A copy of `node` with the order of dimensions in memory of `like`, at the insertion point."""
     order = sorted(range(like.dim()), key=lambda dim: _hint(like.stride()[dim]), reverse=True)
     inverse = [order.index(dim) for dim in range(like.dim())]
     permuted = graph.call_function(aten.permute.default, (node, order))

@@ -145,7 +145,9 @@ class _Aliases:
 
 
 def _may_write(node: fx.Node) -> bool:
-    return is_write(node) or (is_opaque(node) and not _calls_readers(node))
+    return (is_write(node) and node.target is not aten.detach_.default) or (
+        is_opaque(node) and not _calls_readers(node)
+    )
 
 
 def _calls_readers(node: fx.Node) -> bool:
@@ -165,7 +167,7 @@ def _writes_inputs(graph: fx.Graph) -> bool:
         aliases.note(node)
         if node.op in ("placeholder", "get_attr"):
             inputs |= aliases.all_of(node)
-        elif is_write(node):
+        elif is_write(node) and _may_write(node):
             if any(aliases.of(arg) in inputs for arg in _written_args(node)):
                 return True
         elif _may_write(node):

@@ -68,6 +68,11 @@ class TileValues:
         """The indices along one axis of the tile."""
         return torch.arange(*self.ranges[axis], device=self.device).view(_ALONG[axis])
 
+    def real(self, value: Any) -> Any:
+        """Integers in the dtype of the computation."""
+        whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        return value.to(self.dtype) if whole else value
+
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """Captured numbers in the dtype of the computation."""
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -132,8 +137,64 @@ def _number(expression: Any) -> Computed:
         return lambda tile: abs(parts[0](tile))
     if isinstance(expression, sympy.Pow):
         return lambda tile: parts[0](tile) ** parts[1](tile)
-    joined = operator.add if isinstance(expression, sympy.Add) else operator.mul
-    return lambda tile: functools.reduce(joined, (part(tile) for part in parts))
+    if isinstance(expression, sympy.Add):
+        return _total(parts) if expression.is_integer else _sum(expression)
+    return lambda tile: functools.reduce(_times, (part(tile) for part in parts))
+
+
+def _total(parts: Sequence[Computed]) -> Computed:
+    return lambda tile: functools.reduce(operator.add, (part(tile) for part in parts))
+
+
+def _sum(expression: Any) -> Computed:
+    """``(k - q)*c0[h]`` for ``k*c0[h] - q*c0[h]``: the parts would lose digits that their difference has."""
+    groups: dict[Any, dict[Any, list[Any]]] = {}
+    for term in sympy.Add.make_args(sympy.expand(expression)):
+        scale, whole, real = _factors(term)
+        groups.setdefault(real, {}).setdefault(scale, []).append(whole)
+    parts = [(_number(real), _of_integers(scales)) for real, scales in groups.items()]
+
+    def compute(tile: TileValues) -> Any:
+        products = (_times(real(tile), factor(tile)) for real, factor in parts)
+        return functools.reduce(operator.add, products)
+
+    return compute
+
+
+def _factors(term: Any) -> tuple[Any, Any, Any]:
+    """A term as the product of a positive number, of integers, and of what is no integer."""
+    number, rest = term.as_coeff_Mul()
+    integers = [part for part in sympy.Mul.make_args(rest) if part.is_integer]
+    real = sympy.Mul(*(part for part in sympy.Mul.make_args(rest) if not part.is_integer))
+    if number.is_Rational:
+        return sympy.Rational(1, number.q), sympy.Mul(number.p, *integers), real
+    return abs(number), sympy.Mul(sympy.sign(number), *integers), real
+
+
+def _of_integers(scales: Mapping[Any, list[Any]]) -> Computed:
+    parts = [(_number(scale), _number(sympy.Add(*terms))) for scale, terms in scales.items()]
+
+    def compute(tile: TileValues) -> Any:
+        products = (_times(tile.real(whole(tile)), scale(tile)) for scale, whole in parts)
+        return functools.reduce(operator.add, products)
+
+    return compute
+
+
+def _times(left: Any, right: Any) -> Any:
+    """A product. What is not true selects 0, of NaN too, and stops the gradient."""
+    if isinstance(right, int | float) and right == 1:
+        return left
+    if isinstance(left, int | float) and left == 1:
+        return right
+    for truth, other in ((left, right), (right, left)):
+        if _is_bool(truth):
+            return truth & other if _is_bool(other) else torch.where(truth, other, 0)
+    return left * right
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
 
 
 def _entry(access: Any) -> Computed:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.functional import dropout, softmax
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.report.record import GraphRecord, collect
@@ -72,3 +75,24 @@ def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = torch.tanh(q @ k.mT * 0.4 / 3) * 3
     scores = scores.masked_fill((columns > rows) | (columns <= rows - 20), torch.finfo(scores.dtype).min)
     return softmax(scores, -1) @ v
+
+
+@pytest.mark.parametrize("host", ["eager", "inductor"])
+def test_documents_may_be_written_before_the_backward(host: str) -> None:
+    """A mask made of them is not changed by that, neither is what becomes of its formula."""
+
+    def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return sdpa(q, k, v, attn_mask=(ids[:, :, None] == ids[:, None])[:, None])
+
+    def gradients(call: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        leaves, ids = inputs(), torch.arange(S).expand(B, S) // 30
+        ids = ids.clone()
+        out = call(*leaves, ids)
+        ids.add_(torch.arange(S))
+        return list(torch.autograd.grad(out.square().sum(), leaves))
+
+    compiled = torch.compile(packed, backend="fxopt", options={"host": host})
+    with collect() as found:
+        for got, wanted in zip(gradients(compiled), gradients(packed), strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert used_blocks(found)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import argument, is_floating, val
+from fxopt.ir.formula import K, Q
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.ops.masking import NAN, NONE, ZERO
+from fxopt.ir.ops.masking import MEAN, NAN, NONE, ZERO
 from fxopt.ir.ops.tile_attention import FLASH_SCORES
 from fxopt.ir.ops.tile_plan import Block, plan, seconds, seconds_of
 from fxopt.ir.program import MaskProgram, ScoreProgram
@@ -30,6 +32,8 @@ FLASH_BACKWARD_SCORES = 256 * 256
 LARGEST_TIME = 0.85
 PADDED_SCORES = DROPOUT_SCORES = 512 * 512
 DENSE_SCORES = 768 * 768
+# A mask that is a tensor of Sq x Skv, half of it live: 0.88x at 1024^2, 2.7x at 2048^2.
+OPAQUE_SCORES = 1536 * 1536
 DENSE_SHARE, LEARNED_SHARE = 0.7, 0.35
 
 
@@ -50,6 +54,8 @@ def decode_pays(node: fx.Node, facts: Facts) -> Verdict:
         return Verdict.no(f"on {query.device.type} fused kernels read the mask")
     if facts.differentiates(node):
         return Verdict.no("it has no gradient")
+    if argument(node, "attn_mask") is None:
+        return Verdict.no("")
     if not argument(node, "mask") or argument(node, "bias") or not flash_has_it(node):
         return Verdict.no("it needs a mask by formula and scores that are only scaled")
     numbers = hint(query.shape[0]) * hint(query.shape[1]) * hint(columns) * hint(query.shape[-1])
@@ -78,13 +84,19 @@ def blocks_pay(node: fx.Node, facts: Facts) -> Verdict:
     scores = hint(query.shape[-2]) * hint(key.shape[-2])
     blocks = _blocks(node)
     share = sum(block.scores for block in blocks) / max(1, scores)
-    if flash_has_it(node) and not _learned(node, facts):
+    learned = _learned(node, facts)
+    if flash_has_it(node) and not learned:
         return _flash_pays(node, scores, share, blocks)
-    return _dense_pays(node, facts, scores, share)
+    pays = _dense_pays(node, facts, scores, share)
+    if pays and learned and argument(node, "dead_rows") == MEAN and not _rows_live(node):
+        # Whether the bias was added to the number that excludes, or replaced by it, is not in the formulas.
+        return Verdict.no("the gradient of a learned bias in rows that may be masked whole is not known")
+    return pays
 
 
 def _flash_pays(node: fx.Node, scores: int, share: float, blocks: tuple[Block, ...]) -> Verdict:
-    if scores >= PADDED_SCORES and MaskProgram.parse(argument(node, "mask")).captures:
+    least = OPAQUE_SCORES if _reads_matrices(node) else PADDED_SCORES
+    if scores >= least and MaskProgram.parse(argument(node, "mask")).captures:
         return Verdict.yes(f"blocks read at most {share:.0%} of {scores} scores per head, fewer where padded")
     heads, depth = hint(val(node.args[0]).shape[1]), hint(val(node.args[0]).shape[-1])
     heads *= hint(val(node.args[0]).shape[0])
@@ -92,6 +104,12 @@ def _flash_pays(node: fx.Node, scores: int, share: float, blocks: tuple[Block, .
     if time > LARGEST_TIME:
         return Verdict.no(f"blocks would take {time:.0%} of the time, pay below {LARGEST_TIME:.0%}")
     return Verdict.yes(f"blocks read {share:.0%} of {scores} scores per head")
+
+
+def _reads_matrices(node: fx.Node) -> bool:
+    """The mask's formula reads a tensor with an entry for each query and key."""
+    captured = MaskProgram.parse(argument(node, "mask")).live.atoms(AppliedUndef)
+    return any({Q, K} <= each.free_symbols for each in captured)
 
 
 def _dense_pays(node: fx.Node, facts: Facts, scores: int, share: float) -> Verdict:

@@ -68,7 +68,7 @@ def _scored(scores: torch.Tensor, given: Attributes) -> torch.Tensor:
     ranges = tuple((0, size) for size in scores.shape)
     named, numbers = numbered("c", given.captures), numbered("n", given.sizes)
     wide = scores.to(computed_in(scores.dtype))
-    values = TileValues(ranges, named, numbers, scores.device, wide)
+    values = TileValues(ranges, named, numbers, scores.device, wide, wide.dtype)
     result: torch.Tensor = values.number(ScoreProgram.parse(given.score).result)
     return result
 

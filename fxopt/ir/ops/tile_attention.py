@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from fxopt.ir.formula import captures_of
 from fxopt.ir.ops.attention_attributes import computed_in
 from fxopt.ir.ops.decomposed_attention import scaled_product
 from fxopt.ir.ops.masking import MEAN, NAN
@@ -194,10 +195,16 @@ class DenseTile:
         of_scores = weights * (self.dropped(of_weights) - delta)
         slope = self.problem.score.slope
         of_raw = of_scores if slope == 1 else of_scores * self.evaluate(slope)
+        if self._selects(slope):  # no gradient, where the other scores of a row make it NaN too
+            of_raw = of_raw.masked_fill_(self.evaluate(slope) == 0, 0.0)
         product = per_group((of_raw * self.problem.scale).to(work), groups)
         query = per_head(product @ self.key.to(work), heads)
         key = product.transpose(-2, -1) @ per_group(self.query, groups).to(work)
         return TileGradients(query, key, value, of_scores)
+
+    def _selects(self, slope: sympy.Expr) -> bool:
+        captured = self.problem.captures
+        return any(captured[name].dtype is torch.bool for name in captures_of(slope))
 
 
 @dataclass(frozen=True)
