@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
+from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
@@ -88,8 +89,9 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         optimized = _optimize(gm, example_inputs, options, record, dump)
         if optimized is None:
             return _host(host, gm, example_inputs, options, record)
+        lowered, known = optimized
         try:
-            return _host(host, optimized, example_inputs, options, record)
+            return checked(_host(host, lowered, example_inputs, options, record), known, gm.forward)
         except CONTROL_FLOW:
             raise
         except Exception as error:
@@ -108,17 +110,23 @@ def _host(
 
 def _optimize(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
-) -> fx.GraphModule | None:
-    """normalize -> rewrite -> lower; None when the untouched graph is to be used."""
+) -> tuple[fx.GraphModule, list[KnownBuffer]] | None:
+    """normalize -> rewrite -> lower; None when the untouched graph is to be used.
+
+    The buffers that were read while compiling have to be the same in every call.
+    """
     try:
         with record.timed("normalize"):
             normal = normalize(gm, example_inputs)
+            known = compute_known_buffers(normal, example_inputs)
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
             rewrite(normal, options, record, dump)
         with record.timed("lower"):
             lowered = lower(normal, record)
+            known, notes = settle(lowered, known)
+            record.evidence += notes
         dump.write("lowered", lowered)
     except RESTARTS:
         raise
@@ -130,7 +138,7 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return lowered
+    return lowered, known
 
 
 def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dump | None = None) -> None:
