@@ -29,6 +29,7 @@ from .attention_weights import SOFTMAXES, SPELLED_OUT
 
 aten = torch.ops.aten
 
+RANK = 4
 SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -67,29 +68,37 @@ class RewriteAttention:
 
 
 def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
-    """The same call; what autocast would convert is converted here, as no autocast acts inside of the op."""
-    out = facts.dtype(node)
+    """The same call, of rank 4. What autocast would convert is converted here: none acts inside of the op."""
+    out, missing = facts.dtype(node), RANK - val(node).dim()
     # Without autocast only the mask may have another dtype, and only on the CPU.
     alike = all(facts.dtype(arg) == out for arg in node.args[:3])  # type: ignore[arg-type]
-    if alike and val(node).device.type == "cpu":
-        return graph.call_function(ATTENTION.overload, node.args, dict(node.kwargs))
+    keeps = alike and val(node).device.type == "cpu"
 
     def converted(arg: Any) -> Any:
-        if not facts.is_tensor(arg) or not facts.is_floating(arg) or facts.dtype(arg) == out:
+        if keeps or not facts.is_tensor(arg) or not facts.is_floating(arg) or facts.dtype(arg) == out:
             return arg
         return graph.call_function(aten.to.dtype, (arg, out))
 
-    args = tuple(converted(arg) for arg in node.args)
+    def widened(arg: Any) -> Any:
+        for _ in range(missing):
+            arg = graph.call_function(aten.unsqueeze.default, (arg, 0))
+        return arg
+
+    operands, others = map(converted, node.args[:3]), map(converted, node.args[3:])
     kwargs = {name: converted(arg) for name, arg in node.kwargs.items()}
-    return graph.call_function(ATTENTION.overload, args, kwargs)
+    result = graph.call_function(ATTENTION.overload, (*map(widened, operands), *others), kwargs)
+    for _ in range(missing):
+        result = graph.call_function(aten.squeeze.dim, (result, 0))
+    return result
 
 
 def _adoptable(node: fx.Node) -> Verdict:
     scale = argument(node, "scale")
     if scale is not None and not facts.is_scalar(scale):
         return Verdict.no(f"wanted a scale that is a number, saw {scale}")
-    if val(node.args[0]).dim() != 4:
-        return Verdict.no(f"wanted Q of rank 4, saw rank {val(node.args[0]).dim()}")
+    ranks = sorted({val(arg).dim() for arg in node.args[:3]})
+    if len(ranks) > 1 or ranks[0] > RANK:
+        return Verdict.no(f"wanted Q, K and V of one rank up to {RANK}, saw {', '.join(map(str, ranks))}")
     return Verdict.yes("the same op")
 
 

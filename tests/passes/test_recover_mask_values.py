@@ -219,3 +219,24 @@ def test_verified_when_a_float_mask_excludes_by_itself(needs: bool) -> None:
             pytest.fail(str(error))
         torch.testing.assert_close(got, attend(x, drop))
     assert "compared entry by entry" in str([entry for record in found for entry in record.evidence])
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_scaled_dot_product_attention_of_lower_rank(lead: tuple[int, ...]) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        i, j = torch.arange(S)[:, None], torch.arange(S)
+        return sdpa(q, k, v, attn_mask=(j <= i) & keep[..., None, :])
+
+    torch.manual_seed(0)
+    args = [*(torch.randn(*lead, S, D) for _ in range(3)), torch.ones(*lead, S, dtype=torch.bool)]
+    args[3][..., -9:] = False
+    found = rewriting(attend, PASSES)
+    torch.testing.assert_close(found.call(*args), attend(*args))
+    assert found.applied(NAME) == 1, found.reasons()
+
+
+def test_not_scaled_dot_product_attention_of_rank_5() -> None:
+    q = torch.randn(2, 2, 3, 9, 8)
+    found = rewriting(lambda q: sdpa(q, q, q), PASSES)
+    torch.testing.assert_close(found.call(q), sdpa(q, q, q))
+    assert "wanted Q, K and V of one rank up to 4, saw 5" in found.reasons("rewrite-attention")

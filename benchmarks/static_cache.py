@@ -1,0 +1,130 @@
+"""Decoding over a static cache, beside eager and Inductor: `python -m benchmarks.static_cache`.
+
+A decoder of random weights, one token at a time, by the room of the cache and how much of it is filled. The
+mask is the one that `generate` passes: a tensor of bools over the whole room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fxopt.measure.compiled import compile_with
+from fxopt.measure.machine import describe
+from fxopt.measure.timing import interleave
+
+BACKENDS = ("eager", "inductor", "inductor again", "fxopt")
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    rooms = [int(room) for room in arguments.rooms.split(",")]
+    cases = [(room, filled) for room in rooms for filled in _fillings(arguments.filled, room)]
+    try:
+        for room, filled in track(cases, "static caches", console=console, transient=True):
+            rows.append(measure(arguments, room, filled))
+    except KeyboardInterrupt:
+        console.print("stopped; what was measured is kept")
+    console.print(_table(rows))
+    if arguments.out:
+        text = json.dumps(
+            {"machine": describe(), "plan": vars(arguments), "rows": rows}, indent=1, default=str
+        )
+        arguments.out.write_text(text + "\n")
+        console.print(f"written to {arguments.out}")
+    return 0
+
+
+def _fillings(text: str, room: int) -> list[int]:
+    return [filled for filled in map(int, text.split(",")) if filled < room]
+
+
+def measure(arguments: argparse.Namespace, room: int, filled: int) -> dict[str, Any]:
+    """One line: a decoding step at one filling of a cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=512, intermediate_size=1408, num_hidden_layers=arguments.layers,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2 * room,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    torch._dynamo.reset()
+    calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
+    steps = {name: _step(call, config, arguments.batch, room, filled) for name, call in calls.items()}
+    with torch.no_grad():
+        logits = {name: step() for name, step in steps.items()}
+        for name in BACKENDS:
+            torch.testing.assert_close(logits[name], logits["eager"], rtol=1e-3, atol=1e-3)
+        timings = interleave(steps, budget_seconds=arguments.seconds)
+    return {
+        "batch": arguments.batch,
+        "room": room,
+        "filled": filled,
+        "seconds": {name: timings.median(name) for name in BACKENDS},
+        "over_inductor": timings.ratio("inductor", "fxopt").as_dict(),
+        "over_eager": timings.ratio("eager", "fxopt").as_dict(),
+        "noise": timings.ratio("inductor again", "inductor").as_dict(),
+    }
+
+
+def _step(call: Any, config: Any, batch: int, room: int, filled: int) -> Callable[[], torch.Tensor]:
+    """Decode the same token again and again: each call writes its key behind the filled part."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config, max_cache_len=room)
+    token = torch.zeros(batch, 1, dtype=torch.int64)
+    live = (torch.arange(room) <= filled).expand(batch, 1, 1, room).contiguous()
+    how = {"attention_mask": live, "position_ids": torch.full((batch, 1), filled), "past_key_values": cache}
+    with torch.no_grad():  # makes the buffers; a step writes one entry only
+        call(token, **how)
+    for layer in cache.layers:
+        torch.manual_seed(1)
+        for held in (layer.keys, layer.values):
+            held.normal_()
+
+    def step() -> torch.Tensor:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(filled)
+        logits: torch.Tensor = call(token, **how).logits
+        return logits
+
+    return step
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="one token over a static cache, milliseconds")
+    for name in ("batch", "room", "filled", *BACKENDS[:2], "fxopt", "over Inductor", "over eager", "noise"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        times = [f"{1000 * row['seconds'][name]:.1f}" for name in ("eager", "inductor", "fxopt")]
+        ratios = [f"{row[name]['median']:.2f}" for name in ("over_inductor", "over_eager", "noise")]
+        table.add_row(str(row["batch"]), str(row["room"]), str(row["filled"]), *times, *ratios)
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rooms", default="512,2048,8192", help="capacities of the cache, by commas")
+    parser.add_argument("--filled", default="256,512,2000,8000", help="keys that are there, by commas")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=6.0, help="for the timing of one line")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
