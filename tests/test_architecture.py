@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -142,16 +143,23 @@ REFUSES = re.compile(
 )
 
 
-def _parametrized_cases(test: Path) -> dict[str, int]:
-    """Counts tests, parametrized cases included, by what their names say they show."""
+@functools.cache
+def _collected() -> tuple[str, ...]:
+    """The tests of all passes, collected once: `path::name`."""
     listing = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", str(test)],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", "tests/passes"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     ).stdout
-    names = [line.split("::", 1)[1] for line in listing.splitlines() if "::" in line]
+    return tuple(line for line in listing.splitlines() if "::" in line)
+
+
+def _parametrized_cases(test: Path) -> dict[str, int]:
+    """Counts tests, parametrized cases included, by what their names say they show."""
+    split = (line.split("::", 1) for line in _collected())
+    names = [name for path, name in split if Path(path).name == test.name]
     refusing = [name for name in names if REFUSES.search(name)]
     firing = [name for name in names if FIRES.search(name) and name not in refusing]
     return {"fires": len(firing), "refuses": len(refusing)}
