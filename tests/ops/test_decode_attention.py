@@ -178,3 +178,26 @@ def test_decoding_over_a_static_cache(host: str) -> None:
         torch.testing.assert_close(one.values, other.values)
     chosen = {provider for record in found for op, provider, _ in record.providers if op == "attention"}
     assert chosen == {"decode"}
+
+
+@pytest.mark.parametrize(("batch", "chosen"), [(1, False), (128, True)])
+def test_over_a_cache_that_grows(batch: int, chosen: bool) -> None:
+    """Its length is a symbol; where heads are grouped, a large one is packed."""
+
+    def step(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        k, v = (torch.cat([each, new], 2) for each in (k, v))
+        k, v = (each[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for each in (k, v))
+        return sdpa(q, k, v, attn_mask=keep[:, None, None])
+
+    found = rewriting(step, PASSES, dynamic=None)
+    with torch.no_grad():
+        for length in (20, 21, 40):
+            q, new = torch.randn(batch, 4, 1, D), torch.randn(batch, 2, 1, D)
+            k, v = torch.randn(batch, 2, length, D), torch.randn(batch, 2, length, D)
+            keep = torch.ones(batch, length + 1, dtype=torch.bool)
+            keep[0, :5] = False
+            torch.testing.assert_close(found.call(q, k, v, new, keep), step(q, k, v, new, keep))
+    assert found.graphs == 2
+    assert ("'decode', ''" in found.providers[-1]) == chosen, found.providers

@@ -42,6 +42,9 @@ DENSE_SHARE, LEARNED_SHARE = 0.7, 0.35
 # eight is; with twice as many 1.3x and 2.9x, with eight times as many 1.0x to 1.4x and 10x to 30x.
 DECODE_ROWS = 16
 DECODE_NUMBERS = 2**19
+# Of a cache that grows, the length to choose for, and the numbers in K from which no shorter one loses much.
+GROWN = 1024
+GROWN_NUMBERS = 2**21
 
 
 def decode_pays(node: fx.Node, facts: Facts) -> Verdict:
@@ -58,12 +61,13 @@ def decode_pays(node: fx.Node, facts: Facts) -> Verdict:
         return Verdict.no("")
     if not argument(node, "mask") or argument(node, "bias") or not flash_has_it(node):
         return Verdict.no("it needs a mask by formula and scores that are only scaled")
-    numbers = hint(query.shape[0]) * hint(query.shape[1]) * hint(columns) * hint(query.shape[-1])
+    numbers = hint(query.shape[0]) * hint(query.shape[1]) * hint(query.shape[-1])
     if not isinstance(columns, int):
-        # A cache that grows: nearly all of it is live, however long it will be.
-        if query.shape[1] == key.shape[1]:
-            return Verdict.no("every key of a growing cache is live")
+        # A cache that grows: nearly all of it is live, and it will be longer than now.
+        if query.shape[1] == key.shape[1] or numbers * GROWN < GROWN_NUMBERS:
+            return Verdict.no("nearly every key of a growing cache is live")
         return Verdict.yes(f"{rows} queries of grouped heads share each key that is read")
+    numbers *= columns
     if numbers < DECODE_NUMBERS:
         return Verdict.no(f"{numbers} numbers in the keys of all heads, pays from {DECODE_NUMBERS}")
     return Verdict.yes(f"of {columns} keys those are read that one of {rows} queries sees")
