@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fxopt.ir.cone import cone, outer_of
@@ -44,7 +45,25 @@ def _reindexed(sizes: Sizes, node: fx.Node, source: Value, indices: Sequence[sym
     """A view of `source`, or a copy of one."""
     if dtype(node) != source.dtype:
         raise Unsupported(f"{node.target} from {source.dtype} to {dtype(node)}")
-    return _result(sizes, node, source.at(indices))
+    domain = box(sizes.shape(val(node)))
+    return _result(sizes, node, (_floored(sizes, domain, case) for case in source.at(indices)))
+
+
+def _floored(sizes: Sizes, domain: Boolean, case: Case) -> Case:
+    """``b`` for ``b + h//4``, where h is less than 4: dimensions that were merged, and are split again."""
+    guard, number = case.guard, case.number
+    parts = guard.atoms(sympy.floor) | (
+        number.atoms(sympy.floor) if isinstance(number, sympy.Expr) else set()
+    )
+    zeros = {part: sympy.Integer(0) for part in parts if _is_zero(sizes, domain, part)}
+    if not zeros:
+        return case
+    return Case(guard.xreplace(zeros), number.xreplace(zeros) if isinstance(number, sympy.Expr) else number)
+
+
+def _is_zero(sizes: Sizes, domain: Boolean, part: sympy.Expr) -> bool:
+    over, under = part.args[0].as_numer_denom()
+    return bool(under.is_Integer) and sizes.implies(domain, sympy.And(over >= 0, over < under))
 
 
 def _dim(dim: Any, rank: int) -> int:
@@ -91,27 +110,56 @@ def _broadcast(sizes: Sizes, node: fx.Node) -> Value:
 
 
 def _same_order(sizes: Sizes, node: fx.Node) -> Value:
-    """view, reshape, squeeze and the like, if dimensions of size one come and go, and others are split."""
+    """view, reshape, squeeze and the like: dimensions of size one come and go, others are split or merged."""
     source, shape = known_value(node.args[0]), sizes.shape(val(node))
     wide = [dim for dim, size in enumerate(source.shape) if size != 1]
     target = [dim for dim, size in enumerate(shape) if size != 1]
     indices: list[sympy.Expr] = [sympy.Integer(0)] * len(source.shape)
-    for dim in wide:
-        indices[dim] = _split_index(source.shape[dim], shape, target)
+    while wide:
+        split = _taken(source.shape[wide[0]], shape, target)
+        if split is not None:
+            places, target = target[:split], target[split:]
+            indices[wide.pop(0)] = _joint_index(shape, places)
+            continue
+        merged = _taken(shape[target[0]], source.shape, wide) if target else None
+        if merged is None:
+            raise Unsupported(f"{node.target} from {source.shape} to {shape}")
+        parts = _parts(INDEX[target.pop(0)], [source.shape[dim] for dim in wide[:merged]])
+        indices = [dict(zip(wide, parts, strict=False)).get(dim, index) for dim, index in enumerate(indices)]
+        wide = wide[merged:]
     if target:
         raise Unsupported(f"{node.target} from {source.shape} to {shape}")
     return _reindexed(sizes, node, source, indices)
 
 
-def _split_index(size: sympy.Expr, shape: Sequence[sympy.Expr], places: list[int]) -> sympy.Expr:
-    """The index into a dimension that became the next of `places`, which are taken away."""
-    index, reached = sympy.Integer(0), sympy.Integer(1)
-    while places and reached != size:
-        place = places.pop(0)
-        index, reached = index * shape[place] + INDEX[place], reached * shape[place]
-    if sympy.expand(reached - size) != 0:
-        raise Unsupported(f"a dimension of {size} spread over {tuple(shape)}")
+def _taken(size: sympy.Expr, shape: Sequence[sympy.Expr], places: Sequence[int]) -> int | None:
+    """How many of the next `places` in `shape` have `size` entries together."""
+    reached = sympy.Integer(1)
+    for count, place in enumerate(places, start=1):
+        reached = sympy.expand(reached * shape[place])
+        if reached == sympy.expand(size):
+            return count
+    return None
+
+
+def _joint_index(shape: Sequence[sympy.Expr], places: Sequence[int]) -> sympy.Expr:
+    """The index into a dimension that became `places`."""
+    index = sympy.Integer(0)
+    for place in places:
+        index = index * shape[place] + INDEX[place]
     return sympy.expand(index)
+
+
+def _parts(index: sympy.Expr, shape: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+    """The indices into dimensions of `shape` that were merged into one."""
+    found: list[sympy.Expr] = []
+    for size in reversed(shape[1:]):
+        if not size.is_Integer:
+            raise Unsupported(f"merged dimensions of {tuple(shape)}")
+        rest = sympy.floor(index / size)
+        found.insert(0, index - size * rest)
+        index = rest
+    return [index, *found]
 
 
 def _swapped(first: str | int, second: str | int) -> Rule:

@@ -155,7 +155,7 @@ PROGRAMS: dict[str, tuple[Mask, tuple[torch.Tensor, ...], str]] = {
         (torch.rand(5, H),), "True | c0[c1[k - q + 5], h]"),
     "a_table_of_places": (
         lambda q, k, t, i: t[i.view(-1)].view(S, T, H).permute(2, 0, 1)[None],
-        (torch.rand(9, H), torch.randint(9, (S, T))), "True | c0[c1[8*q + k], h]"),
+        (torch.rand(9, H), torch.randint(9, (S, T))), "True | c0[c1[q, k], h]"),
     "a_bias_of_numbers": (lambda q, k, m: m, (torch.rand(B, 1, S, T),), "True | c0[b, 0, q, k]"),
     "an_entry_between": (lambda q, k: torch.where(k <= q, 0.0, -1e4), (), "True | c0[0, 0, q, k]"),
     "a_bias_where_it_is_live": (

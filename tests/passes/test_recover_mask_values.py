@@ -201,9 +201,9 @@ def test_repetitions_counted_by_a_symbol() -> None:
     assert "ERROR" not in str(found.statuses())
 
 
-@pytest.mark.parametrize("needs", [False, True])
-def test_verified_when_a_float_mask_excludes_by_itself(needs: bool) -> None:
-    """Key padding of `nn.MultiheadAttention` becomes a tensor of -inf before it is seen."""
+@pytest.mark.parametrize(("needs", "formula"), [(False, "not c0[b, k]"), (True, "not c0[(h)//2, k]")])
+def test_key_padding_of_multihead_attention(needs: bool, formula: str) -> None:
+    """It goes through a tensor of 0 and -inf, in which sequences and heads are merged and split again."""
     module = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
 
     def attend(x: torch.Tensor, drop: torch.Tensor) -> Any:
@@ -218,6 +218,23 @@ def test_verified_when_a_float_mask_excludes_by_itself(needs: bool) -> None:
         except InternalError as error:  # pragma: no cover
             pytest.fail(str(error))
         torch.testing.assert_close(got, attend(x, drop))
+    reasons = str([entry.reason for record in found for entry in record.evidence])
+    assert f'mask="{formula}"; c0 is l_drop_; compared entry by entry' in reasons
+
+
+def test_verified_when_a_float_mask_excludes_by_itself() -> None:
+    """A mask that is captured whole, as a bias, holds -inf."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+        i, j = places(q)
+        added = -(j - i).abs().sqrt() * slopes[:, None, None]
+        return sdpa(q, k, v, attn_mask=added.masked_fill((i * j) % 3 == 1, -math.inf))
+
+    how = {"host": "eager", "strict": True, "verify": "masks"}
+    args = [*qkv(), SLOPES]
+    with torch.no_grad(), collect() as found:
+        got = torch.compile(attend, backend="fxopt", options=how)(*args)
+    torch.testing.assert_close(got, attend(*args))
     assert "compared entry by entry" in str([entry for record in found for entry in record.evidence])
 
 
