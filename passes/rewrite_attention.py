@@ -69,7 +69,7 @@ class RewriteAttention:
 
 def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
     """The same call, of rank 4. What autocast would convert is converted here: none acts inside of the op."""
-    out, missing = facts.dtype(node), RANK - val(node).dim()
+    out, rank = facts.dtype(node), val(node).dim()
     # Without autocast only the mask may have another dtype, and only on the CPU.
     alike = all(facts.dtype(arg) == out for arg in node.args[:3])  # type: ignore[arg-type]
     keeps = alike and val(node).device.type == "cpu"
@@ -79,16 +79,29 @@ def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
             return arg
         return graph.call_function(aten.to.dtype, (arg, out))
 
-    def widened(arg: Any) -> Any:
-        for _ in range(missing):
+    def placed(arg: Any, dim: int) -> Any:
+        """With one dimension in front of heads. A mask broadcasts to the scores as it is, where it can."""
+        for _ in range(RANK - rank):
             arg = graph.call_function(aten.unsqueeze.default, (arg, 0))
-        return arg
+        if dim <= RANK:
+            return arg
+        return graph.call_function(aten.flatten.using_ints, (arg, 0, dim - RANK))
 
-    operands, others = map(converted, node.args[:3]), map(converted, node.args[3:])
-    kwargs = {name: converted(arg) for name, arg in node.kwargs.items()}
-    result = graph.call_function(ATTENTION.overload, (*map(widened, operands), *others), kwargs)
-    for _ in range(missing):
+    operands = [placed(converted(arg), rank) for arg in node.args[:3]]
+    given = {name: converted(argument(node, name)) for name in ("attn_mask", "dropout_p", "is_causal")}
+    mask = given["attn_mask"]
+    if mask is not None and rank > RANK and val(argument(node, "attn_mask")).dim() >= RANK:
+        lead = list(val(node).shape[: rank - RANK + 1])
+        mask = placed(graph.call_function(aten.expand.default, (mask, [*lead, -1, -1, -1])), rank)
+    kwargs = {name: converted(arg) for name, arg in node.kwargs.items() if name not in given}
+    others = (mask, given["dropout_p"], given["is_causal"])
+    result = graph.call_function(ATTENTION.overload, (*operands, *others), kwargs)
+    for _ in range(RANK - rank):
         result = graph.call_function(aten.squeeze.dim, (result, 0))
+    if rank > RANK:
+        result = graph.call_function(
+            aten.unflatten.int, (result, 0, list(val(node).shape[: rank - RANK + 1]))
+        )
     return result
 
 
@@ -96,9 +109,15 @@ def _adoptable(node: fx.Node) -> Verdict:
     scale = argument(node, "scale")
     if scale is not None and not facts.is_scalar(scale):
         return Verdict.no(f"wanted a scale that is a number, saw {scale}")
-    ranks = sorted({val(arg).dim() for arg in node.args[:3]})
-    if len(ranks) > 1 or ranks[0] > RANK:
-        return Verdict.no(f"wanted Q, K and V of one rank up to {RANK}, saw {', '.join(map(str, ranks))}")
+    shapes = [tuple(val(arg).shape) for arg in node.args[:3]]
+    ranks = sorted({len(shape) for shape in shapes})
+    if len(ranks) > 1:
+        return Verdict.no(f"wanted Q, K and V of one rank, saw {', '.join(map(str, ranks))}")
+    leads = [shape[: max(0, ranks[0] - RANK + 1)] for shape in shapes]
+    if ranks[0] > RANK and not all(
+        isinstance(size, int) and lead == leads[0] for lead in leads for size in lead
+    ):
+        return Verdict.no(f"wanted Q, K and V of rank {ranks[0]} in the same known batches, saw {shapes}")
     return Verdict.yes("the same op")
 
 

@@ -238,22 +238,24 @@ def test_verified_when_a_float_mask_excludes_by_itself() -> None:
     assert "compared entry by entry" in str([entry for record in found for entry in record.evidence])
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_scaled_dot_product_attention_of_lower_rank(lead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3), (2, 1, 2, 2)])
+def test_scaled_dot_product_attention_of_any_rank(lead: tuple[int, ...], shared: bool) -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         i, j = torch.arange(S)[:, None], torch.arange(S)
         return sdpa(q, k, v, attn_mask=(j <= i) & keep[..., None, :])
 
     torch.manual_seed(0)
-    args = [*(torch.randn(*lead, S, D) for _ in range(3)), torch.ones(*lead, S, dtype=torch.bool)]
+    own = [1 if shared else size for size in lead]
+    args = [*(torch.randn(*lead, S, D) for _ in range(3)), torch.ones(*own, S, dtype=torch.bool)]
     args[3][..., -9:] = False
     found = rewriting(attend, PASSES)
     torch.testing.assert_close(found.call(*args), attend(*args))
     assert found.applied(NAME) == 1, found.reasons()
 
 
-def test_not_scaled_dot_product_attention_of_rank_5() -> None:
-    q = torch.randn(2, 2, 3, 9, 8)
-    found = rewriting(lambda q: sdpa(q, q, q), PASSES)
-    torch.testing.assert_close(found.call(q), sdpa(q, q, q))
-    assert "wanted Q, K and V of one rank up to 4, saw 5" in found.reasons("rewrite-attention")
+def test_not_scaled_dot_product_attention_of_rank_5_over_several_batches() -> None:
+    q, k = torch.randn(2, 2, 3, 9, 8), torch.randn(1, 2, 3, 9, 8)
+    found = rewriting(lambda q, k: sdpa(q, k, k), PASSES)
+    torch.testing.assert_close(found.call(q, k), sdpa(q, k, k))
+    assert "wanted Q, K and V of rank 5 in the same known batches" in found.reasons("rewrite-attention")
