@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.options import Options
-from fxopt.pipeline import compile_graph, pass_names
+from fxopt.pipeline import compile_graph, optional_names
 
 
 def backend(
@@ -36,7 +36,7 @@ def backend(
 
 def validate(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
     """Check `mode` and `options` as `backend` would. The plugin calls this from inside `torch.compile`."""
-    return Options.parse(mode, options, pass_names=pass_names())
+    return Options.parse(mode, options, pass_names=optional_names())
 
 
 def reset() -> None:

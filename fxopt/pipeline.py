@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
+from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
 from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
@@ -59,6 +60,11 @@ PASSES: tuple[tuple[str, str], ...] = (
 def pass_names() -> tuple[str, ...]:
     """The names of all passes, in order."""
     return tuple(name for name, _ in PASSES)
+
+
+def optional_names() -> tuple[str, ...]:
+    """What the option `disable` can name."""
+    return (KNOWN_BUFFERS, *pass_names())
 
 
 @functools.cache
@@ -118,7 +124,8 @@ def _optimize(
     try:
         with record.timed("normalize"):
             normal = normalize(gm, example_inputs)
-            known = compute_known_buffers(normal, example_inputs)
+            off = {KNOWN_BUFFERS, "all"} & set(options.disable)
+            known = [] if off else compute_known_buffers(normal, example_inputs)
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):

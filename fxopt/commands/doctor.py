@@ -231,9 +231,9 @@ def _choice() -> Iterator[Check]:
     """What a compilation without options would use."""
     from fxopt.hosts.inductor import missing_compiler
     from fxopt.options import Options
-    from fxopt.pipeline import pass_names
+    from fxopt.pipeline import optional_names, pass_names
 
-    options = Options.parse(pass_names=pass_names())
+    options = Options.parse(pass_names=optional_names())
     automatic = "eager" if missing_compiler() else "inductor"
     host = automatic if options.host == "auto" else options.host
     yield Check("used", "host on the CPU", OK, host)

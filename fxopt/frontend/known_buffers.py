@@ -80,6 +80,9 @@ class KnownBuffer:
     tensor: weakref.ref[torch.Tensor]
     version: int
 
+    def __str__(self) -> str:
+        return f"{self.placeholder.name} is {self.rule}"
+
     def holds(self, inputs: Sequence[Any]) -> bool:
         """The input has the contents that were seen."""
         given: torch.Tensor = inputs[self.place]
@@ -117,7 +120,9 @@ def _is_buffer(node: fx.Node, value: Any) -> bool:
     held = "NN_MODULE" in str(getattr(source, "guard_source", ""))
     if not held or type(value) is not torch.Tensor or isinstance(value, FakeTensor):
         return False
-    if value.requires_grad or value.is_inference() or value.layout is not torch.strided:
+    if value.requires_grad or value.is_inference() or value.layout is not torch.strided or value.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return False
     return isinstance(val(node), torch.Tensor) and all(isinstance(size, int) for size in val(node).shape)
 
@@ -164,16 +169,14 @@ def settle(gm: fx.GraphModule, known: Sequence[KnownBuffer]) -> tuple[list[Known
     if known:
         gm.recompile()
     notes = [
-        Evidence(
-            NAME, each.placeholder.name, "-", Status.APPLIED, f"read as {each.rule}; checked at each call"
-        )
+        Evidence(NAME, each.placeholder.name, "-", Status.APPLIED, f"{each}; checked at each call")
         for each in kept
     ]
     return kept, notes
 
 
 _CHANGED = (
-    "%s was %s when it was compiled, and is not any more: its calls run uncompiled. "
+    "%s: so it was when it was compiled, and is not any more. Its calls run uncompiled. "
     "torch.compiler.reset() has them compiled anew."
 )
 
@@ -191,10 +194,9 @@ def checked(
         changed = next((each for each in known if not each.holds(inputs)), None)
         if changed is None:
             return compiled(*inputs)
-        name = changed.placeholder.name
-        if name not in told:
-            told.add(name)
-            log.warning(_CHANGED, name, changed.rule)
+        if str(changed) not in told:
+            told.add(str(changed))
+            log.warning(_CHANGED, changed)
         return captured(*inputs)
 
     return run

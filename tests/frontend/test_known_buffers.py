@@ -154,6 +154,21 @@ def test_not_when_the_tensor_itself_is_needed() -> None:
     check(Sums(tril()), reads=False)
 
 
+@pytest.mark.parametrize("name", [NAME, "all"])
+def test_not_when_disabled(name: str) -> None:
+    fast = torch.compile(Block(tril()), backend="fxopt", options={"host": "eager", "disable": name})
+    with collect() as found, torch.no_grad():
+        fast(query())
+    assert not known(found)
+
+
+def test_not_on_the_meta_device() -> None:
+    model = Block(tril()).to("meta")
+    with collect() as found, torch.no_grad():
+        assert compiled(model)(query().to("meta")).is_meta
+    assert not known(found)
+
+
 def test_not_a_tensor_that_is_given() -> None:
     def attend(q: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
         return softmax((q @ q.transpose(-2, -1)).masked_fill(held[..., :9, :9] == 0, -math.inf), -1) @ q
