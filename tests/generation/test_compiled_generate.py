@@ -30,9 +30,7 @@ def compiled(model: torch.nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="fxopt", options=EAGER | options)
 
 
-@pytest.mark.parametrize(
-    ("build", "strategy"), [(llama, "greedy"), (gpt2, "sampling"), (t5, "beam")], ids=str
-)
+@pytest.mark.parametrize(("build", "strategy"), [(llama, "greedy"), (gpt2, "sampling"), (t5, "beam")])
 def test_runs_compiled(build: Any, strategy: str) -> None:
     model = build()
     how = {**prompts(), **STRATEGIES[strategy]}
