@@ -32,7 +32,7 @@ def extend_optimized_module(module: ModuleType) -> str:
     """Have `torch._dynamo.eval_frame.OptimizedModule` give out a compiled `generate`; says what was done."""
     kind = getattr(module, "OptimizedModule", None)
     original = getattr(kind, "__getattr__", None)
-    if kind is None or original is None or not hasattr(module, "innermost_backend"):
+    if kind is None or original is None:
         return "not done: this torch has another class for compiled modules; use model.compile(...)"
     if hasattr(original, _HOOKED):
         return "done"
@@ -40,7 +40,7 @@ def extend_optimized_module(module: ModuleType) -> str:
     @functools.wraps(original)
     def getattr_(self: Any, name: str) -> Any:
         found = original(self, name)
-        return _compiled(self, found, module.innermost_backend) if name == "generate" else found
+        return _compiled(self, found) if name == "generate" else found
 
     setattr(getattr_, _HOOKED, original)
     kind.__getattr__ = getattr_
@@ -80,12 +80,12 @@ def compile_config(**given: Any) -> CompileConfig:
     return config
 
 
-def _compiled(compiled: Any, found: Any, innermost_backend: Callable[[Any], Any]) -> Any:
+def _compiled(compiled: Any, found: Any) -> Any:
     """`found`, the `generate` of the original model, bound to a stand-in where fxopt is the backend."""
     model = compiled._orig_mod
     if not isinstance(found, MethodType) or found.__self__ is not model:
         return found
-    options = _options(getattr(compiled.dynamo_ctx, "callback", None), innermost_backend)
+    options = _options(getattr(compiled.dynamo_ctx, "callback", None))
     if options is None or not options.generate:
         return found
 
@@ -110,15 +110,23 @@ _NOT_CALLED = (
 )
 
 
-def _options(callback: Any, innermost_backend: Callable[[Any], Any]) -> Options | None:
+def _options(callback: Any) -> Options | None:
     """The options given to torch.compile; None when its backend is another one."""
-    backend = innermost_backend(callback)
+    backend = _innermost(callback)
     function = getattr(backend, "compiler_fn", backend)
     validate: Any = getattr(function, "validate", None)
     if str(getattr(validate, "__module__", "")) != "fxopt.backend":
         return None
     options: Options = validate(**getattr(backend, "kwargs", {}))
     return options
+
+
+def _innermost(callback: Any) -> Any:
+    """What the user gave as backend, in torch's wrapper with its options."""
+    for name in ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):  # today; in older versions
+        while hasattr(callback, name):
+            callback = getattr(callback, name)
+    return callback
 
 
 def _stand_in(compiled: Any, model: Any) -> Any:
