@@ -61,9 +61,14 @@ def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_any_size")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 5, 16])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (5, 1), (7, 7)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "dtype"),
+    [
+        ((2, 2), 1, torch.float32), ((6, 2), 1, torch.float32), ((6, 2), 5, torch.bfloat16),
+        ((6, 2), 16, torch.float16), ((5, 1), 1, torch.bfloat16), ((5, 1), 5, torch.float32),
+        ((7, 7), 16, torch.float32), ((7, 7), 1, torch.float16),
+    ],
+)  # fmt: skip
 def test_fires_with_the_answer_of_the_whole(heads: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
     found = rewriting(plain, PASSES)
     check(found, [*inputs(heads, rows, dtype), cached(rows)])
