@@ -89,11 +89,23 @@ def _flash(
 ) -> TileGradients:
     # The kernel wants the layout of its own results: sequences before heads.
     saved = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    query, key, value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, *operands(problem, tile), out, saved, 0.0, False,
+    query, key, value = operands(problem, tile)
+    groups = key.shape[1]
+    # The kernel's own sum over the heads of a group has up to three times the error of eager's.
+    own = (each.repeat_interleave(problem.heads // groups, 1) for each in (key, value))
+    of_query, of_key, of_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, *own, out, saved, 0.0, False,
         attn_mask=additive(problem, tile), scale=problem.scale,
     )  # fmt: skip
-    return TileGradients(query, key, value, grad)
+    return TileGradients(of_query, _over_groups(of_key, groups), _over_groups(of_value, groups), grad)
+
+
+def _over_groups(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """The sum over the query heads of each group: (B, Hq, S, N) to (B, Hkv, S, N)."""
+    if tensor.shape[1] == groups:
+        return tensor
+    batch, heads, rows, width = tensor.shape
+    return tensor.view(batch, groups, heads // groups, rows, width).sum(2)
 
 
 class _Totals:
