@@ -129,13 +129,8 @@ def read_site(softmax: fx.Node) -> Site | Miss | None:
     if isinstance(weighted, Miss):
         return weighted
     layout = Layout.of(scores.product_lead, scores.key.lead, scores.lead)
-    site = Site(weighted.root, scores, weighted, layout, trains=_may_train(softmax.graph))
+    site = Site(weighted.root, scores, weighted, layout, trains=facts.may_train(softmax.graph))
     return _with_sinks(site, softmax, top, column.sinks)
-
-
-def _may_train(graph: fx.Graph) -> bool:
-    inputs = graph.find_nodes(op="placeholder")
-    return torch.is_grad_enabled() and any(node.meta.get("fxopt_needs_grad") for node in inputs)
 
 
 def _with_sinks(site: Site, softmax: fx.Node, top: fx.Node, sinks: fx.Node | None) -> Site | Miss:

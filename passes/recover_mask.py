@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from fxopt.errors import FormulaDiffers
 from fxopt.ir.cone import inside
 from fxopt.ir.contract import Context, Match, Miss, Verdict
-from fxopt.ir.facts import argument, val
+from fxopt.ir.facts import argument, may_train, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import MEAN, ZERO
@@ -98,9 +98,9 @@ class RecoverMask:
 
 def _kept(source: fx.Node, graph: fx.Graph) -> fx.Node:
     """`source` for a backward pass: what is made of an input by views may be written before that runs."""
-    inputs = graph.find_nodes(op="placeholder")
-    if not torch.is_grad_enabled() or not any(node.meta.get("fxopt_needs_grad") for node in inputs):
+    if not may_train(graph):
         return source
+    inputs = graph.find_nodes(op="placeholder")
     own = {storage_of(val(node)) for node in inputs if not node.meta.get("fxopt_parameter")}
     if val(source).dim() > 2 or val(source).is_floating_point() or storage_of(val(source)) not in own:
         return source

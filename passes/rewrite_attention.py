@@ -79,20 +79,20 @@ def _adopt(node: fx.Node, graph: fx.Graph) -> fx.Node:
             return arg
         return graph.call_function(aten.to.dtype, (arg, out))
 
-    def placed(arg: Any, dim: int) -> Any:
+    def placed(arg: Any) -> Any:
         """With one dimension in front of heads. A mask broadcasts to the scores as it is, where it can."""
         for _ in range(RANK - rank):
             arg = graph.call_function(aten.unsqueeze.default, (arg, 0))
-        if dim <= RANK:
+        if rank <= RANK:
             return arg
-        return graph.call_function(aten.flatten.using_ints, (arg, 0, dim - RANK))
+        return graph.call_function(aten.flatten.using_ints, (arg, 0, rank - RANK))
 
-    operands = [placed(converted(arg), rank) for arg in node.args[:3]]
+    operands = [placed(converted(arg)) for arg in node.args[:3]]
     given = {name: converted(argument(node, name)) for name in ("attn_mask", "dropout_p", "is_causal")}
     mask = given["attn_mask"]
     if mask is not None and rank > RANK and val(argument(node, "attn_mask")).dim() >= RANK:
         lead = list(val(node).shape[: rank - RANK + 1])
-        mask = placed(graph.call_function(aten.expand.default, (mask, [*lead, -1, -1, -1])), rank)
+        mask = placed(graph.call_function(aten.expand.default, (mask, [*lead, -1, -1, -1])))
     kwargs = {name: converted(arg) for name, arg in node.kwargs.items() if name not in given}
     others = (mask, given["dropout_p"], given["is_causal"])
     result = graph.call_function(ATTENTION.overload, (*operands, *others), kwargs)

@@ -130,12 +130,11 @@ def _is_buffer(node: fx.Node, value: Any) -> bool:
 def _build(graph: fx.Graph, node: fx.Node, rule: Triangle, mode: FakeTensorMode) -> fx.Node:
     value = val(node)
     rows, columns = value.shape[-2:]
-    made: list[fx.Node] = []
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made.append(graph.call_function(target, args, kwargs))
-        made[-1].meta["val"] = evaluate(made[-1], mode)
-        return made[-1]
+        made = graph.call_function(target, args, kwargs)
+        made.meta["val"] = evaluate(made, mode)
+        return made
 
     whole = {"dtype": torch.int64, "device": value.device}
     own = {"dtype": value.dtype, "device": value.device}

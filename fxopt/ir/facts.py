@@ -197,3 +197,9 @@ _PLAIN_MODULES = ("_operator", "operator", "math", "builtins", "torch.amp.autoca
 
 def _is_plain(target: Any) -> bool:
     return target is operator.getitem or getattr(target, "__module__", None) in _PLAIN_MODULES
+
+
+def may_train(graph: fx.Graph) -> bool:
+    """Whether autograd may record any of a graph, by the grad mode around it."""
+    inputs = graph.find_nodes(op="placeholder")
+    return torch.is_grad_enabled() and any(node.meta.get("fxopt_needs_grad") for node in inputs)

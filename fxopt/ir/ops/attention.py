@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from fxopt.ir.contract import Verdict
-from fxopt.ir.ops.attention_attributes import Attributes
+from fxopt.ir.ops.attention_attributes import Attributes, without_symbol
 from fxopt.ir.ops.attention_providers import blocks_pay, decode_pays, decomposed_wins
 from fxopt.ir.ops.block_attention import in_blocks
 from fxopt.ir.ops.decode_attention import in_decode
 from fxopt.ir.ops.decomposed_attention import decomposed
 from fxopt.ir.ops.masking import NAN, NONE
-from fxopt.ir.ops.op import Provider, SemanticOp, is_symbol
+from fxopt.ir.ops.op import Provider, SemanticOp
 
 
 def attention(
@@ -55,9 +55,8 @@ def attention(
     if given.dead_rows == NAN or given.mask_replaces or given.score or given.sinks is not None:
         return decomposed(query, key, value, attn_mask, dropout_p, is_causal, **attributes)
     scale = given.scale
-    if given.dead_rows == NONE and scale is not None and is_symbol(scale):
-        # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
-        query, scale = query * scale, 1.0
+    if given.dead_rows == NONE and scale is not None:
+        query, scale = without_symbol(query, scale)
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=given.enable_gqa
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fxopt.ir.ops.masking import ZERO
+from fxopt.ir.ops.op import is_symbol
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Attributes:
     bias: str = ""
     captures: Sequence[torch.Tensor] | None = None
     sizes: Sequence[int] | None = None
+
+    def factor(self, query: torch.Tensor) -> float:
+        """Of Q K^T: `scale`, or 1/sqrt(D)."""
+        return 1.0 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+
+
+def without_symbol(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Query and scale, which is part of the query where it is a symbol.
+
+    An op that takes a number would make a guard of it, and a recompile of each of its values.
+    """
+    if is_symbol(scale):
+        return query * scale, 1.0
+    return query, scale
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -14,15 +14,14 @@ derivative of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fxopt.ir.formula import numbered
-from fxopt.ir.ops.attention_attributes import Attributes, computed_in
-from fxopt.ir.ops.op import NAMESPACE, is_symbol, without_autocast
+from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
+from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.tile_attention import Rows, forward
 from fxopt.ir.ops.tile_gradients import backward, empty_like_heads_last
 from fxopt.ir.ops.tiles import Problem
@@ -50,12 +49,7 @@ def in_blocks(
 ) -> torch.Tensor:
     """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
     given = Attributes(**attributes)
-    scale = given.scale
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    elif is_symbol(scale):
-        # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
-        query, scale = query * scale, 1.0
+    query, scale = without_symbol(query, given.factor(query))
     seed = torch.randint(2**31, (), dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
     score, bias = ScoreProgram.parse(given.score), ScoreProgram.parse(given.bias or "0")
     out, _ = torch.ops.fxopt.block_attention(

@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fxopt.ir.formula import numbered
-from fxopt.ir.ops.attention_attributes import Attributes, computed_in
+from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
 from fxopt.ir.ops.masking import MEAN, NAN
-from fxopt.ir.ops.op import NAMESPACE, is_symbol, without_autocast
+from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.tile_attention import per_group, per_head
 from fxopt.ir.program import MaskProgram
 from fxopt.ir.tile_values import TileValues
@@ -42,12 +42,7 @@ def in_decode(
 ) -> torch.Tensor:
     """`fxopt::attention` by its mask's formula; the arguments are those of the op."""
     given = Attributes(**attributes)
-    scale = given.scale
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    elif is_symbol(scale):
-        # The op takes no symbol: it would make a guard of the number, and a recompile of each of its values.
-        query, scale = query * scale, 1.0
+    query, scale = without_symbol(query, given.factor(query))
     columns = key.shape[-2]
     ranges = tuple((0, size) for size in (*query.shape[:3], columns))
     values = TileValues(ranges, numbered("c", given.captures), numbered("n", given.sizes), query.device)

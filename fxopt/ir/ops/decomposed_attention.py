@@ -29,7 +29,7 @@ def decomposed(
     Args: as `fxopt::attention` has them.
     """
     given = Attributes(**attributes)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if given.scale is None else given.scale
+    factor = given.factor(query)
     batch, heads, rows, _ = query.shape
     grouped = given.enable_gqa and key.shape[1] != heads
     if grouped:
