@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -16,19 +17,24 @@ from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
-from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle
+from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle, when_changed
+from fxopt.frontend.kv_append import NAME as APPEND_KV_CACHE
+from fxopt.frontend.kv_append import insert_appends
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.frontend.retrace import CannotNormalize
+from fxopt.frontend.side_effects import stored_attributes
 from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.ir.contract import Evidence, Rewrite
+from fxopt.ir.facts import val
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
+from fxopt.runtime.kv_calls import Plan, with_growing_caches
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
@@ -64,7 +70,7 @@ def pass_names() -> tuple[str, ...]:
 
 def optional_names() -> tuple[str, ...]:
     """What the option `disable` can name."""
-    return (KNOWN_BUFFERS, *pass_names())
+    return (KNOWN_BUFFERS, APPEND_KV_CACHE, *pass_names())
 
 
 @functools.cache
@@ -95,9 +101,10 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         optimized = _optimize(gm, example_inputs, options, record, dump)
         if optimized is None:
             return _host(host, gm, example_inputs, options, record)
-        lowered, known = optimized
         try:
-            return checked(_host(host, lowered, example_inputs, options, record), known, gm.forward)
+            inputs = _inputs(optimized, example_inputs)
+            compiled = _host(host, optimized.gm, inputs, options, record)
+            return _around(compiled, optimized, gm.forward)
         except CONTROL_FLOW:
             raise
         except Exception as error:
@@ -105,6 +112,34 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
                 raise
             record.fail("host", error)
         return _host(host, gm, example_inputs, options, record)
+
+
+@dataclass
+class _Optimized:
+    """A graph for the host, and what its calls rely on."""
+
+    gm: fx.GraphModule
+    known: list[KnownBuffer]
+    growing: Plan
+
+
+def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
+    """Examples of what the host's callable takes: caches come with room for new rows."""
+    placeholders = optimized.gm.graph.find_nodes(op="placeholder")
+    given = list(inputs)
+    for append in optimized.growing.appends:
+        given[append.source] = val(placeholders[append.source])
+    return given
+
+
+def _around(
+    compiled: Callable[..., Any], optimized: _Optimized, captured: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
+    instead = when_changed(optimized.known, captured)
+    if optimized.growing:
+        return with_growing_caches(compiled, optimized.growing, instead)
+    return checked(compiled, instead) if optimized.known else compiled
 
 
 def _host(
@@ -116,7 +151,7 @@ def _host(
 
 def _optimize(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
-) -> tuple[fx.GraphModule, list[KnownBuffer]] | None:
+) -> _Optimized | None:
     """normalize -> rewrite -> lower; None when the untouched graph is to be used.
 
     The buffers that were read while compiling have to be the same in every call.
@@ -126,6 +161,7 @@ def _optimize(
             normal = normalize(gm, example_inputs)
             off = {KNOWN_BUFFERS, "all"} & set(options.disable)
             known = [] if off else compute_known_buffers(normal, example_inputs)
+            growing = _growing(gm, normal, example_inputs, options, record)
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
@@ -145,7 +181,17 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return lowered, known
+    return _Optimized(lowered, known, growing)
+
+
+def _growing(
+    gm: fx.GraphModule, normal: fx.GraphModule, inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> Plan:
+    if {APPEND_KV_CACHE, "all"} & set(options.disable):
+        return Plan()
+    plan, evidence = insert_appends(normal, inputs, stored_attributes(gm))
+    record.evidence += evidence
+    return plan
 
 
 def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dump | None = None) -> None:

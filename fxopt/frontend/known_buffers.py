@@ -180,22 +180,30 @@ _CHANGED = (
 )
 
 
-def checked(
-    compiled: Callable[..., Any], known: Sequence[KnownBuffer], captured: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`compiled`, or `captured` in calls in which a buffer is not what it was."""
-    if not known:
-        return compiled
-
+def when_changed(
+    known: Sequence[KnownBuffer], captured: Callable[..., Any]
+) -> Callable[[Sequence[Any]], Callable[..., Any] | None]:
+    """A function of the inputs of a call: `captured` where a buffer is not what it was, else None."""
     told: set[str] = set()
 
-    def run(*inputs: Any) -> Any:
+    def instead(inputs: Sequence[Any]) -> Callable[..., Any] | None:
         changed = next((each for each in known if not each.holds(inputs)), None)
         if changed is None:
-            return compiled(*inputs)
+            return None
         if str(changed) not in told:
             told.add(str(changed))
             log.warning(_CHANGED, changed)
-        return captured(*inputs)
+        return captured
+
+    return instead
+
+
+def checked(
+    compiled: Callable[..., Any], instead: Callable[[Sequence[Any]], Callable[..., Any] | None]
+) -> Callable[..., Any]:
+    """`compiled`, or what `instead` gives for the inputs of a call."""
+
+    def run(*inputs: Any) -> Any:
+        return (instead(inputs) or compiled)(*inputs)
 
     return run

@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+from fxopt.runtime.kv_state import expected_length
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
@@ -94,7 +96,8 @@ def _compiled(compiled: Any, found: Any) -> Any:
         called = [False]
         token = _called.set(called)
         try:
-            result = found.__func__(_stand_in(compiled, model), *args, **kwargs)
+            with expected_length(_longest(model, args, kwargs)):
+                result = found.__func__(_stand_in(compiled, model), *args, **kwargs)
         finally:
             _called.reset(token)
         if not called[0]:
@@ -102,6 +105,19 @@ def _compiled(compiled: Any, found: Any) -> Any:
         return result
 
     return generate
+
+
+def _longest(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How long the sequences of a call of `generate` can become; 0 where it does not say."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    limits = {
+        name: kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")
+    }
+    prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    rows = getattr(prompt, "shape", (0,))[-1]
+    if isinstance(limits["max_new_tokens"], int):
+        return int(rows) + limits["max_new_tokens"]
+    return limits["max_length"] if isinstance(limits["max_length"], int) else 0
 
 
 _NOT_CALLED = (

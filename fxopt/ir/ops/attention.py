@@ -29,9 +29,14 @@ import torch
 
 from fxopt.ir.contract import Verdict
 from fxopt.ir.ops.attention_attributes import Attributes, without_symbol
-from fxopt.ir.ops.attention_providers import blocks_pay, decode_pays, decomposed_wins
+from fxopt.ir.ops.attention_providers import (
+    blocks_pay,
+    decode_pays,
+    decomposed_wins,
+    grouped_pays,
+)
 from fxopt.ir.ops.block_attention import in_blocks
-from fxopt.ir.ops.decode_attention import in_decode
+from fxopt.ir.ops.decode_attention import grouped, in_decode
 from fxopt.ir.ops.decomposed_attention import decomposed
 from fxopt.ir.ops.masking import NAN, NONE
 from fxopt.ir.ops.op import Provider, SemanticOp
@@ -73,6 +78,7 @@ ATTENTION = SemanticOp(
     body=attention,
     providers=(
         Provider("decode", decode_pays, in_decode),
+        Provider("grouped", grouped_pays, grouped),
         Provider("blocks", blocks_pay, in_blocks),
         Provider("decomposed", decomposed_wins, decomposed),
         Provider("sdpa", lambda node, facts: Verdict.yes(), attention),

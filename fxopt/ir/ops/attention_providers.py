@@ -73,6 +73,28 @@ def decode_pays(node: fx.Node, facts: Facts) -> Verdict:
     return Verdict.yes(f"of {columns} keys those are read that one of {rows} queries sees")
 
 
+def grouped_pays(node: fx.Node, facts: Facts) -> Verdict:
+    """Whether heads that share keys should stand as queries of one head, for a few queries of all keys."""
+    query, key = val(node.args[0]), val(node.args[1])
+    rows, columns = query.shape[-2], key.shape[-2]
+    if not isinstance(rows, int) or rows > DECODE_ROWS or query.shape[1] == key.shape[1]:
+        return Verdict.no("")
+    if query.device.type != "cpu":
+        return Verdict.no(f"on {query.device.type} kernels know groups of heads")
+    if facts.differentiates(node):
+        return Verdict.no("it has no gradient")
+    masked = argument(node, "attn_mask") is not None or (argument(node, "is_causal") and rows > 1)
+    if masked or not flash_has_it(node):
+        return Verdict.no("it needs scores that are only scaled")
+    if (
+        argument(node, "dead_rows") != ZERO
+    ):  # not written as a kernel's call: the host's own code is an option
+        numbers = hint(query.shape[0]) * hint(query.shape[1]) * hint(query.shape[-1])
+        if numbers * (columns if isinstance(columns, int) else GROWN) < GROWN_NUMBERS:
+            return Verdict.no("too few keys for a kernel")
+    return Verdict.yes(f"{rows} queries of grouped heads share each key that is read")
+
+
 def blocks_pay(node: fx.Node, facts: Facts) -> Verdict:
     """Whether tiles, which skip keys that no query sees, beat whatever computes all scores."""
     query, key = val(node.args[0]), val(node.args[1])

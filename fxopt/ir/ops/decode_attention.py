@@ -54,6 +54,24 @@ def in_decode(
     return out
 
 
+def grouped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **attributes: Any,
+) -> torch.Tensor:
+    """`fxopt::attention` without a mask: each key is read once for all query heads that share it.
+
+    torch's own way with groups on the CPU reads the keys again for each of them.
+    """
+    scale = Attributes(**attributes).factor(query)
+    rows = per_group(query, key.shape[1])
+    return per_head(scaled_dot_product_attention(rows, key, value, scale=scale), query.shape[1])
+
+
 def span_of(live: torch.Tensor) -> torch.Tensor:
     """The first key that a query sees, and the one behind the last; the latter is 0 when there is none."""
     seen = live.flatten(0, 2).any(0)

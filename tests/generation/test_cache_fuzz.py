@@ -1,0 +1,49 @@
+"""Caches, compiled and eager side by side, under random operations; and that the comparison sees a fault."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from fxopt.runtime.kv_state import STATE
+from support.cache_fuzz import LAYERS, Differs, fuzz
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> None:
+    torch.compiler.reset()
+
+
+def test_random_operations() -> None:
+    in_place, copied = STATE.in_place, STATE.copied
+    done = fuzz(seed=1, operations=200).done
+    assert len(done) >= 12, f"too few kinds of operations to say anything: {done}"
+    assert STATE.in_place - in_place > 4 * (STATE.copied - copied)
+
+
+@pytest.mark.parametrize("fault", ["holders", "aliases"])
+def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If references were not counted, user code would see older tensors change."""
+    if fault == "holders":
+        monkeypatch.setattr("fxopt.runtime.kv_calls.references_of_a_call", lambda measured: 10**6)
+    else:
+        monkeypatch.setattr("fxopt.runtime.kv_state._references", lambda tensor: None)
+        monkeypatch.setattr("fxopt.runtime.kv_state._when_alone", lambda is_view: None)
+    run = fuzz(seed=1, operations=1)
+    with torch.no_grad():
+        for _ in range(4):
+            run._step(run.caches[0], _rows(run.caches[0][0]))
+        keys = [cache.layers[0].keys for cache in run.caches[0]]
+        run.kept.append(tuple(keys if fault == "holders" else [each[:, :, :3] for each in keys]))  # type: ignore[arg-type]
+        del keys
+        run._step(run.caches[0], _rows(run.caches[0][0]))
+        for cache in run.caches[0]:
+            cache.layers[0].keys.zero_()
+    with pytest.raises(Differs):
+        run.check("the last step")
+
+
+def _rows(cache: DynamicCache) -> torch.Tensor:
+    layer = cache.layers[0].keys
+    return torch.randn(LAYERS, 2, layer.shape[0], layer.shape[1], 1, layer.shape[3])

@@ -1,0 +1,206 @@
+"""Random operations on key-value caches, compiled and eager side by side; after each, all is equal.
+
+``python -m tests.support.cache_fuzz --operations 10000`` runs longer than the test does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+HEADS, WIDTH, LAYERS = 2, 3, 1
+Step = Callable[[DynamicCache, torch.Tensor], torch.Tensor]
+
+
+def step(cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:
+    """What a decoder does with its cache. Args: new: (layers, 2, B, heads, S, width)."""
+    out = []
+    for layer in range(LAYERS):
+        keys, values = cache.update(new[layer, 0], new[layer, 1], layer)
+        out.append((new[layer, 0] @ keys.mT) @ values)
+    return torch.stack(out)
+
+
+class Differs(AssertionError):
+    """What is compiled and what is eager have come apart."""
+
+
+@dataclass
+class Fuzz:
+    """Pairs of caches, and pairs of tensors taken from them, the first of each compiled.
+
+    Attributes:
+        done: how often each operation ran.
+    """
+
+    compiled: Step
+    random: random.Random
+    caches: list[tuple[DynamicCache, DynamicCache]] = field(default_factory=list)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    done: dict[str, int] = field(default_factory=dict)
+
+    def run(self, operations: int) -> None:
+        """Raises: Differs, with the number and name of the operation."""
+        names = list(OPERATIONS)
+        for number in range(operations):
+            name = "begin" if not self.caches else self.random.choices(names, OPERATIONS.values())[0]
+            getattr(self, name)()
+            self.done[name] = self.done.get(name, 0) + 1
+            self.check(f"operation {number}, {name}")
+
+    def check(self, where: str) -> None:
+        for mine, eager in self.caches:
+            for layer, twin in zip(mine.layers, eager.layers, strict=True):
+                if not torch.equal(layer.keys, twin.keys) or not torch.equal(layer.values, twin.values):
+                    raise Differs(f"{where}: a cache")
+        if not all(torch.equal(mine, eager) for mine, eager in self.kept):
+            raise Differs(f"{where}: a tensor that was kept")
+
+    def begin(self) -> None:
+        pair = (DynamicCache(), DynamicCache())
+        self._step(pair, torch.randn(LAYERS, 2, self.random.choice((2, 3)), HEADS, 3, WIDTH))
+        self.caches.append(pair)
+
+    def append(self) -> None:
+        pair = self._pair()
+        rows = self.random.choice((1, 1, 1, 1, 2, 5))
+        self._step(pair, torch.randn(LAYERS, 2, pair[1].layers[0].keys.shape[0], HEADS, rows, WIDTH))
+
+    def decode(self) -> None:
+        pair = self._pair()
+        for _ in range(self.random.randrange(1, 20)):
+            self._step(pair, torch.randn(LAYERS, 2, pair[1].layers[0].keys.shape[0], HEADS, 1, WIDTH))
+
+    def _step(self, pair: tuple[DynamicCache, DynamicCache], new: torch.Tensor) -> None:
+        if not torch.equal(self.compiled(pair[0], new), step(pair[1], new)):
+            torch.testing.assert_close(self.compiled(pair[0], new), step(pair[1], new))
+
+    def keep(self) -> None:
+        """User code holds a tensor of a cache, or a view of one."""
+        view: Callable[[torch.Tensor], torch.Tensor] = self.random.choice(
+            (lambda t: t, lambda t: t[:, :, :2], lambda t: t.detach(), lambda t: torch.from_numpy(t.numpy()))
+        )
+        mine, eager = self._tensors()
+        self.kept.append((view(mine), view(eager)))
+
+    def forget(self) -> None:
+        if self.kept:
+            self.kept.pop(self.random.randrange(len(self.kept)))
+
+    def edit(self) -> None:
+        """User code writes to the tensor that a cache holds."""
+        for tensor in self._tensors():
+            tensor[..., 0, :] += 1
+
+    def edit_kept(self) -> None:
+        if self.kept:
+            for tensor in self.random.choice(self.kept):
+                tensor.mul_(2)
+
+    def crop(self) -> None:
+        pair = self._pair()
+        rows = self.random.randrange(pair[1].get_seq_length())
+        if rows:
+            for cache in pair:
+                cache.crop(-rows)
+
+    def reorder(self) -> None:
+        pair = self._pair()
+        batch = pair[1].layers[0].keys.shape[0]
+        order = torch.tensor([self.random.randrange(batch) for _ in range(batch)])
+        for cache in pair:
+            cache.reorder_cache(order)
+
+    def repeat(self) -> None:
+        pair = self._pair()
+        if pair[1].layers[0].keys.shape[0] < 4:
+            for cache in pair:
+                cache.batch_repeat_interleave(2)
+
+    def select(self) -> None:
+        pair = self._pair()
+        for cache in pair:
+            cache.batch_select_indices(torch.tensor([1, 0]))
+
+    def deepcopy(self) -> None:
+        mine, eager = self._pair()
+        self.caches.append((copy.deepcopy(mine), copy.deepcopy(eager)))
+
+    def share(self) -> None:
+        """Two caches of the same tensors, as a prompt that several continuations start from."""
+        mine, eager = self._pair()
+        self.caches.append((_sharing(mine), _sharing(eager)))
+
+    def save(self) -> None:
+        place = self.random.randrange(len(self.caches))
+        mine, eager = self.caches[place]
+        self.caches[place] = (_saved(mine), _saved(eager))
+
+    def drop(self) -> None:
+        self.caches.pop(self.random.randrange(len(self.caches)))
+
+    def limit(self) -> None:
+        """Old ones go, so that a run does not slow down."""
+        del self.caches[:-6], self.kept[:-6]
+
+    def _pair(self) -> tuple[DynamicCache, DynamicCache]:
+        return self.random.choice(self.caches)
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mine, eager = self._pair()
+        layer, name = self.random.randrange(LAYERS), self.random.choice(("keys", "values"))
+        return getattr(mine.layers[layer], name), getattr(eager.layers[layer], name)
+
+
+# How often each operation is drawn.
+OPERATIONS = {
+    "begin": 2, "append": 40, "decode": 10, "keep": 8, "forget": 8, "edit": 6, "edit_kept": 4, "crop": 8,
+    "reorder": 3, "repeat": 1, "select": 1, "deepcopy": 3, "share": 4, "save": 1, "drop": 4, "limit": 3,
+}  # fmt: skip
+
+
+def _sharing(cache: DynamicCache) -> DynamicCache:
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def _saved(cache: DynamicCache) -> DynamicCache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    loaded: DynamicCache = torch.load(file, weights_only=False)
+    return loaded
+
+
+def fuzz(seed: int, operations: int, **options: Any) -> Fuzz:
+    """One run. Raises: Differs."""
+    torch.manual_seed(seed)
+    compiled = torch.compile(step, backend="fxopt", dynamic=True, options={"host": "eager", **options})
+    run = Fuzz(compiled, random.Random(seed))
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
+        run.run(operations)
+    return run
+
+
+if __name__ == "__main__":
+    from rich.progress import track
+
+    from fxopt.runtime.kv_state import STATE
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--operations", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    runs = max(1, arguments.operations // 500)
+    for each in track(range(runs), "fuzz"):
+        fuzz(arguments.seed + each, 500)
+    print(f"{runs * 500} operations, no difference; rows {STATE.in_place} in place, {STATE.copied} copied")
