@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace, batch: int, length: int) -> dict[str,
     model = _model(arguments)
     torch._dynamo.reset()
     calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
-    steps = {name: _step(call, batch, length) for name, call in calls.items()}
+    steps = {name: _step(call, model.config, batch, length) for name, call in calls.items()}
     with torch.no_grad():
         for _ in range(4):  # compiles: for the first length, and for all others
             for step in steps.values():
@@ -88,14 +88,15 @@ def _model(arguments: argparse.Namespace) -> Any:
     return LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).eval()
 
 
-def _step(call: Any, batch: int, length: int) -> Callable[[], torch.Tensor]:
-    """One more token each time, behind a prompt of random tokens."""
+def _step(call: Any, config: Any, batch: int, length: int) -> Callable[[], torch.Tensor]:
+    """One more token each time, behind random keys and values."""
     from transformers import DynamicCache
 
     torch.manual_seed(0)
-    cache, prompt = DynamicCache(), torch.randint(0, 1000, (batch, length))
-    with torch.no_grad():
-        call(prompt, past_key_values=cache, logits_to_keep=1)
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        size = (batch, config.num_key_value_heads, length, config.head_dim)
+        cache.update(*(torch.randn(size, dtype=config.dtype) for _ in range(2)), layer)
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     def step() -> torch.Tensor:

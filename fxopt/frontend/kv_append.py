@@ -25,7 +25,8 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import argument, is_call, location, val
 from fxopt.ir.graph_facts import Facts
-from fxopt.runtime.kv_calls import Append, Begin, Length, Plan
+from fxopt.runtime.kv_calls import Plan
+from fxopt.runtime.kv_growth import Append, Begin, Length
 
 aten = torch.ops.aten
 NAME = "append-kv-cache"

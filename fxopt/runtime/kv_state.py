@@ -94,21 +94,21 @@ class Buffer:
         return first if inside == 0 else None
 
 
-def _references(tensor: torch.Tensor) -> tuple[int, int]:
+def references_to_storage(tensor: torch.Tensor) -> tuple[int, int]:
     """How often the storage of a tensor is held, and how often its Python object is."""
-    storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), getrefcount(storage)
+    shared = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return shared, getrefcount(tensor.untyped_storage())
 
 
 @functools.cache
-def _when_alone(is_view: bool) -> tuple[int, int]:
-    """`_references` where one tensor has the storage: that, and where autograd tracks views what it is of.
+def when_alone(is_view: bool) -> tuple[int, int]:
+    """`references_to_storage` where one tensor has the storage, and what that is a view of, if it is one.
 
     Measured, as it depends on how a version of torch keeps the Python objects of storages.
     """
     with torch.no_grad() if is_view else torch.inference_mode():
         tensor = torch.empty(2)[:1]
-    return _references(tensor)
+    return references_to_storage(tensor)
 
 
 def _others(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
@@ -171,12 +171,20 @@ class KVState:
         whole.narrow(dim, 0, rows).copy_(past)
         return whole.narrow(dim, 0, rows + new)
 
+    def room_behind(self, view: torch.Tensor) -> int | None:
+        """How many rows fit behind those of a view; None for what is no view of a buffer."""
+        buffer = self._buffers.get(view.untyped_storage()._cdata)
+        first = None if buffer is None else buffer.first_row(view)
+        if buffer is None or first is None:
+            return None
+        return buffer.capacity - first - view.shape[buffer.dim]
+
     def _extensible(self, past: torch.Tensor, dim: int, new: int) -> int | None:
         """The first row of `past` where there is room behind its rows that nobody else can see."""
         buffer = self._buffers.get(past.untyped_storage()._cdata)
         if buffer is None or buffer.dim != dim:
             return None
-        if _references(past) != _when_alone(past._is_view()):
+        if references_to_storage(past) != when_alone(past._is_view()):
             return None
         if past.is_inference() and not torch.is_inference_mode_enabled():
             return None

@@ -26,10 +26,11 @@ def test_random_operations() -> None:
 def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If references were not counted, user code would see older tensors change."""
     if fault == "holders":
-        monkeypatch.setattr("fxopt.runtime.kv_calls.references_of_a_call", lambda measured: 10**6)
+        monkeypatch.setattr("fxopt.runtime.kv_growth.references_of_a_call", lambda measured: 10**6)
     else:
-        monkeypatch.setattr("fxopt.runtime.kv_state._references", lambda tensor: None)
-        monkeypatch.setattr("fxopt.runtime.kv_state._when_alone", lambda is_view: None)
+        monkeypatch.setattr("fxopt.runtime.kv_state.references_to_storage", lambda tensor: None)
+        monkeypatch.setattr("fxopt.runtime.kv_state.when_alone", lambda is_view: None)
+        monkeypatch.setattr("fxopt.runtime.kv_growth.Tip.is_what", lambda tip, pasts: True)
     run = fuzz(seed=1, operations=1)
     with torch.no_grad():
         for _ in range(4):
