@@ -63,6 +63,8 @@ CHOICES: dict[str, tuple[Callable[..., torch.Tensor], int, bool, str]] = {
     "padding": (given(padding), 512, False, "'blocks'"),
     "padding_of_short_sequences": (given(padding), 256, False, "'sdpa', 'blocks: blocks would take"),
     "plain_causal": (spelled(), 512, False, "'sdpa', \"blocks: the CPU's kernel knows this mask"),
+    "plain_causal_in_training": (spelled(), 800, True, "'blocks'"),
+    "plain_causal_and_short_in_training": (spelled(), 512, True, "'decomposed', 'blocks: 262144 scores"),
     "capped": (spelled(cap=5.0), 800, True, "'blocks'"),
     "capped_and_short": (spelled(cap=5.0), 256, False, "'decomposed', 'blocks: 65536 scores per head"),
     "dropped": (spelled(p=0.1), 512, True, "'blocks'"),

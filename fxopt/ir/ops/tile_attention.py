@@ -4,18 +4,21 @@ Tiles whose scores are only scaled and biased go to the CPU's flash kernel. The 
 product, score program, softmax, product; the backward computes them again.
 
     P = softmax(score(scale * Q K^T))      O = P V
-    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O)) * score'
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP)) * score'
     dQ = scale * dS K      dK = scale * dS^T Q
 
-Source: Dao et al., "FlashAttention", 2022, algorithms 1 and 4. Dropout acts on P; its random numbers are
-drawn again in the backward, from the same seed and in the same order.
+Source: Dao et al., "FlashAttention", 2022, algorithms 1 and 4, which take rowsum(dO * O) for rowsum(P * dP).
+The two are rounded differently: in a row of few keys the difference to dP is small, and loses up to half of
+its digits more. A tile has all keys of its rows, so the sum over them costs little.
+Dropout acts on P; its random numbers are drawn again in the backward, from the same seed and in the same
+order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -64,6 +67,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     lse = query.new_zeros(batch, heads, count, dtype=computed_in(query.dtype))
     generator = rows.generator()
     flash = flash_serves(problem, rows)
+    problem = problem if flash else heads_first(problem)
     for tile in tiles_of(problem, flash):
         at = tile.of_query
         if tile.columns[0] != tile.columns[1]:
@@ -82,7 +86,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # Scores that are computed at once, so that the steps between two products find them in the cache.
-DENSE_SCORES = 2**18
+DENSE_SCORES = 2**20
 # The flash kernel has tiles of its own; this bounds the masks.
 FLASH_SCORES = 2**22
 
@@ -90,6 +94,12 @@ FLASH_SCORES = 2**22
 def tiles_of(problem: Problem, flash: bool) -> Iterator[Tile]:
     """The tiles of a problem; in the forward the same as in the backward where numbers are random."""
     return tiles(problem, FLASH_SCORES if flash else DENSE_SCORES)
+
+
+def heads_first(problem: Problem) -> Problem:
+    """With operands laid out as (B, H, S, D), of whose tiles products read matrices without a copy."""
+    query, key, value = (each.contiguous() for each in (problem.query, problem.key, problem.value))
+    return replace(problem, query=query, key=key, value=value)
 
 
 def flash_serves(problem: Problem, rows: Rows) -> bool:
@@ -137,12 +147,17 @@ class DenseTile:
         self.query, self.key, self.value = operands(problem, tile)
         self.dtype = computed_in(problem.query.dtype)
         grouped = per_group(self.query, self.key.shape[1])
-        raw = scaled_product(grouped, self.key, problem.scale, problem.wide_scores)
+        if problem.query.dtype in (torch.float32, torch.float64):
+            raw = multiplied(grouped, self.key.transpose(-2, -1), problem.scale)
+        else:
+            raw = scaled_product(grouped, self.key, problem.scale, problem.wide_scores)
         self.raw = per_head(raw, problem.heads).to(self.dtype)
         self.values = problem.values(tile, self.raw)
         self.scores = self.raw if problem.score.is_identity else self.evaluate(problem.score.result)
         if tile.live is not None:
-            self.scores = self.scores.masked_fill(~tile.live, -math.inf)
+            # In place where the result is this object's own for sure.
+            fill = torch.Tensor.masked_fill_ if problem.score.is_identity else torch.masked_fill
+            self.scores = fill(self.scores, ~tile.live, -math.inf)
         self.kept = _kept(self.raw.shape, rows.dropout_p, generator)
 
     def evaluate(self, formula: sympy.Expr) -> torch.Tensor:
@@ -179,32 +194,51 @@ class DenseTile:
     def dropped(self, weights: torch.Tensor) -> torch.Tensor:
         return weights if self.kept is None else weights * self.kept
 
-    def backward(self, grad: torch.Tensor, delta: torch.Tensor) -> TileGradients:
-        """Args: grad (batch, H, rows, Dv). delta: rowsum(grad * out), (batch, H, rows, 1)."""
-        # Not from the log-sum-exp, which rounds what is far below the largest score of a row of low ones.
-        shares, _, total = self._shares()
-        return self.of_weights(shares.div_(total), grad, delta)
+    def weights(self) -> torch.Tensor:
+        """softmax(scores); 0 in rows without a live key, but NaN where only added numbers exclude all."""
+        if self.rows.sinks is not None:
+            shares, _, total = self._shares()
+            return shares.div_(total)
+        weights = torch.softmax(self.scores, -1)
+        if self.tile.dead is not None:
+            weights.masked_fill_(self.tile.dead, 0.0)
+        if self.rows.dead != NAN and self.problem.score.captures:
+            weights.masked_fill_(self.scores.amax(-1, keepdim=True) == -math.inf, 0.0)
+        return weights
 
-    def of_weights(self, weights: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> TileGradients:
-        """The gradients for weights that are given."""
+    def backward(self, grad: torch.Tensor) -> TileGradients:
+        """Args: grad (batch, H, rows, Dv)."""
+        # Not from the log-sum-exp, which rounds what is far below the largest score of a row of low ones.
+        return self.of_weights(self.weights(), grad)
+
+    def of_weights(self, weights: torch.Tensor, grad: torch.Tensor) -> TileGradients:
+        """The gradients for weights that are given. Each product sums in the order of autograd's own."""
         groups, heads = self.key.shape[1], self.problem.heads
         work = torch.float32 if self.problem.wide_scores else grad.dtype
         gathered = per_group(grad, groups)
         value = per_group(self.dropped(weights).to(grad.dtype), groups).transpose(-2, -1) @ gathered
         of_weights = per_head(gathered @ self.value.transpose(-2, -1), heads).to(self.dtype)
-        of_scores = weights * (self.dropped(of_weights) - delta)
+        of_scores = aten._softmax_backward_data(self.dropped(of_weights), weights, -1, self.dtype)
         slope = self.problem.score.slope
         of_raw = of_scores if slope == 1 else of_scores * self.evaluate(slope)
         if self._selects(slope):  # no gradient, where the other scores of a row make it NaN too
             of_raw = of_raw.masked_fill_(self.evaluate(slope) == 0, 0.0)
-        product = per_group((of_raw * self.problem.scale).to(work), groups)
-        query = per_head(product @ self.key.to(work), heads)
-        key = product.transpose(-2, -1) @ per_group(self.query, groups).to(work)
+        product, scale = per_group(of_raw.to(work), groups), self.problem.scale
+        query = per_head(multiplied(product, self.key.to(work), scale), heads)
+        own = per_group(self.query, groups).to(work)
+        key = multiplied(own.transpose(-2, -1), product, scale).transpose(-2, -1)
         return TileGradients(query, key, value, of_scores)
 
     def _selects(self, slope: sympy.Expr) -> bool:
         captured = self.problem.captures
         return any(captured[name].dtype is torch.bool for name in captures_of(slope))
+
+
+def multiplied(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * left @ right, of rank 4, in one pass over the result."""
+    flat = (each.flatten(0, 1) for each in (left, right))
+    product: torch.Tensor = torch.baddbmm(left.new_empty(()), *flat, beta=0, alpha=factor)
+    return product.view(*left.shape[:2], *product.shape[1:])
 
 
 @dataclass(frozen=True)
