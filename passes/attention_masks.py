@@ -79,7 +79,7 @@ def _is_finite_constant(node: fx.Node) -> bool:
 
 
 def is_finite(node: Any) -> bool:
-    """No entry is infinite, as far as the operations tell. Of inputs, parameters are taken to be."""
+    """No entry is infinite, as far as the operations tell. Parameters are taken to be, and learned inputs."""
     return _finite(node, DEPTH, {})
 
 
@@ -124,7 +124,7 @@ def _is_divisor(value: Any) -> bool:
 
 
 def _finite_input(node: fx.Node, depth: int, known: dict[fx.Node, bool]) -> bool:
-    if node.meta.get("fxopt_parameter"):
+    if node.meta.get("fxopt_parameter") or node.meta.get("fxopt_needs_grad"):
         return True
     outer = node.meta.get("fxopt_outer", ())
     return bool(outer) and all(_finite(each, depth, known) for each in outer)

@@ -31,6 +31,7 @@ from fxopt.ir.propagate import storage_of
 from fxopt.ir.tables import Table
 
 from .mask_check import difference
+from .mask_gradient import bias_is_replaced
 from .mask_program import Recovered, in_words, recover, written
 
 aten = torch.ops.aten
@@ -89,6 +90,9 @@ class RecoverMask:
         given = {"bias": renamed.bias_text, "captures": [*before, *captures], "sizes": sizes}
         kwargs: dict[str, Any] = {**node.kwargs, "mask": str(renamed.program)}
         kwargs |= {name: value for name, value in given.items() if value}
+        replaced = bias_is_replaced(argument(node, "attn_mask")) if may_train(graph) else None
+        if recovered.bias != 0 and replaced is not None:
+            kwargs["bias_replaced"] = replaced
         if any(math.isfinite(fill) for fill in recovered.fills):
             kwargs["dead_rows"] = MEAN
         made = graph.call_function(ATTENTION.overload, node.args, kwargs)
@@ -144,7 +148,9 @@ def _same_rows(recovered: Recovered, node: fx.Node) -> Verdict:
         return Verdict.no(
             f"wanted captured numbers that may be added in float32, saw float16 in {halves[0].name}"
         )
-    return Verdict.yes(in_words(recovered, argument(node, "score")))
+    before = list(argument(node, "captures") or ())
+    words = in_words(recovered.renumbered(len(before)), argument(node, "score"))
+    return Verdict.yes("; ".join([words, *(f"c{place} is {each.name}" for place, each in enumerate(before))]))
 
 
 def _find(symbol: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:

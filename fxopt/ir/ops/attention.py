@@ -15,6 +15,8 @@
     sinks         (Hq,): for each head the score of one more key, whose value is 0
     mask, bias    `attn_mask` as formulas, for providers that need no tensor: where a key takes part
                   (`MaskProgram`), and what is added to its score (`ScoreProgram`)
+    bias_replaced the numbers that exclude keys stand in the place of `bias`, which then gets no gradient;
+                  None where that is not known, or makes no difference
     captures      the tensors ``c0, c1, ...`` of all formulas
     sizes         the integers ``n0, n1, ...`` of all formulas
 
@@ -73,7 +75,8 @@ ATTENTION = SemanticOp(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
         "bool mask_replaces=False, bool wide_scores=False, str score='', Tensor? sinks=None, "
-        "str mask='', str bias='', Tensor[]? captures=None, SymInt[]? sizes=None) -> Tensor"
+        "str mask='', str bias='', bool? bias_replaced=None, Tensor[]? captures=None, "
+        "SymInt[]? sizes=None) -> Tensor"
     ),
     body=attention,
     providers=(

@@ -25,6 +25,7 @@ class Attributes:
     sinks: torch.Tensor | None = None
     mask: str = ""
     bias: str = ""
+    bias_replaced: bool | None = None
     captures: Sequence[torch.Tensor] | None = None
     sizes: Sequence[int] | None = None
 

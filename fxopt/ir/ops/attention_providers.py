@@ -117,9 +117,9 @@ def blocks_pay(node: fx.Node, facts: Facts) -> Verdict:
     if flash and not learned:
         return _flash_pays(node, scores, share, blocks)
     pays = _dense_pays(node, facts, scores, share)
-    if pays and learned and argument(node, "dead_rows") == MEAN and not _rows_live(node):
-        # Whether the bias was added to the number that excludes, or replaced by it, is not in the formulas.
-        return Verdict.no("the gradient of a learned bias in rows that may be masked whole is not known")
+    unknown = argument(node, "bias") and argument(node, "bias_replaced") is None
+    if pays and learned and unknown and argument(node, "dead_rows") == MEAN and not _rows_live(node):
+        return Verdict.no("a learned bias is replaced in some rows that may be masked whole, in others not")
     return pays
 
 
@@ -165,10 +165,11 @@ def _dense_pays(node: fx.Node, facts: Facts, scores: int, share: float) -> Verdi
 
 def _learned(node: fx.Node, facts: Facts) -> bool:
     """What is added to the scores gets a gradient."""
-    return facts.differentiates(node) and any(map(_reaches_grad, argument(node, "captures") or ()))
+    return facts.differentiates(node) and any(map(reaches_grad, argument(node, "captures") or ()))
 
 
-def _reaches_grad(capture: fx.Node) -> bool:
+def reaches_grad(capture: fx.Node) -> bool:
+    """Autograd may want a gradient of what it is made of."""
     if not is_floating(capture):
         return False
     try:
@@ -222,7 +223,7 @@ def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
         return Verdict.no("written as scaled_dot_product_attention, whose rounding is kept")
     if query.device.type != "cpu":
         return Verdict.no(f"device {query.device.type} has fused kernels")
-    learned = mask is not None and facts.differentiates(node) and _reaches_grad(argument(node, "attn_mask"))
+    learned = mask is not None and facts.differentiates(node) and reaches_grad(argument(node, "attn_mask"))
     if learned:
         return Verdict.yes("the CPU's kernel gives a mask no gradient")
     if argument(node, "dropout_p"):

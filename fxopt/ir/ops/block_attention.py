@@ -10,6 +10,7 @@ derivative of its own.
     captures, sizes     the tensors ``c0, ...`` and the integers ``n0, ...`` of the programs
     mask, score         the texts of a `MaskProgram` and of a `ScoreProgram`
     dead_rows, stops    what rows without a live key give, and whether their scores get no gradient
+    stopped             the places of captures that get no gradient from them
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from fxopt.ir.program import MaskProgram, ScoreProgram
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? seed, Tensor[] captures, SymInt[] sizes"
 )
-_ATTRIBUTES = "str mask, str score, float scale, str dead_rows, bool stops, bool wide_scores, float dropout_p"
+_ATTRIBUTES = (
+    "str mask, str score, float scale, str dead_rows, bool stops, int[] stopped, bool wide_scores, "
+    "float dropout_p"
+)
 FORWARD = f"block_attention({_OPERANDS}, *, {_ATTRIBUTES}) -> (Tensor, Tensor)"
 BACKWARD = (
     f"block_attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}, *, {_ATTRIBUTES}, "
@@ -52,11 +56,14 @@ def in_blocks(
     query, scale = without_symbol(query, given.factor(query))
     seed = torch.randint(2**31, (), dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
     score, bias = ScoreProgram.parse(given.score), ScoreProgram.parse(given.bias or "0")
+    replaced = given.mask_replaces if given.bias_replaced is None else given.bias_replaced
+    stopped = {*(score.captures if given.mask_replaces else ()), *(bias.captures if replaced else ())}
     out, _ = torch.ops.fxopt.block_attention(
         query, key, value, given.sinks, seed, list(given.captures or ()), list(given.sizes or ()),
         mask=given.mask or ("k <= q" if is_causal else "True"),
         score=str(ScoreProgram(score.result + bias.result)),
         scale=float(scale), dead_rows=given.dead_rows, stops=given.mask_replaces,
+        stopped=[place for place in range(len(given.captures or ())) if f"c{place}" in stopped],
         wide_scores=given.wide_scores, dropout_p=float(dropout_p),
     )  # fmt: skip
     result: torch.Tensor = out
@@ -78,7 +85,8 @@ def _problem(
 
 
 def _rows(sinks: torch.Tensor | None, seed: torch.Tensor | None, attributes: dict[str, Any]) -> Rows:
-    return Rows(attributes["dead_rows"], attributes["stops"], sinks, attributes["dropout_p"], seed)
+    stopped = frozenset(f"c{place}" for place in attributes["stopped"])
+    return Rows(attributes["dead_rows"], attributes["stops"], stopped, sinks, attributes["dropout_p"], seed)
 
 
 @without_autocast

@@ -38,11 +38,13 @@ class Rows:
 
     Attributes:
         dead: what a row without a live key gives, see `masking`. stops: its scores get no gradient.
+        stopped: names of captures that get none from it either.
         sinks: (Hq,), the score of one more key whose value is 0. dropout_p, seed: of the attention weights.
     """
 
     dead: str
     stops: bool
+    stopped: frozenset[str]
     sinks: torch.Tensor | None
     dropout_p: float
     seed: torch.Tensor | None

@@ -69,8 +69,7 @@ def backward(
             weights = torch.where(tile.dead, number, torch.zeros_like(dense.raw))
             found = dense.of_weights(weights, given)
             total.add(whole, found, only_value=rows.stops)
-            if not rows.stops:
-                total.add_captured(dense, found.scores)
+            total.add_captured(dense, found.scores, without=rows.stopped)
     return total.results()
 
 
@@ -148,9 +147,13 @@ class _Totals:
             of_share = (grad.to(self.dtype) * out.to(self.dtype)).sum(-1)
             self.of_sinks -= (share * of_share).sum((0, 2))
 
-    def add_captured(self, dense: DenseTile, grad: torch.Tensor) -> None:
-        """Args: grad: of the scores of the tile, after the score program."""
+    def add_captured(
+        self, dense: DenseTile, grad: torch.Tensor, without: frozenset[str] = frozenset()
+    ) -> None:
+        """Args: grad: of the scores of the tile, after the score program. without: names left out."""
         for access, formula in self.sensitivities.items():
+            if str(access.func) in without:
+                continue
             part = grad if formula == 1 else grad * dense.evaluate(formula)
             total = self.captured[str(access.func)]
             places = dense.values.places(access)
