@@ -24,7 +24,8 @@ Site = Callable[..., torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def _tiles_however_many_scores_are_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_providers, "LEARNED_SHARE", 1.0)
+    for name in ("DENSE_SHARE", "LEARNED_SHARE"):
+        monkeypatch.setattr(attention_providers, name, 1.0)
 
 
 def parts(q: torch.Tensor, table: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +133,25 @@ def test_no_factor_of_queries_by_keys_under_a_learned_bias(kind: str, fill: floa
     words = found.reasons("recover-mask")
     assert 'mask="k <= q" score="s + ' in words
     assert "s*" not in words
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_no_gradient_of_filled_scores_under_a_mask_that_is_captured_whole(fill: float) -> None:
+    """The first row has no live key, which no formula says: the bias added to the others has two forms."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
+        scores = 5 * torch.tanh(q @ k.mT * 0.06)
+        added = torch.where((j - i).abs() < 9, (j - i) * 0.1, 0.5)
+        return softmax(scores.masked_fill(j >= i, fill) + added.to(q.dtype), -1) @ v
+
+    args, found = left_padded()[:3], rewriting(attend, PASSES)
+    with reference_mode():
+        exact = gradients(attend, [each.double() for each in args])
+    got, wanted = gradients(found.call, args), gradients(attend, args)
+    assert_closer(exact[:2], got[:2], wanted[:2])
+    assert torch.equal(got[2].isnan(), wanted[2].isnan())
+    assert "'blocks'" in found.providers[0], found.providers
 
 
 def test_captures_of_score_and_mask_have_names_of_their_own() -> None:

@@ -25,7 +25,7 @@ import torch
 
 from fxopt.ir.formula import captures_of
 from fxopt.ir.ops.attention_attributes import computed_in
-from fxopt.ir.ops.decomposed_attention import scaled_product
+from fxopt.ir.ops.decomposed_attention import absorbs, scaled_product
 from fxopt.ir.ops.masking import MEAN, NAN
 from fxopt.ir.ops.tiles import Problem, Tile, tiles
 
@@ -225,11 +225,19 @@ class DenseTile:
         of_raw = of_scores if slope == 1 else of_scores * self.evaluate(slope)
         if self._selects(slope):  # no gradient, where the other scores of a row make it NaN too
             of_raw = of_raw.masked_fill_(self.evaluate(slope) == 0, 0.0)
+        if self.rows.stops and self.problem.score.captures:
+            of_raw = self._without_replaced(of_raw)
         product, scale = per_group(of_raw.to(work), groups), self.problem.scale
         query = per_head(multiplied(product, self.key.to(work), scale), heads)
         own = per_group(self.query, groups).to(work)
         key = multiplied(own.transpose(-2, -1), product, scale).transpose(-2, -1)
         return TileGradients(query, key, value, of_scores)
+
+    def _without_replaced(self, grad: torch.Tensor) -> torch.Tensor:
+        """0 for scores that a captured number stands for; it shows in rows of nothing else."""
+        if not absorbs(self.scores.amax(-1)).any():
+            return grad
+        return grad.masked_fill(absorbs(self.scores), 0.0)
 
     def _selects(self, slope: sympy.Expr) -> bool:
         captured = self.problem.captures
