@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.facts import is_call, val
+from fxopt.ir.sizes import size_node
 
 from .attention_layout import Layout, Lead, Steps
 from .attention_parts import Factor, Mask, Multiplier
@@ -204,8 +206,11 @@ class SiteBuilder:
         if steps is None:
             raise ValueError("a layout that was not found to be legal")
         for target, args in steps:
-            node = self._call(target, node, *args)
+            node = self._call(target, node, *pytree.tree_map_only(torch.SymInt, self._size, args))
         return node
+
+    def _size(self, size: torch.SymInt) -> fx.Node | int:
+        return size_node(size.node.expr, self.graph)
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)

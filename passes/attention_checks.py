@@ -11,7 +11,9 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Context, Verdict
 from fxopt.ir.facts import is_call, val
 from fxopt.ir.same_value import DEPTH, same_value
+from fxopt.ir.sizes import can_compute
 
+from .attention_layout import sizes_in
 from .attention_masks import commute, never_infinite, replaces
 from .attention_parts import Mask
 from .attention_site import Site
@@ -97,8 +99,12 @@ def _masks(site: Site) -> Verdict:
         if mask.fill is not None and facts.dtype(mask.node) is not torch.bool:
             return Verdict.no(f"wanted a bool condition, saw {facts.dtype(mask.node)}")
     for node, at in site.placed:
-        if site.layout.mask_steps(tuple(val(node).shape[:-2]), at) is None:
+        steps = site.layout.mask_steps(tuple(val(node).shape[:-2]), at)
+        if steps is None:
             return Verdict.no(f"wanted a mask that broadcasts to the scores, saw {tuple(val(node).shape)}")
+        unknown = [size for size in sizes_in(steps) if not can_compute(size.node.expr, node.graph)]
+        if unknown:
+            return Verdict.no(f"wanted a mask repeated as often as an input says, saw {unknown[0]} times")
     if site.scores.factor.tensors and not site.scores.score.is_identity and site.factors_of_scores:
         return Verdict.no("wanted a softcap of scores times numbers, saw times a tensor")
     if site.gated and not never_infinite(site.scores.masks):

@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from fxopt.ir.facts import Size, same_shape, same_size
 
 aten = torch.ops.aten
 
 Lead = tuple[Size, ...]
-# Calls to apply one after the other: (op, arguments after the tensor).
+# Calls to apply one after the other: (op, arguments after the tensor). Sizes may be symbolic: `sizes_in`.
 Steps = list[tuple[Any, tuple[Any, ...]]]
+
+
+def sizes_in(steps: Steps) -> list[torch.SymInt]:
+    """The sizes among the arguments that are not known while compiling."""
+    flat = pytree.tree_leaves([args for _, args in steps])
+    return [arg for arg in flat if isinstance(arg, torch.SymInt)]
 
 
 @dataclass(frozen=True)
@@ -148,8 +155,6 @@ def _merged(own: Lead, at: Lead, first: int, last: int, fits: Fits) -> Steps | N
     steps: Steps = []
     if not fits(own[first:last], at[first:last]):
         repeats = {place for place in range(first, last) if not same_size(own[place], at[place])}
-        if not all(isinstance(at[place], int) for place in repeats):
-            return None
         sizes = [at[place] if place in repeats else -1 for place in range(len(at))]
         steps.append((aten.expand.default, ([*sizes, -1, -1],)))
     if last - first > 1:

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.ir.cone import call_on_cpu, run_all, shape_at, symbols
+from fxopt.ir.cone import call_on_cpu, run_all, shape_at, size_at, stand_in, symbols
 from fxopt.ir.facts import val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE
@@ -52,7 +52,7 @@ def _difference_at(recovered: Recovered, mask: fx.Node, attention: fx.Node, at: 
         raise Unsupported(f"{math.prod(shape)} entries, more than {MOST} are not compared")
     seeded = torch.Generator().manual_seed(0)
     values = run_all(recovered.made_by, at, lambda node: _random(node, at, seeded))
-    captures = {name: _made(source, values) for name, source in recovered.captures.items()}
+    captures = {name: _made(source, values, at) for name, source in recovered.captures.items()}
     sizes = {name: at[symbol] for name, symbol in recovered.sizes.items()}
     tile = TileValues(tuple((0, size) for size in shape), captures, sizes, torch.device("cpu"))
     live = tile.condition(recovered.program.live).expand(shape)
@@ -85,10 +85,11 @@ def _random(node: fx.Node, at: Point, seeded: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, shape, generator=seeded).to(value.dtype)
 
 
-def _made(source: fx.Node | Table, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+def _made(source: fx.Node | Table, values: dict[fx.Node, torch.Tensor], at: Point) -> torch.Tensor:
     if isinstance(source, fx.Node):
         return values[source]
-    found = {**values, source.base: torch.arange(source.low, source.high + 1)}
+    low, high = size_at(source.low, at), size_at(source.high, at)
+    found = {**values, source.base: torch.arange(low, high + 1)}
     for step in source.steps:
-        found[step] = call_on_cpu(step, found.__getitem__)
+        found[step] = call_on_cpu(step, lambda arg: found[arg] if arg in found else stand_in(val(arg), at))
     return found[source.root]

@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -28,6 +27,7 @@ from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.masking import MEAN, ZERO
 from fxopt.ir.propagate import storage_of
+from fxopt.ir.sizes import can_compute, size_node
 from fxopt.ir.tables import Table
 
 from .mask_check import difference
@@ -68,9 +68,9 @@ class RecoverMask:
         stale = written(recovered.made_by, node, ctx)
         if stale:
             return Verdict.no(stale)
-        unknown = [symbol for symbol in recovered.sizes.values() if _find(symbol, node.graph) is None]
+        unknown = [symbol for symbol in recovered.sizes.values() if not can_compute(symbol, node.graph)]
         if unknown:
-            return Verdict.no(f"wanted sizes that an operand has, saw {unknown[0]}")
+            return Verdict.no(f"wanted sizes that an input has, saw {unknown[0]}")
         found = _checked(match, ctx) if ctx.options.verify == "masks" else ""
         same = _same_rows(recovered, node)
         return Verdict(bool(same), same.reason + found)
@@ -86,7 +86,7 @@ class RecoverMask:
             source.build(graph) if isinstance(source, Table) else _kept(inside(graph, source), graph)
             for source in recovered.captures.values()
         ]
-        sizes = [_size(symbol, graph) for symbol in recovered.sizes.values()]
+        sizes = [size_node(symbol, graph) for symbol in recovered.sizes.values()]
         given = {"bias": renamed.bias_text, "captures": [*before, *captures], "sizes": sizes}
         kwargs: dict[str, Any] = {**node.kwargs, "mask": str(renamed.program)}
         kwargs |= {name: value for name, value in given.items() if value}
@@ -151,24 +151,3 @@ def _same_rows(recovered: Recovered, node: fx.Node) -> Verdict:
     before = list(argument(node, "captures") or ())
     words = in_words(recovered.renumbered(len(before)), argument(node, "score"))
     return Verdict.yes("; ".join([words, *(f"c{place} is {each.name}" for place, each in enumerate(before))]))
-
-
-def _find(symbol: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
-    """An input that is the symbol, or one of whose sizes is."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = val(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-            return node, None
-        sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
-        for dim, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                return node, dim
-    return None
-
-
-def _size(symbol: sympy.Symbol, graph: fx.Graph) -> fx.Node:
-    found = _find(symbol, graph)
-    if found is None:
-        raise Unsupported(f"the size {symbol}")
-    node, dim = found
-    return node if dim is None else graph.call_function(aten.sym_size.int, (node, dim))

@@ -160,7 +160,7 @@ def _run_node(node: fx.Node, results: dict[fx.Node, Any], at: Mapping[sympy.Symb
         raise Unsupported(f"{node.name}, which is no operation on sizes alone")
     if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
         raise Unsupported(f"{op}")
-    found = call_on_cpu(node, lambda arg: results[arg] if arg in results else _stand_in(val(arg), at))
+    found = call_on_cpu(node, lambda arg: results[arg] if arg in results else stand_in(val(arg), at))
     _check_form(node, found, at)
     return found
 
@@ -183,11 +183,11 @@ def call_on_cpu(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _stand_in(value: Any, at: Mapping[sympy.Symbol, int]) -> Any:
+def stand_in(value: Any, at: Mapping[sympy.Symbol, int]) -> Any:
     """An integer for a size; for a tensor of which only the metadata is read, one without contents."""
     if isinstance(value, torch.Tensor):
         return torch.empty(shape_at(value, at), dtype=value.dtype, device="cpu")
-    return _size(value, at)
+    return size_at(value, at)
 
 
 def _check_form(node: fx.Node, found: Any, at: Mapping[sympy.Symbol, int]) -> None:
@@ -200,13 +200,17 @@ def _check_form(node: fx.Node, found: Any, at: Mapping[sympy.Symbol, int]) -> No
 
 def shape_at(value: torch.Tensor, at: Mapping[sympy.Symbol, int]) -> list[int]:
     """The shape of a value, each symbol replaced by the integer in `at`."""
-    return [_size(size, at) for size in value.shape]
+    return [size_at(size, at) for size in value.shape]
 
 
-def _size(size: Any, at: Mapping[sympy.Symbol, int]) -> int:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    found = size.node.expr.xreplace({symbol: sympy.Integer(number) for symbol, number in at.items()})
+def size_at(size: Any, at: Mapping[sympy.Symbol, int]) -> int:
+    """A size, or an expression of sizes, each symbol replaced by the integer in `at`.
+
+    Raises:
+        Unsupported: it has other symbols.
+    """
+    expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+    found = expression.xreplace({symbol: sympy.Integer(number) for symbol, number in at.items()})
     if not found.is_Integer:
         raise Unsupported(f"the size {size}")
     return int(found)

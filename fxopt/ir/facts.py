@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxopt.ir.sizes import Size as Size
+from fxopt.ir.sizes import same_size as same_size
 
 aten = torch.ops.aten
-
-Size = int | torch.SymInt
 
 
 def val(node: Any) -> Any:
@@ -45,11 +45,6 @@ def rank(node: fx.Node) -> int:
 def is_floating(node: fx.Node) -> bool:
     value = val(node)
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def same_size(a: Size, b: Size) -> bool:
-    """Known to be equal for all values of the symbols. Adds no guard."""
-    return bool(statically_known_true(a == b))
 
 
 def same_shape(a: Iterable[Size], b: Iterable[Size]) -> bool:

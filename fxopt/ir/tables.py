@@ -16,6 +16,7 @@ from fxopt.ir.facts import val
 from fxopt.ir.formula import capture, real_capture
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import INDEX, Case, Value, known_value
+from fxopt.ir.sizes import can_compute, same_size, size_node
 
 aten = torch.ops.aten
 
@@ -35,8 +36,8 @@ class Table:
     root: fx.Node
     base: fx.Node
     steps: tuple[fx.Node, ...]
-    low: int
-    high: int
+    low: sympy.Expr
+    high: sympy.Expr
 
     @property
     def name(self) -> str:
@@ -47,7 +48,8 @@ class Table:
         """The table as a tensor of one dimension, computed at the graph's insertion point."""
         value = val(self.base)
         made = {"dtype": torch.int64, "device": value.device}
-        env = {self.base: graph.call_function(aten.arange.start, (self.low, self.high + 1), made)}
+        ends = (size_node(self.low, graph), size_node(self.high + 1, graph))
+        env = {self.base: graph.call_function(aten.arange.start, ends, made)}
         for step in self.steps:
             env[step] = graph.node_copy(step, lambda node: env.get(node, node))
             env[step].meta = {}
@@ -74,6 +76,8 @@ def tabulated(root: fx.Node, shape: tuple[sympy.Expr, ...]) -> tuple[Table, Valu
         raise Unsupported(f"{root.name}, which broadcasts")
     number = found.cases[0].number
     low, high = _ends(number, shape)
+    if not (can_compute(low, base.graph) and can_compute(high, base.graph)):
+        raise Unsupported(f"a table from {low} to {high}, sizes that no input has")
     table = Table(root, base, tuple(steps), low, high)
     dtype = val(root).dtype
     make = real_capture if dtype.is_floating_point else capture
@@ -94,7 +98,7 @@ def _walk(node: fx.Node, bases: dict[fx.Node, None], steps: dict[fx.Node, None])
     if _is_linear(node) and not (_is_elementwise(node) and any(_is_linear(arg) for arg in inner)):
         bases[node] = None
         return
-    if not inner and val(node).numel() == 1 and node.op == "call_function":
+    if not inner and same_size(val(node).numel(), 1) and node.op == "call_function":
         return  # a constant
     if not _is_elementwise(node):
         raise Unsupported(f"{node.target}, which is not elementwise")
@@ -123,11 +127,10 @@ def _is_elementwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or node.target in (*_LIKE, *_CASTS)
 
 
-def _ends(number: sympy.Expr, shape: tuple[sympy.Expr, ...]) -> tuple[int, int]:
+def _ends(number: sympy.Expr, shape: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, sympy.Expr]:
+    """The least and the largest value, where no dimension is empty."""
     low = high = sympy.expand(number).xreplace(dict.fromkeys(INDEX, sympy.Integer(0)))
     for index, size in zip(INDEX, shape, strict=False):
         span = number.coeff(index) * (size - 1)
         low, high = low + sympy.Min(span, 0), high + sympy.Max(span, 0)
-    if not (low.is_Integer and high.is_Integer):
-        raise Unsupported("a table of a size that is not known")
-    return int(low), int(high)
+    return sympy.expand(low), sympy.expand(high)

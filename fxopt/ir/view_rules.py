@@ -30,18 +30,22 @@ def reindexed(sizes: Sizes, node: fx.Node, source: Value, indices: Sequence[symp
 def _floored(sizes: Sizes, domain: Boolean, case: Case) -> Case:
     """``b`` for ``b + h//4``, where h is less than 4: dimensions that were merged, and are split again."""
     guard, number = case.guard, case.number
-    parts = guard.atoms(sympy.floor) | (
-        number.atoms(sympy.floor) if isinstance(number, sympy.Expr) else set()
-    )
-    zeros = {part: sympy.Integer(0) for part in parts if _is_zero(sizes, domain, part)}
-    if not zeros:
-        return case
-    return Case(guard.xreplace(zeros), number.xreplace(zeros) if isinstance(number, sympy.Expr) else number)
+    whole = isinstance(number, sympy.Expr)
+    parts = guard.atoms(sympy.floor) | (number.atoms(sympy.floor) if whole else set())
+    moved = {part: found for part in parts if (found := _quotient(sizes, domain, part)) != part}
+    return Case(guard.xreplace(moved), number.xreplace(moved) if whole else number) if moved else case
+
+
+def _quotient(sizes: Sizes, domain: Boolean, part: sympy.Expr) -> sympy.Expr:
+    """Without a remainder that is less than the divisor; `part` itself where there is none."""
+    split = sympy.floor(sympy.expand(part.args[0]))
+    rests = {rest: sympy.Integer(0) for rest in split.atoms(sympy.floor) if _is_zero(sizes, domain, rest)}
+    return split.xreplace(rests) if rests else part
 
 
 def _is_zero(sizes: Sizes, domain: Boolean, part: sympy.Expr) -> bool:
     over, under = part.args[0].as_numer_denom()
-    return bool(under.is_Integer) and sizes.implies(domain, sympy.And(over >= 0, over < under))
+    return sizes.implies(domain, sympy.And(over >= 0, over < under))
 
 
 def dimension(dim: Any, rank: int) -> int:
@@ -104,8 +108,6 @@ def _parts(index: sympy.Expr, shape: Sequence[sympy.Expr]) -> list[sympy.Expr]:
     """The indices into dimensions of `shape` that were merged into one."""
     found: list[sympy.Expr] = []
     for size in reversed(shape[1:]):
-        if not size.is_Integer:
-            raise Unsupported(f"merged dimensions of {tuple(shape)}")
         rest = sympy.floor(index / size)
         found.insert(0, index - size * rest)
         index = rest

@@ -9,6 +9,7 @@ from torch.nn.functional import softmax
 from fxopt.passes.attention_layout import Layout
 from support.attention import B, D, H, S, Site, assert_recovered, assert_refused, inputs
 from support.golden import assert_golden
+from support.rewriting import rewriting
 
 T = torch.Tensor
 
@@ -101,6 +102,22 @@ def test_fires(site: Site, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("site", [einsum, groups, video], ids=lambda f: f.__name__)
 def test_fires_with_dynamic_shapes(site: Site) -> None:
     assert_recovered(site, inputs(), dynamic=True)
+
+
+def test_fires_on_windows_of_a_number_that_changes() -> None:
+    """Only the guard of the first view says that images times windows are the batch."""
+
+    def attend(q: T, k: T, v: T, mask: T) -> T:
+        w, count = q @ k.mT * 0.5, mask.shape[0]
+        w = w.view(q.shape[0] // count, count, H, S, S) + mask[:, None]
+        return softmax(w.view(-1, H, S, S), -1) @ v
+
+    found = rewriting(attend, ("eliminate-noops", "rewrite-attention"), dynamic=True)
+    for images, windows in ((4, 11), (5, 11), (4, 13)):
+        args = [*(torch.randn(images * windows, H, S, D) for _ in range(3)), torch.randn(windows, S, S)]
+        torch.testing.assert_close(found.call(*args), attend(*args))
+    assert found.graphs == 1
+    assert found.applied("rewrite-attention") == 1, found.reasons()
 
 
 def test_heads_that_share_a_key_head_are_not_repeated() -> None:

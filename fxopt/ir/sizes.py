@@ -1,0 +1,91 @@
+"""Sizes that are not known while compiling: when two are equal, and the nodes that compute one."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import FloorDiv
+
+aten = torch.ops.aten
+
+Size = int | torch.SymInt
+
+
+def same_size(a: Size, b: Size) -> bool:
+    """Known to be equal for all values of the symbols. Adds no guard."""
+    if a is b:
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(statically_known_true(a == b)) or _equal_by_guards(a, b)
+
+
+def _equal_by_guards(a: Size, b: Size) -> bool:
+    """A guard of the trace says so of a multiple of both, as that of a view says of all its entries."""
+    if not isinstance(a, torch.SymInt) or not isinstance(b, torch.SymInt):
+        return False
+    left, right = a.node.expr, b.node.expr
+    if left.is_Symbol and right.is_Symbol:
+        return False
+    difference = left - right
+    relations = (guard.expr for guard in a.node.shape_env.guards if isinstance(guard.expr, sympy.Eq))
+    return any(
+        difference.free_symbols <= relation.free_symbols and _follows(relation, difference)
+        for relation in relations
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _follows(relation: sympy.Eq, difference: sympy.Expr) -> bool:
+    """Where `relation` holds, `difference` is zero: the two sides differ by a positive multiple of it."""
+    factor = sympy.cancel((relation.lhs - relation.rhs) / difference)
+    return bool(factor.is_positive or factor.is_negative)
+
+
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+}
+
+
+def can_compute(size: sympy.Expr, graph: fx.Graph) -> bool:
+    """Whether `size_node` finds the symbols of `size` in the inputs, and has its operations."""
+    if size.is_Symbol:
+        return _input_of(size, graph) is not None
+    if size.is_Integer:
+        return True
+    return size.func in _OPERATIONS and all(can_compute(part, graph) for part in size.args)
+
+
+def size_node(size: sympy.Expr, graph: fx.Graph) -> fx.Node | int:
+    """`size` as a number, or as a node that is made at the graph's insertion point. See `can_compute`."""
+    if size.is_Integer:
+        return int(size)
+    if not size.is_Symbol:
+        parts = [size_node(part, graph) for part in size.args]
+        call = functools.partial(graph.call_function, _OPERATIONS[size.func])
+        return functools.reduce(lambda a, b: call((a, b)), parts)
+    found = _input_of(size, graph)
+    if found is None:
+        raise LookupError(f"no input has the size {size}")
+    node, dim = found
+    return node if dim is None else graph.call_function(aten.sym_size.int, (node, dim))
+
+
+def _input_of(symbol: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
+    """An input that is the symbol, or one of whose sizes is."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for dim, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                return node, dim if isinstance(value, torch.Tensor) else None
+    return None
