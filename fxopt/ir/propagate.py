@@ -88,6 +88,8 @@ def signature(arg: Any) -> Any:
     if isinstance(value, torch.Tensor):
         sizes = tuple(str(n) for n in (*value.shape, *value.stride()))
         return (value.dtype, value.device, sizes)
+    if isinstance(value, torch.SymFloat):
+        return torch.SymFloat  # no size depends on it
     return (type(value).__name__, str(value))
 
 
@@ -128,13 +130,24 @@ def propagate_from(
     `on_change` is told of a node and its value before each change, so that a caller can undo. Whatever an
     op raises when it cannot take the new strides is passed on.
     """
-    moved = storage_of(replaced) if storage_of(replaced) != storage_of(start.meta.get("val")) else None
+    made = start.meta.get("val")
+    moved = storage_of(replaced) if storage_of(replaced) != storage_of(made) else None
+    alike = isinstance(made, torch.Tensor) and equivalent(replaced, made)
+    changed = set() if alike else {start}
     dirty = set(start.users)
     node = start.next
     while dirty and node.op != "root":
-        if node in dirty:
-            dirty.discard(node)
-            dirty |= _update(node, moved, lambda n: evaluate(n, mode, autocast_at(n)), on_change)
+        old = node.meta.get("val")
+        aliases = moved is not None and storage_of(old) == moved
+        # Most rewrites keep the form of the value: only its views have to be looked at.
+        if node in dirty and (aliases or not changed.isdisjoint(node.all_input_nodes)):
+            value = _updated(node, aliases, lambda n: evaluate(n, mode, autocast_at(n)))
+            if value is not None:
+                on_change(node, old)
+                node.meta["val"] = value
+                changed |= set() if equivalent(old, value) else {node}
+                dirty |= set(node.users)
+        dirty.discard(node)
         node = node.next
 
 
@@ -146,23 +159,14 @@ def storage_of(value: Any) -> int | None:
     return storage
 
 
-def _update(
-    node: fx.Node,
-    moved: int | None,
-    value_of: Callable[[fx.Node], Any],
-    on_change: Callable[[fx.Node, Any], None],
-) -> set[fx.Node]:
-    """Re-evaluate one node; returns who must follow. Views of what was replaced move to the new memory."""
+def _updated(node: fx.Node, aliases: bool, value_of: Callable[[fx.Node], Any]) -> torch.Tensor | None:
+    """The new value of a node; None where it keeps its own. `aliases`: it is a view of what was replaced."""
     old = node.meta.get("val")
-    aliases = moved is not None and storage_of(old) == moved
     if aliases and is_write(node):
         new = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else old
     elif node.op == "output" or not can_evaluate(node):
-        return set()
+        return None
     else:
         new = value_of(node)
-    if not isinstance(new, torch.Tensor) or (equivalent(old, new) and not aliases):
-        return set()
-    on_change(node, old)
-    node.meta["val"] = new
-    return set(node.users)
+    keeps = not isinstance(new, torch.Tensor) or (equivalent(old, new) and not aliases)
+    return None if keeps else new
