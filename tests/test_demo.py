@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fxopt.commands import demo, demo_jobs
 from fxopt.commands.demo_jobs import Embedder, Outcome, Runs, WeightsMissing
+from fxopt.measure.compiled import apart
 from fxopt.measure.timing import Ratio
 
 GOOD = Outcome(
@@ -137,3 +138,14 @@ def test_faults_and_sites_come_from_the_records() -> None:
     assert outcome.right
     assert outcome.sites >= 1
     assert outcome.errors["fxopt"] <= 1e-7
+
+
+def test_no_backend_compiles_for_sizes_that_another_has_seen() -> None:
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x * 0.5, 0)
+
+    runs = Runs()
+    for name, options in (("eager", None), ("fxopt", {"host": "eager"})):
+        compiled = torch.compile(half, backend=name, options=options, **apart())
+        runs.add(name, lambda one=compiled: [one(torch.ones(length)) for length in (5, 7, 9)])
+    assert [record.dynamic for record in runs.records] == [False, True]

@@ -22,6 +22,7 @@ from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere
 from fxopt.measure.compiled import apart, compile_with
 from fxopt.measure.timing import Ratio, interleave
 from fxopt.report.record import GraphRecord, collect
+from fxopt.report.watch import FrameState
 
 BACKENDS = ("eager", "inductor", "fxopt")
 # Of six: what one training step shows takes three times as long to compile with all of them.
@@ -81,9 +82,12 @@ class Runs:
     records: list[GraphRecord] = field(default_factory=list)
 
     def add(self, backend: str, step: Callable[[], Any], first: Callable[[], Any] | None = None) -> None:
-        """Run `first` (or `step`) once, which compiles, and keep its result."""
+        """Run `first` (or `step`) once, which compiles, and keep its result.
+
+        Sizes that changed under another backend would be dynamic from the start, which compiles longer.
+        """
         start = time.perf_counter()
-        with collect() as records:
+        with FrameState().swapped(), collect() as records:
             self.results[backend] = (first or step)()
         self.compiling[backend] = time.perf_counter() - start
         self.steps[backend] = step
