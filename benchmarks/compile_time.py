@@ -2,7 +2,8 @@
 
 Each measurement is a process of its own with empty caches, the two backends take turns, and the fastest of
 the repeats counts: whatever else the machine does only adds. fxopt's own share is what its stages before the
-host take (normalize, passes, lower), as a part of the time until Inductor's first result.
+host take (normalize, passes, lower), as a part of the time until Inductor's first result. With `--generate`
+that is the first `generate`: a prompt, one token, and tokens over a cache whose length has become a symbol.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from fxopt.measure.models import Subject
 
 BACKENDS = ("inductor", "fxopt")
 OWN_STAGES = ("normalize", "passes", "lower")
@@ -51,6 +56,7 @@ def _in_new_process(arguments: argparse.Namespace, model: str, backend: str) -> 
     command += ["--layers", str(arguments.layers), "--size", arguments.size]
     command += ["--attn", arguments.attn] if arguments.attn else []
     command += ["--train"] if arguments.train else []
+    command += ["--generate"] if arguments.generate else []
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -75,7 +81,8 @@ def _worker(arguments: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     scale = replace(SCALES[arguments.size], layers=arguments.layers)
     subject = build(arguments.models, scale, attention=arguments.attn, training=arguments.train)
-    step = subject.step(torch.compile(subject.model, backend=arguments.worker))
+    subject.model.compile(backend=arguments.worker)
+    step = _generation(subject) if arguments.generate else subject.step(subject.model)
     with collect() as records:
         start = time.perf_counter()
         step()
@@ -87,7 +94,15 @@ def _worker(arguments: argparse.Namespace) -> dict[str, Any]:
         "stages": stage_seconds(records),
         "passes": pass_seconds(records),
         "sites": sum(len(record.applied()) for record in records),
+        "graphs": [record.dynamic for record in records],
     }
+
+
+def _generation(subject: Subject) -> Callable[[], Any]:
+    """Greedy decoding of a few tokens over the default, growing cache."""
+    prompt = subject.kwargs["input_ids"]
+    ends = {"pad_token_id": 0, "eos_token_id": None}
+    return lambda: subject.model.generate(prompt, max_new_tokens=6, do_sample=False, **ends)
 
 
 def _row(model: str, theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,11 +122,12 @@ def _row(model: str, theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -
             "fxopt": [run["seconds"] for run in ours],
         },
         "sites": ours[0]["sites"],
+        "dynamic": ours[0]["graphs"],
     }
 
 
 def _table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> Table:
-    phase = "training" if arguments.train else "inference"
+    phase = "training" if arguments.train else "generate" if arguments.generate else "inference"
     table = Table(title=f"cold compilation, {arguments.layers} layers, {phase}, seconds")
     table.add_column("model")
     for name in (
@@ -138,7 +154,9 @@ def _layer(row: dict[str, Any], arguments: argparse.Namespace) -> str:
 def _write(out: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     from fxopt.measure.machine import describe
 
-    plan = {name: getattr(arguments, name) for name in ("layers", "size", "attn", "train", "repeats")}
+    plan = {
+        name: getattr(arguments, name) for name in ("layers", "size", "attn", "train", "generate", "repeats")
+    }
     lines = [{"kind": "machine", **describe(), "plan": plan}, *({"kind": "row", **row} for row in rows)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -151,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="tiny", choices=("tiny", "small"))
     parser.add_argument("--attn", choices=("eager", "sdpa"))
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--generate", action="store_true", help="decoders only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
