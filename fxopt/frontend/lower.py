@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fxopt.frontend.constants import restore_constants
 from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
+from fxopt.frontend.retrace import traced
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
@@ -89,7 +89,7 @@ def _trace(
     if mode is None:
         raise ValueError(f"{node.name}: a semantic op in a graph without tensors")
     with mode, torch.no_grad():
-        traces[key] = make_fx(call, pre_dispatch=True)(*[arg.meta["val"] for arg in nodes])
+        traces[key] = traced(call, *[arg.meta["val"] for arg in nodes])
     return traces[key]
 
 

@@ -24,10 +24,9 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh
+from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh, traced
 from fxopt.frontend.subgraphs import PLAIN_CALLS
 from fxopt.frontend.vmap import fold_vmap
 
@@ -81,7 +80,7 @@ def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> f
     subgraphs = _normalize_subgraphs(gm, mode)
     retrace = Retrace(fold_vmap(gm), subgraphs, mode)
     with preserve_node_meta(), mode:
-        new = make_fx(_named(retrace.run, len(inputs)), pre_dispatch=True)(*inputs)
+        new = traced(_named(retrace.run, len(inputs)), *inputs)
     _check_constants(new)
     new.graph.eliminate_dead_code(_must_stay)
     _carry_over(gm, new)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
-from torch.fx.experimental import proxy_tensor
 
 import fxopt.pipeline as pipeline
 from fxopt.frontend import lower as module
 from fxopt.frontend.lower import lower
+from fxopt.frontend.retrace import traced
 from fxopt.hosts.eager import EAGER
 from fxopt.ir.contract import Verdict
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
@@ -88,22 +88,39 @@ def test_values_of_what_is_inserted_are_those_of_the_graph() -> None:
     assert returned.meta["val"].shape == X.shape
 
 
-def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced: list[int] = []
+class Norm(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
 
-    def counting(*args: Any, **keywords: Any) -> Any:
-        traced.append(1)
-        return proxy_tensor.make_fx(*args, **keywords)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    gm = capture(layers, X).graph
+
+# With dynamic=True each module's number is a symbol of its own.
+NORMS = nn.Sequential(*(Norm(eps) for eps in (1e-6, 0.5, 2.0)))
+
+
+@pytest.mark.parametrize(("function", "dynamic"), [(layers, False), (NORMS, True)])
+def test_equal_calls_are_traced_once(
+    function: Function, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counting(*args: Any) -> fx.GraphModule:
+        seen.append(1)
+        return traced(*args)
+
+    gm = capture(function, X, dynamic=dynamic).graph
     record = GraphRecord(0)
     pipeline.rewrite(gm, Options(strict=True), record)
-    monkeypatch.setattr(module, "make_fx", counting)
+    monkeypatch.setattr(module, "traced", counting)
     lower(gm, record)
-    assert len(record.providers) >= 8
-    assert len(traced) < len(record.providers)
     kinds = {str(entry) for entry in record.providers}
-    assert len(traced) == len(kinds)
+    assert len(seen) == len(kinds) < len(record.providers)
+    with all_handled():
+        got = torch.compile(function, dynamic=dynamic, **FXOPT)(X)
+    torch.testing.assert_close(got, function(X))
 
 
 def test_calls_that_differ_in_dtype_or_shape_are_traced_apart() -> None:
