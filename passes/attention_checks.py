@@ -12,9 +12,10 @@ from fxopt.ir.contract import Context, Verdict
 from fxopt.ir.facts import is_call, val
 from fxopt.ir.same_value import DEPTH, same_value
 from fxopt.ir.sizes import can_compute
+from fxopt.ir.views import viewed, views_of
 
 from .attention_layout import sizes_in
-from .attention_masks import commute, never_infinite, replaces
+from .attention_masks import commute, is_bias, never_infinite, replaces
 from .attention_parts import Mask
 from .attention_site import Site
 from .attention_steps import VIEWS
@@ -35,14 +36,21 @@ def found_legal(site: Site, ctx: Context) -> Verdict:
         return Verdict.no(
             "some scores are filled, which stops their gradient, and some masked by a sum, which does not"
         )
-    zeroed = _zeroed(site, ctx)
-    if not zeroed:
-        return zeroed
+    for look in (_zeroed, _guarded):
+        verdict = look(site, ctx)
+        if not verdict:
+            return verdict
     for value in site.reads:
-        stale = ctx.facts.unsafe_read([value], value, site.root)
+        stale = ctx.facts.unsafe_read([value], _first_reader(value, site.root), site.root)
         if stale:
             return Verdict.no(stale)
     return Verdict.yes()
+
+
+def _first_reader(value: fx.Node, root: fx.Node) -> fx.Node:
+    """Who reads `value` first, a view of it included: what is written before that, `root` sees as well."""
+    readers = [user for view in views_of(value) for user in view.users if viewed(user) is None]
+    return min((user for user in readers if not facts.is_write(user) and not root < user), default=value)
 
 
 def _shapes(site: Site) -> Verdict:
@@ -130,6 +138,19 @@ def _zeroed(site: Site, ctx: Context) -> Verdict:
     first, second = sorted((last.node, zeroed.condition))
     stale = ctx.facts.unsafe_read(_above(first), first, second)
     return Verdict.no(stale) if stale else Verdict.yes()
+
+
+def _guarded(site: Site, ctx: Context) -> Verdict:
+    """Rows whose probabilities are NaN, which become 0, give 0. Their scores get a gradient of 0 if filled."""
+    masks = site.scores.masks
+    if not site.weighted.guarded or never_infinite(masks):
+        return Verdict.yes()
+    if ctx.facts.differentiates(site.root) and not all(mask.fill is not None or is_bias(mask.node) for mask in masks):
+        return Verdict.no("wanted filled scores under probabilities that lose their NaN, saw sums with a mask")
+    wide = any(mask.dtype != site.dtype for mask in masks)
+    if wide and val(site.root).device.type != "cpu":
+        return Verdict.no("wanted scores of the result's dtype under probabilities that lose their NaN")
+    return Verdict.yes()
 
 
 def _above(node: fx.Node) -> list[fx.Node]:

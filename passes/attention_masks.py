@@ -13,13 +13,17 @@ from fxopt.ir import facts
 from fxopt.ir.facts import is_call, is_number
 from fxopt.ir.known import known_value
 from fxopt.ir.ops.masking import LOWEST_SHARE
+from fxopt.ir.views import is_written
+from fxopt.ir.writes import SCATTERS
 
 from .attention_parts import Mask
 
 aten = torch.ops.aten
 
 _WHERES = (aten.where.ScalarOther, aten.where.self, aten.where.ScalarSelf, aten.where.Scalar)
-_FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default)
+_FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar)
+# Their numbers are places.
+_PARTS = (aten.slice.Tensor, aten.select.int, *SCATTERS)
 _CREATES = (
     aten.zeros.default,
     aten.ones.default,
@@ -63,11 +67,11 @@ def commute(masks: Sequence[Mask]) -> bool:
 def replaces(masks: Sequence[Mask]) -> bool | None:
     """Whether the entries that exclude a key replace the score; None when some do and others are added."""
     filled = [mask.fill is not None for mask in masks]
-    added = [mask.fill is None and not _is_bias(mask.node) for mask in masks]
+    added = [mask.fill is None and not is_bias(mask.node) for mask in masks]
     return any(filled) if not (any(filled) and any(added)) else None
 
 
-def _is_bias(node: fx.Node) -> bool:
+def is_bias(node: fx.Node) -> bool:
     """Without a number that excludes a key."""
     return fills(node) == 0 and (is_finite(node) or _is_finite_constant(node))
 
@@ -96,7 +100,7 @@ def _finite(node: Any, depth: int, known: dict[fx.Node, bool]) -> bool:
 def _finite_call(node: fx.Node, depth: int, known: dict[fx.Node, bool]) -> bool:
     if node.op == "placeholder":
         return _finite_input(node, depth, known)
-    if node.op != "call_function" or is_call(node, *_MAY_OVERFLOW):
+    if node.op != "call_function" or is_call(node, *_MAY_OVERFLOW) or is_written(node):
         return False
     if is_call(node, *_CREATES) or _is_product(node):
         return True
@@ -154,10 +158,7 @@ def _fills_of(node: fx.Node, depth: int, known: dict[fx.Node, int]) -> int:
         return 0
     # float16's lowest number is a small one elsewhere.
     excludes = min(EXCLUDES, torch.finfo(facts.dtype(node)).max * LOWEST_SHARE)
-    # The ends of a slice are no entries.
-    numbers: list[Any] = (
-        [] if is_call(node, aten.slice.Tensor) else [arg for arg in node.args if is_number(arg)]
-    )
+    numbers = [] if is_call(node, *_PARTS) else [arg for arg in node.args if is_number(arg)]
     counts = [int(abs(number) >= excludes) for number in numbers]
     sums = is_call(node, aten.add.Tensor, aten.sub.Tensor)
     tensors = node.args[:2] if sums else node.all_input_nodes

@@ -67,7 +67,8 @@ def unshifted(node: fx.Node) -> fx.Node:
 class Weighted:
     """The product of the probabilities with V. `root` is the last node of the site.
 
-    `lead` is that of the probabilities in the product; `sliced` says that they lose their last column first.
+    `lead` is that of the probabilities in the product; `sliced` says that they lose their last column first,
+    `guarded` that those which are NaN become 0.
     """
 
     root: fx.Node
@@ -77,6 +78,7 @@ class Weighted:
     dropout_p: float = 0.0
     sliced: bool = False
     zeroed: Zeroed | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,12 @@ class Zeroed:
 
 def read_weighted(softmax: fx.Node) -> Weighted | Miss:
     """Follow the probabilities down to their product with V; nobody else may read them."""
-    node, dropout, sliced, zeroed = softmax, 0.0, False, None
+    node, dropout, sliced, zeroed, guarded = softmax, 0.0, False, None, False
     while True:
+        guard = _without_nan(node)
+        if guard is not None:
+            node, guarded = guard, True
+            continue
         users = [user for user in node.users if user.op != "output"]
         if len(users) != 1 or len(node.users) != 1:
             return Miss("probabilities that only the product with V reads", readers(node))
@@ -99,7 +105,7 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
             found = _product(user, node)
             if isinstance(found, Miss):
                 return found
-            return replace(found, dropout_p=dropout, sliced=sliced, zeroed=zeroed)
+            return replace(found, dropout_p=dropout, sliced=sliced, zeroed=zeroed, guarded=guarded)
         if facts.drops(user):
             if dropout:
                 return Miss("one dropout", "two")
@@ -117,6 +123,38 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
         node = user
 
 
+def _without_nan(weights: fx.Node) -> fx.Node | None:
+    """What reads nothing but `weights`, as their only reader, and gives them with 0 for NaN."""
+    for user in weights.users:
+        others = {each for each in user.all_input_nodes if each is not weights and weights in each.all_input_nodes}
+        alone = set(weights.users) == {user, *others} and all(set(each.users) == {user} for each in others)
+        if alone and (_replaces_nan(user, weights) or _fills_nan(user, weights)):
+            return user
+    return None
+
+
+def _replaces_nan(node: fx.Node, weights: fx.Node) -> bool:
+    """Infinities do not occur."""
+    return is_call(node, aten.nan_to_num.default) and argument(node, "nan") in (None, 0)
+
+
+def _fills_nan(node: fx.Node, weights: fx.Node) -> bool:
+    """``weights.masked_fill(weights.isnan(), 0)``, or the same by `where`."""
+    fill = read_fill(node)
+    if fill is not None:
+        source, condition, number, where = fill
+    elif is_call(node, aten.where.self) and is_call(node.args[1], *ZEROS):
+        condition, _, source = node.args
+        number, where = 0.0, True
+    else:
+        return False
+    is_nan = is_call(condition, aten.isnan.default) or (
+        is_call(condition, aten.ne.Tensor) and condition.args[1] is weights
+    )
+    return is_nan and where and number == 0 and source is weights and condition.args[0] is weights
+
+
+ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
 KEEPING = (aten.contiguous.default, aten.clone.default)
 
 

@@ -148,5 +148,6 @@ def _rows(site: Site, finite: bool) -> dict[str, Any]:
     """What rows without a live key give, and whether their scores get a gradient."""
     if site.weighted.zeroed is not None:
         return {"dead_rows": ZERO}
-    rows = ZERO if site.sinks is not None else NONE if finite else NAN
+    guarded = site.weighted.guarded
+    rows = ZERO if site.sinks is not None else NONE if finite else ZERO if guarded else NAN
     return {"dead_rows": rows, "mask_replaces": True} if replaces(site.unreplaced) else {"dead_rows": rows}

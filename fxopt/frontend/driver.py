@@ -201,7 +201,7 @@ class _Run:
         self._complete(edit.inserted, match)
         for old, new in zip(match.roots, news, strict=True):
             check_replacement(old, new)
-            edit.rewired.append((old, [user for user in old.users if user not in edit.inserted]))
+            edit.rewired.append((old, [user for user in match.readers(old) if user not in edit.inserted]))
             edit.replacements.append(new)
             for user in edit.rewired[-1][1]:
                 user.replace_input_with(old, new)
@@ -229,7 +229,8 @@ class _Run:
     def _check_order(self, match: Match, inserted: list[fx.Node]) -> None:
         """The replacement stands at the last root; whoever reads an earlier root must come after it."""
         for root in match.roots[:-1]:
-            early = next((u for u in root.users if u not in inserted and u < match.roots[-1]), None)
+            readers = match.readers(root)
+            early = next((u for u in readers if u not in inserted and u < match.roots[-1]), None)
             if early is not None and early not in match.roots and not self._inside(early, match):
                 raise Violation(f"{early.name} reads {root.name} before {match.roots[-1].name}")
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxopt.frontend.constants import restore_constants
 from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
+from fxopt.frontend.restore_writes import restore_writes
 from fxopt.frontend.retrace import traced
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
@@ -31,6 +32,7 @@ def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             _lower_graph(module, record)
+            restore_writes(module)
             restore_constants(module)
             module.recompile()
             if module is not gm:

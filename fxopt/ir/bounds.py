@@ -110,6 +110,8 @@ def _of_relation(formula: Relational, rows: Interval, columns: int) -> Interval:
     difference = sympy.expand(formula.lhs - formula.rhs)
     of_k, rest = _split(difference)
     span = _range(rest, {Q: rows})
+    if of_k == 0 and span is not None:
+        return everything if _may_hold(formula, span) else (0, 0)
     form = _form(of_k)
     if isinstance(formula, sympy.Ne) or span is None or form is None:
         return everything
@@ -124,6 +126,17 @@ def _of_relation(formula: Relational, rows: Interval, columns: int) -> Interval:
     if not below or isinstance(formula, sympy.Eq):
         low = max(low, divisor * (opposite.low + strict) - shift)
     return (low, max(low, high))
+
+
+def _may_hold(formula: Relational, span: _Range) -> bool:
+    """Whether a number in `span` has this relation to 0."""
+    if isinstance(formula, sympy.Eq):
+        return span.low <= 0 <= span.high
+    if isinstance(formula, sympy.Ne):
+        return span != _Range(0, 0)
+    if isinstance(formula, sympy.Le | sympy.Lt):
+        return span.low < 0 or (span.low == 0 and isinstance(formula, sympy.Le))
+    return span.high > 0 or (span.high == 0 and isinstance(formula, sympy.Ge))
 
 
 def _split(expression: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:

@@ -24,6 +24,7 @@ METADATA_ONLY = frozenset(
         aten.ones_like.default,
         aten.zeros_like.default,
         aten.full_like.default,
+        aten.fill.Scalar,
     }
 )
 
@@ -73,7 +74,7 @@ def inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
     raise LookupError(f"{node.name} is outside of the sub-graph")
 
 
-def cone(root: fx.Node) -> list[fx.Node]:
+def cone(root: fx.Node, reads: Callable[[fx.Node], list[fx.Node]] = reads) -> list[fx.Node]:
     """All that decides the contents of `root`, itself included, arguments first.
 
     Raises Unsupported when it is too large to look at.

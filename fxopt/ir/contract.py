@@ -52,13 +52,19 @@ class Match:
     `anchor` is the node that the search started from; `roots` are the nodes whose values the replacement
     computes (their users are rewired), in graph order; `values` is what the pass has learnt, by name;
     `outside` are the values of an enclosing graph that the replacement reads. The driver makes inputs of the
-    sub-graph of them, which `cone.inside` finds.
+    sub-graph of them, which `cone.inside` finds. `since` is a write that the replacement is in the place of:
+    who reads the roots before it goes on to do so.
     """
 
     anchor: fx.Node
     roots: tuple[fx.Node, ...]
     values: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     outside: tuple[fx.Node, ...] = ()
+    since: fx.Node | None = None
+
+    def readers(self, root: fx.Node) -> list[fx.Node]:
+        """Those users of a root that are to read its replacement."""
+        return [user for user in root.users if self.since is None or self.since < user]
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

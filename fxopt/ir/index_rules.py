@@ -14,10 +14,11 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from fxopt.ir.cone import cone, outer_of
+from fxopt.ir.cone import cone, outer_of, reads
 from fxopt.ir.elementwise_rules import Rule, cast, elementwise_rules, linear_sum, stored
-from fxopt.ir.facts import PLAIN_FLOATS, argument, dtype, location, val
+from fxopt.ir.facts import PLAIN_FLOATS, argument, dtype, is_call, location, val
 from fxopt.ir.formula import capture, real_capture
+from fxopt.ir.known import literal
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.predicate import (
     INDEX,
@@ -31,12 +32,14 @@ from fxopt.ir.predicate import (
     known_value,
     made,
 )
+from fxopt.ir.scatter_rules import put_in
 from fxopt.ir.tables import tabulated
 from fxopt.ir.view_rules import (
     as_is,
     broadcasted,
     dimension,
     flipped,
+    narrowed,
     permuted,
     reindexed,
     result_of,
@@ -45,6 +48,7 @@ from fxopt.ir.view_rules import (
     sliced,
     swapped,
 )
+from fxopt.ir.writes import SCATTERS, part_of
 
 aten = torch.ops.aten
 
@@ -66,7 +70,9 @@ def _filled(fill: float | None = None) -> Rule:
     """A constant: `fill`, or what the call names."""
 
     def rule(sizes: Sizes, node: fx.Node) -> Value:
-        number = fill if fill is not None else argument(node, "fill_value", argument(node, "s"))
+        number = fill
+        for name in ("fill_value", "s", "value"):
+            number = argument(node, name, number) if number is None else number
         if not isinstance(number, (int, float)):
             raise Unsupported(f"the fill {number}")
         return result_of(sizes, node, [Case(sympy.true, stored(number, dtype(node)))])
@@ -188,7 +194,8 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
           aten.type_as.default)  # fmt: skip
 _ONES = (aten.ones.default, aten.new_ones.default, aten.ones_like.default)
 _ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
-_FULL = (aten.full.default, aten.new_full.default, aten.full_like.default, aten.scalar_tensor.default)
+_FULL = (aten.full.default, aten.new_full.default, aten.full_like.default, aten.scalar_tensor.default,
+         aten.fill.Scalar)  # fmt: skip
 
 
 RULES: dict[Any, Rule] = {
@@ -208,6 +215,8 @@ RULES: dict[Any, Rule] = {
     aten.permute.default: permuted,
     aten.select.int: selected,
     aten.slice.Tensor: sliced,
+    aten.narrow.default: narrowed,
+    **dict.fromkeys(SCATTERS, put_in),
     aten.flip.default: flipped,
     aten.index.Tensor: _index,
     aten.embedding.default: _embedding,
@@ -229,9 +238,14 @@ def value_of(root: fx.Node) -> Value:
     Raises:
         Unsupported: it depends on something that is no tensor of bools, 64-bit integers or plain floats.
     """
-    for node in cone(root):
+    for node in cone(root, _needed):
         keep(node, _computed_or_captured)
     return known_value(root)
+
+
+def _needed(node: fx.Node) -> list[fx.Node]:
+    """What the rule for a node asks for: of a part that is put into a tensor, not its way there."""
+    return [node.args[0], part_of(node)[1]] if is_call(node, *SCATTERS) else reads(node)  # type: ignore[list-item]
 
 
 _CAPTURED = (torch.bool, torch.int64, *PLAIN_FLOATS)
@@ -280,7 +294,7 @@ def _value_of(node: fx.Node) -> Value:
     if node.op == "placeholder":
         raise Unsupported(f"the input {node.name}")
     if node.op == "get_attr":
-        raise Unsupported(f"the constant {node.name}")
+        return _constant(node)
     rule = RULES.get(node.target)
     if rule is None:
         raise Unsupported(f"{node.target} ({location(node)})")
@@ -288,6 +302,14 @@ def _value_of(node: fx.Node) -> Value:
     if not isinstance(value, torch.Tensor):
         raise Unsupported(f"{node.name}, which is no tensor")
     return rule(Sizes(_shape_env(value)), node)
+
+
+def _constant(node: fx.Node) -> Value:
+    """A literal of the code."""
+    held = literal(node)
+    if held is None or isinstance(held.item(), complex):
+        raise Unsupported(f"the constant {node.name}")
+    return Value((), held.dtype, (Case(sympy.true, stored(held.item(), held.dtype)),))
 
 
 def _outer(sizes: Sizes, node: fx.Node, source: Value) -> Value:

@@ -34,9 +34,9 @@ def known_value(node: fx.Node) -> torch.Tensor | None:
 def _value(node: fx.Node, found: dict[fx.Node, Any]) -> Any:
     if node in found:
         return found[node]
-    literal = _literal(node)
-    if literal is not None:
-        return literal
+    held = literal(node)
+    if held is not None:
+        return held
     if len(found) > MOST_NODES or not _is_plain(node):
         raise _UnknownError
     if node.target is DETACH:
@@ -46,7 +46,7 @@ def _value(node: fx.Node, found: dict[fx.Node, Any]) -> Any:
     return found[node]
 
 
-def _literal(node: fx.Node) -> torch.Tensor | None:
+def literal(node: fx.Node) -> torch.Tensor | None:
     """A number that the code names, which a trace holds as an attribute."""
     held = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
     return held if type(held) is torch.Tensor and held.dim() == 0 and not _is_written(node) else None

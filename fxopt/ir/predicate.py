@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
@@ -32,6 +33,8 @@ INDEX = tuple(sympy.Symbol(f"i{dim}", integer=True) for dim in range(8))
 # Integer arithmetic of 64 bits does not overflow below: sizes are below 2**31, and so are factors.
 MAX_FACTOR = 2**31
 MAX_CASES = 24
+# Relations in a condition that is looked at, to drop it where it can not hold.
+LONG = 16
 
 Number: TypeAlias = Any  # a sympy integer, or a Python float
 
@@ -158,7 +161,7 @@ def made(sizes: Sizes, shape: Sequence[sympy.Expr], dtype: torch.dtype, cases: I
     found = [Case(sympy.Or(*(each.guard for each in group)), group[0].number) for group in merged.values()]
     if len(found) > 1:
         domain = box(shape)
-        found = [case for case in found if not sizes.impossible(domain, case.guard)]
+        found = [case for case in found if is_long(case.guard) or not sizes.impossible(domain, case.guard)]
     if len(found) == 1:
         found = [Case(sympy.true, found[0].number)]
     if len(found) > MAX_CASES:
@@ -167,6 +170,11 @@ def made(sizes: Sizes, shape: Sequence[sympy.Expr], dtype: torch.dtype, cases: I
         for case in found:
             _check_range(case)
     return Value(tuple(shape), dtype, tuple(found))
+
+
+def is_long(guard: Boolean, limit: int = LONG) -> bool:
+    """A condition of so many relations that a proof about it would take long."""
+    return len(guard.atoms(Relational)) > limit
 
 
 def _key(number: Number) -> Any:

@@ -136,7 +136,7 @@ def permuted(sizes: Sizes, node: fx.Node) -> Value:
 def selected(sizes: Sizes, node: fx.Node) -> Value:
     source = known_value(node.args[0])
     dim = dimension(argument(node, "dim"), len(source.shape))
-    position = _from_start(sizes, argument(node, "index"), source.shape[dim])
+    position = from_start(sizes, argument(node, "index"), source.shape[dim])
     return reindexed(sizes, node, source, [*INDEX[:dim], position, *INDEX[dim:]])
 
 
@@ -144,13 +144,21 @@ def sliced(sizes: Sizes, node: fx.Node) -> Value:
     source = known_value(node.args[0])
     dim = dimension(argument(node, "dim"), len(source.shape))
     start, step = argument(node, "start"), argument(node, "step")
-    begin = _from_start(sizes, 0 if start is None else start, source.shape[dim])
+    begin = from_start(sizes, 0 if start is None else start, source.shape[dim])
     indices: list[sympy.Expr] = list(INDEX)
     indices[dim] = begin + sizes.size(step) * INDEX[dim]
     return reindexed(sizes, node, source, indices)
 
 
-def _from_start(sizes: Sizes, position: Any, size: sympy.Expr) -> sympy.Expr:
+def narrowed(sizes: Sizes, node: fx.Node) -> Value:
+    source = known_value(node.args[0])
+    dim = dimension(argument(node, "dim"), len(source.shape))
+    indices: list[sympy.Expr] = list(INDEX)
+    indices[dim] = from_start(sizes, argument(node, "start"), source.shape[dim]) + INDEX[dim]
+    return reindexed(sizes, node, source, indices)
+
+
+def from_start(sizes: Sizes, position: Any, size: sympy.Expr) -> sympy.Expr:
     """A position counted from the start, which Python may have counted from the end."""
     place = sizes.size(position)
     if sizes.implies(sympy.true, place >= 0):
