@@ -83,12 +83,13 @@ class SiteBuilder:
                 node = self._call(aten.unsqueeze.default, node, place)
         return node
 
-    def sinks(self) -> fx.Node | None:
+    def sinks(self) -> fx.Node:
         """(Hq,)"""
         node = self.site.sinks
-        if node is None or val(node).dim() == 1:
-            return node
-        return self._call(aten.reshape.default, node, [-1])
+        if not isinstance(node, fx.Node):
+            device = val(self.site.root).device
+            return self._call(aten.full.default, [self._layout.heads], node, dtype=self.dtype, device=device)
+        return node if val(node).dim() == 1 else self._call(aten.reshape.default, node, [-1])
 
     def captures(self) -> list[fx.Node]:
         """``c0, c1, ...``: factors of the scores, and False where a score is replaced."""
@@ -212,8 +213,8 @@ class SiteBuilder:
     def _size(self, size: torch.SymInt) -> fx.Node | int:
         return size_node(size.node.expr, self.graph)
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
-        return self.graph.call_function(target, args)
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
 
 
 def _swap(rank: int) -> tuple[int, ...]:

@@ -115,8 +115,8 @@ def _masks(site: Site) -> Verdict:
             return Verdict.no(f"wanted a mask repeated as often as an input says, saw {unknown[0]} times")
     if site.scores.factor.tensors and not site.scores.score.is_identity and site.factors_of_scores:
         return Verdict.no("wanted a softcap of scores times numbers, saw times a tensor")
-    if site.gated and not never_infinite(site.scores.masks):
-        return Verdict.no("wanted finite masks: sinks as a factor of the result keep the NaN of rows of -inf")
+    if site.keeps_nan and not never_infinite(site.scores.masks):
+        return Verdict.no("wanted finite masks: these sinks keep the NaN of rows of -inf")
     return Verdict.yes()
 
 
@@ -133,7 +133,7 @@ def _zeroed(site: Site, ctx: Context) -> Verdict:
         return Verdict.no("wanted probabilities set to 0 where scores are filled, saw them set elsewhere")
     if not same_value(last.node, zeroed.condition):
         return Verdict.no(f"wanted probabilities set to 0 by {last.node.name}, saw {zeroed.condition.name}")
-    if not _is_plain(masks) or site.sinks is not None:
+    if not _is_plain(masks) or site.has_sinks:
         return Verdict.no("wanted one mask over probabilities that are set to 0, saw several")
     first, second = sorted((last.node, zeroed.condition))
     stale = ctx.facts.unsafe_read(_above(first), first, second)
@@ -141,15 +141,16 @@ def _zeroed(site: Site, ctx: Context) -> Verdict:
 
 
 def _guarded(site: Site, ctx: Context) -> Verdict:
-    """Rows whose probabilities are NaN, which become 0, give 0. Their scores get a gradient of 0 if filled."""
+    """Rows whose probabilities are NaN give 0. Their scores get no gradient if they are filled."""
     masks = site.scores.masks
     if not site.weighted.guarded or never_infinite(masks):
         return Verdict.yes()
-    if ctx.facts.differentiates(site.root) and not all(mask.fill is not None or is_bias(mask.node) for mask in masks):
-        return Verdict.no("wanted filled scores under probabilities that lose their NaN, saw sums with a mask")
+    stopped = all(mask.fill is not None or is_bias(mask.node) for mask in masks)
+    if ctx.facts.differentiates(site.root) and not stopped:
+        return Verdict.no("wanted filled scores where NaN becomes 0, saw sums with a mask")
     wide = any(mask.dtype != site.dtype for mask in masks)
     if wide and val(site.root).device.type != "cpu":
-        return Verdict.no("wanted scores of the result's dtype under probabilities that lose their NaN")
+        return Verdict.no("wanted scores of the result's dtype where NaN becomes 0")
     return Verdict.yes()
 
 

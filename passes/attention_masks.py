@@ -158,7 +158,7 @@ def _fills_of(node: fx.Node, depth: int, known: dict[fx.Node, int]) -> int:
         return 0
     # float16's lowest number is a small one elsewhere.
     excludes = min(EXCLUDES, torch.finfo(facts.dtype(node)).max * LOWEST_SHARE)
-    numbers = [] if is_call(node, *_PARTS) else [arg for arg in node.args if is_number(arg)]
+    numbers: list[Any] = [] if is_call(node, *_PARTS) else [arg for arg in node.args if is_number(arg)]
     counts = [int(abs(number) >= excludes) for number in numbers]
     sums = is_call(node, aten.add.Tensor, aten.sub.Tensor)
     tensors = node.args[:2] if sums else node.all_input_nodes

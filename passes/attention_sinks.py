@@ -18,8 +18,8 @@ from fxopt.ir.contract import Miss
 from fxopt.ir.facts import Size, argument, is_call, val
 
 from .attention_parts import seen
+from .attention_softmax import unshifted
 from .attention_steps import VIEWS
-from .attention_weights import unshifted
 
 aten = torch.ops.aten
 

@@ -16,11 +16,12 @@ from fxopt.ir.program import ScoreProgram
 
 from .attention_layout import Layout, Lead
 from .attention_masks import EXCLUDES, commute, never_infinite, replaces
-from .attention_parts import Mask, Multiplier, Scores
+from .attention_parts import Mask, Multiplier, Scores, readers
 from .attention_sinks import per_head, read_column, read_gate
 from .attention_sites import read_scores
+from .attention_softmax import Softmax, read_softmax
 from .attention_steps import is_absorbing
-from .attention_weights import Weighted, exponent, read_weighted
+from .attention_weights import Weighted, read_weighted
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,18 @@ class Site:
     scores: Scores
     weighted: Weighted
     layout: Layout
-    sinks: fx.Node | None = None  # (H,), or of as many elements
-    gated: bool = False
+    sinks: fx.Node | float | None = None  # (H,), or of as many elements; a number for all heads
+    keeps_nan: bool = False  # of rows of -inf, though it has sinks
     trains: bool = False  # autograd may record it
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the result."""
         return facts.dtype(self.root)
+
+    @property
+    def has_sinks(self) -> bool:
+        return self.sinks is not None
 
     @property
     def factors_of_query(self) -> list[Multiplier]:
@@ -96,7 +101,7 @@ class Site:
     def reads(self) -> list[fx.Node]:
         """The tensors that the op will read."""
         operands = [each.node for each in (self.scores.query, self.scores.key, self.weighted.value)]
-        sinks = [] if self.sinks is None else [self.sinks]
+        sinks = [self.sinks] if isinstance(self.sinks, fx.Node) else []
         return [*operands, *sinks, *(node for node, _ in self.placed)]
 
     @property
@@ -114,33 +119,37 @@ def _differs(sizes: Sequence[Size]) -> tuple[bool, bool]:
     return not same_size(rows, 1), not same_size(columns, 1)
 
 
-def read_site(softmax: fx.Node) -> Site | Miss | None:
+def read_site(node: fx.Node) -> Site | Miss | None:
     """The site around a softmax, or why it is none; None where the node is no softmax at all."""
-    top = exponent(softmax)
-    if top is None or isinstance(top, Miss):
-        return top
-    column = read_column(top)
+    softmax = read_softmax(node)
+    if softmax is None or isinstance(softmax, Miss):
+        return softmax
+    column = read_column(softmax.scores)
     if isinstance(column, Miss):
         return column
     scores = read_scores(column.scores)
     if isinstance(scores, Miss):
         return scores
-    weighted = read_weighted(softmax)
+    weighted = read_weighted(node)
     if isinstance(weighted, Miss):
         return weighted
     layout = Layout.of(scores.product_lead, scores.key.lead, scores.lead)
-    site = Site(weighted.root, scores, weighted, layout, trains=facts.may_train(softmax.graph))
-    return _with_sinks(site, softmax, top, column.sinks)
+    site = Site(weighted.root, scores, weighted, layout, trains=facts.may_train(node.graph))
+    return _with_sinks(site, node, softmax, column.sinks)
 
 
-def _with_sinks(site: Site, softmax: fx.Node, top: fx.Node, sinks: fx.Node | None) -> Site | Miss:
+def _with_sinks(site: Site, node: fx.Node, softmax: Softmax, sinks: fx.Node | None) -> Site | Miss:
     if site.weighted.sliced != (sinks is not None):
         return Miss("a last column of the probabilities that is dropped, and is one of sinks", "one of both")
-    trailing, root = 2, site.root
+    trailing, root, top = 2, site.root, softmax.top
+    if softmax.sink is not None:
+        if len(top.users) > 1 or sinks is not None or not isinstance(site.layout.heads, int):
+            return Miss("scores beside one sink that only the softmax reads", readers(top))
+        return replace(site, sinks=softmax.sink, keeps_nan=softmax.keeps_nan)
     if len(top.users) > 1:
         if len(top.users) > 2 or sinks is not None:
             return Miss("scores that only the softmax reads", f"{top.name} is read {len(top.users)} times")
-        gate = read_gate(top, softmax, root)
+        gate = read_gate(top, node, root)
         if isinstance(gate, Miss):
             return gate
         trailing, root, sinks = gate.trailing, gate.root, gate.sinks
@@ -149,4 +158,4 @@ def _with_sinks(site: Site, softmax: fx.Node, top: fx.Node, sinks: fx.Node | Non
     found = per_head(sinks, site.layout.heads, trailing)
     if found is None or len(site.weighted.lead) != 2:
         return Miss("sinks of one number for each head", f"{sinks.name} of shape {tuple(val(sinks).shape)}")
-    return replace(site, root=root, sinks=found, gated=root is not site.root)
+    return replace(site, root=root, sinks=found, keeps_nan=root is not site.root)

@@ -1,12 +1,9 @@
-"""What is around and below a softmax in attention: what it is taken of, and the product with V.
-
-A softmax may be spelled out as ``exp(x - max(x)) / sum(exp(x - max(x)))``, and a maximum may be subtracted
-in front of one, which changes nothing.
+"""What is below a softmax in attention: casts, dropout, zeros in the place of probabilities, and the product
+with V.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,44 +20,6 @@ from .attention_products import PRODUCTS, Operand, Product, read_product
 from .attention_steps import VIEWS, read_fill
 
 aten = torch.ops.aten
-
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-SPELLED_OUT = aten.div.Tensor
-
-
-def exponent(node: fx.Node) -> fx.Node | Miss | None:
-    """What a softmax over the last dimension is taken of; None when the node is no softmax."""
-    if is_call(node, *SOFTMAXES):
-        if not facts.is_last_dim(node, argument(node, "dim")):
-            return Miss("a softmax over the last dimension", f"dim {argument(node, 'dim')}")
-        return node.args[0]  # type: ignore[return-value]
-    shares, total = node.args[0], node.args[1]
-    spelled = is_call(shares, aten.exp.default) and is_call(total, aten.sum.dim_IntList)
-    if not spelled or total.args[0] is not shares or set(shares.users) != {node, total}:  # type: ignore[union-attr]
-        return None
-    if not _reduces_last(total) or unshifted(shares.args[0]) is shares.args[0]:  # type: ignore[arg-type, union-attr]
-        return None
-    return shares.args[0]  # type: ignore[return-value, union-attr]
-
-
-def _reduces_last(node: fx.Node) -> bool:
-    dims = argument(node, "dim")
-    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
-    return len(dims) == 1 and facts.is_last_dim(node.args[0], dims[0]) and bool(argument(node, "keepdim"))  # type: ignore[arg-type]
-
-
-def unshifted(node: fx.Node) -> fx.Node:
-    """x of ``x - max(x, -1)``, where nothing else reads x; else the node itself."""
-    if not is_call(node, aten.sub.Tensor) or not facts.is_number(argument(node, "alpha"), 1):
-        return node
-    source, top = node.args[0], node.args[1]
-    while is_call(top, aten.detach.default, aten.alias.default) and len(top.users) == 1:  # type: ignore[union-attr]
-        top = top.args[0]  # type: ignore[union-attr]
-    if is_call(top, operator.getitem) and top.args[1] == 0:  # type: ignore[union-attr, arg-type]
-        top = top.args[0]  # type: ignore[union-attr]
-    if not is_call(top, aten.max.dim, aten.amax.default) or top.args[0] is not source:  # type: ignore[union-attr]
-        return node
-    return source if _reduces_last(top) and set(source.users) == {node, top} else node  # type: ignore[union-attr, arg-type, return-value]
 
 
 @dataclass(frozen=True)
@@ -126,7 +85,7 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
 def _without_nan(weights: fx.Node) -> fx.Node | None:
     """What reads nothing but `weights`, as their only reader, and gives them with 0 for NaN."""
     for user in weights.users:
-        others = {each for each in user.all_input_nodes if each is not weights and weights in each.all_input_nodes}
+        others = {each for each in user.all_input_nodes if weights in each.all_input_nodes}
         alone = set(weights.users) == {user, *others} and all(set(each.users) == {user} for each in others)
         if alone and (_replaces_nan(user, weights) or _fills_nan(user, weights)):
             return user

@@ -30,8 +30,8 @@ from fxopt.ir.propagate import equivalent
 from fxopt.ir.views import base_of, views_of
 from fxopt.ir.writes import FILLS, PURE
 
+from .attention_softmax import SOFTMAXES
 from .attention_steps import constant
-from .attention_weights import SOFTMAXES
 from .written_views import can_put_back, can_view_again, put_back, view_again
 
 aten = torch.ops.aten
@@ -66,8 +66,9 @@ class FunctionalizeWrites:
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         node, base = match.anchor, match["views"][0]
-        for value in (node.args[0], base):
-            if ctx.facts.needs_grad and ctx.facts.mode_at(value) != ctx.facts.mode_at(node):
+        if ctx.facts.needs_grad:
+            modes = map(ctx.facts.mode_at, (node, node.args[0], base))
+            if len(set(modes)) > 1:
                 return Verdict.no("wanted one grad mode, saw a value that is written in another than its own")
         for other in ctx.facts.sharing(base):
             if other.op != "call_function":
@@ -143,11 +144,12 @@ def _masks_attention(read: Iterable[fx.Node], write: fx.Node) -> bool:
 
 def _result(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What is written, in the shape and dtype of the place that it is written to."""
-    written, wanted = node.args[0], facts.dtype(node)
+    wanted = facts.dtype(node)
+    written: Any = node.args[0]
     if node.target in PURE:
-        result = graph.call_function(PURE[node.target], node.args, node.kwargs)  # type: ignore[index]
+        result = graph.call_function(PURE[node.target], node.args, node.kwargs)
         return result if _pure(node).dtype == wanted else graph.call_function(aten.to.dtype, (result, wanted))
-    value = 0 if node.target is aten.zero_.default else constant(node.args[1])
+    value: Any = 0 if node.target is aten.zero_.default else constant(node.args[1])
     if facts.is_number(value) or isinstance(value, bool):
         return graph.call_function(aten.fill.Scalar, (written, value))
     if facts.dtype(value) != wanted:

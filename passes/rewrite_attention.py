@@ -24,13 +24,16 @@ from fxopt.ir.ops.masking import NAN, NONE, ZERO
 from .attention_build import SiteBuilder
 from .attention_checks import found_legal
 from .attention_masks import commute, never_infinite, replaces
+from .attention_parts import seen
 from .attention_site import Site, read_site
-from .attention_weights import SOFTMAXES, SPELLED_OUT
+from .attention_softmax import SOFTMAXES, SPELLED_OUT
 
 aten = torch.ops.aten
 
 RANK = 4
 SDPA = aten.scaled_dot_product_attention.default
+# Torch's fast path of inference: projections, attention and more.
+WHOLE = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class RewriteAttention:
     """One semantic op for every attention site."""
 
     name: ClassVar[str] = "rewrite-attention"
-    anchors: ClassVar[tuple[OpOverload, ...]] = (*SOFTMAXES, SPELLED_OUT, SDPA)
+    anchors: ClassVar[tuple[OpOverload, ...]] = (*SOFTMAXES, *SPELLED_OUT, SDPA, *WHOLE)
     after: ClassVar[tuple[str, ...]] = ("eliminate-noops",)
 
     def match(self, node: fx.Node) -> Match | Miss | None:
         if node.target is SDPA:
             return Match(node, (node,), {"adopted": True})
+        if node.target in WHOLE:
+            return Miss("products around a softmax", f"all of it in one op of torch, {seen(node)}")
         site = read_site(node)
         if site is None or isinstance(site, Miss):
             return site
@@ -134,7 +139,7 @@ def _build(site: Site, graph: fx.Graph) -> fx.Node:
     if not site.program.is_identity:
         kwargs["score"] = str(site.program)
         kwargs |= {"captures": parts.captures()} if site.program.captures else {}
-    if site.sinks is not None:
+    if site.has_sinks:
         kwargs["sinks"] = parts.sinks()
     if site.weighted.zeroed is not None:
         mask: fx.Node | None = parts.excluding_mask()
@@ -149,5 +154,5 @@ def _rows(site: Site, finite: bool) -> dict[str, Any]:
     if site.weighted.zeroed is not None:
         return {"dead_rows": ZERO}
     guarded = site.weighted.guarded
-    rows = ZERO if site.sinks is not None else NONE if finite else ZERO if guarded else NAN
+    rows = ZERO if site.has_sinks else NONE if finite else ZERO if guarded else NAN
     return {"dead_rows": rows, "mask_replaces": True} if replaces(site.unreplaced) else {"dead_rows": rows}

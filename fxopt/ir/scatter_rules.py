@@ -1,4 +1,4 @@
-"""How writes into a part of a tensor, as ops that return the whole of it, act on functions of their indices."""
+"""How writes into a part of a tensor, as ops that return the whole, act on functions of their indices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OF_A_BOX = 4  # relations
 
 
 def put_in(sizes: Sizes, node: fx.Node) -> Value:
-    """``whole[start:end, index] = part``: the part where all these conditions hold, and the whole elsewhere."""
+    """``whole[start:end, index] = part``: the part where all conditions hold, and the whole elsewhere."""
     steps, part_node = part_of(node)
     whole, part = known_value(node.args[0]), known_value(part_node)
     if whole.dtype != part.dtype:

@@ -1,4 +1,4 @@
-"""Which nodes give views of one tensor: a tensor that owns memory, and what shares it by the way of arguments."""
+"""Which nodes give views of one tensor: the one that owns the memory, and what shares it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ PURE: dict[OpOverload, OpOverload] = {
 FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default, aten.copy_.default)
 
 SLICE_IN = aten.slice_scatter.default
-# A tensor with another part in the place of a view -> that view. Arguments after the part are those of the view.
+# A tensor with another part in the place of a view -> that view. The arguments after the part are the same.
 SCATTERS: dict[OpOverload, OpOverload] = {
     SLICE_IN: aten.slice.Tensor,
     aten.select_scatter.default: aten.select.int,

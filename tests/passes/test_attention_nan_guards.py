@@ -49,7 +49,8 @@ GUARDS = [replaced, replaced_in_place, filled, chosen, unequal_to_itself]
 @pytest.mark.parametrize("site", GUARDS, ids=lambda f: f.__name__)
 def test_rows_give_nothing(site: Site, dtype: torch.dtype) -> None:
     args = inputs(dtype)
-    found = assert_recovered(site, args)
+    # Written in place, the softmax of eager has no gradient at all.
+    found = assert_recovered(site, args, gradients=site is not replaced_in_place)
     assert found.call(*args)[0, :, :3].eq(0).all()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import relu, softmax
 
 from support.attention import NAME, PASSES, S, Site, inputs
@@ -72,3 +73,14 @@ def _several(result: Any) -> tuple[T, ...]:
 def _marked(site: Site) -> int:
     lines, first = inspect.getsourcelines(site)
     return first + next(place for place, line in enumerate(lines) if "# here" in line)
+
+
+def test_an_encoder_layer_in_one_op_says_so() -> None:
+    """The fast path of nn.TransformerEncoder in eval()."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    found = rewriting(lambda x: encoder(x), PASSES)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        assert torch.equal(found.call(x), encoder(x))
+    wanted = "wanted products around a softmax, saw all of it in one op of torch"
+    assert found.reasons(NAME).count(wanted) == 2, found.reasons(NAME)

@@ -1,9 +1,8 @@
-"""Masks of attention that are written part by part become formulas; what is still read is written in place."""
+"""Masks of attention that are written part by part become formulas; what stays is written in place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
