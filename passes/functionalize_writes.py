@@ -115,9 +115,9 @@ def _of_a_mask(match: Match) -> Verdict:
     if free_unbacked_symbols(val(written)):
         return Verdict.no(f"wanted a slice whose ends are known, saw {written.name}, which data decide on")
     with val(written).fake_mode:
-        dense = torch.empty(val(views[0]).shape)
+        dense = torch.empty_like(val(views[0]))
     if not facts.same_strides(val(views[0]), dense):
-        return Verdict.no(f"wanted a contiguous mask, saw {views[0].name}")
+        return Verdict.no(f"wanted a mask without gaps in memory, saw {views[0].name}")
     if node.target is COPY and val(node.args[1]).device != val(node).device:
         return Verdict.no(f"wanted a copy on one device, saw one from {val(node.args[1]).device}")
     return Verdict.yes("a mask of an attention")
@@ -150,7 +150,7 @@ def _result(graph: fx.Graph, node: fx.Node) -> fx.Node:
         result = graph.call_function(PURE[node.target], node.args, node.kwargs)
         return result if _pure(node).dtype == wanted else graph.call_function(aten.to.dtype, (result, wanted))
     value: Any = 0 if node.target is aten.zero_.default else constant(node.args[1])
-    if facts.is_number(value) or isinstance(value, bool):
+    if facts.is_scalar(value) or isinstance(value, bool):
         return graph.call_function(aten.fill.Scalar, (written, value))
     if facts.dtype(value) != wanted:
         value = graph.call_function(aten.to.dtype, (value, wanted))

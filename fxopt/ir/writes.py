@@ -40,6 +40,8 @@ PURE: dict[OpOverload, OpOverload] = {
     aten.bitwise_or_.Tensor: aten.bitwise_or.Tensor,
     aten.__iand__.Tensor: aten.__and__.Tensor,
     aten.__ior__.Tensor: aten.__or__.Tensor,
+    aten.__iand__.Scalar: aten.__and__.Scalar,
+    aten.__ior__.Scalar: aten.__or__.Scalar,
 }
 
 # These replace what was there: only masks that are written through views gain from doing without them.

@@ -236,7 +236,11 @@ def test_autocast_acts_on_both_alike(write: Any) -> None:
     assert [a.name for a in write._schema.arguments] == [a.name for a in pure._schema.arguments]
     boolean = "bitwise" in str(write) or "__i" in str(write)
     x = torch.rand(4, 4) > 0.5 if boolean else torch.rand(4, 4, dtype=torch.bfloat16)
-    given = {"other": x if "Tensor" in write._overloadname or "logical" in str(write) else 2, "value": 0.5}
+    number = True if boolean else 2
+    given = {
+        "other": x if "Tensor" in write._overloadname or "logical" in str(write) else number,
+        "value": 0.5,
+    }
     given |= {"mask": x > 0, "min": 0.1, "diagonal": 0}
     if write._overloadname == "Tensor" and "masked_fill" in str(write):
         given["value"] = torch.tensor(0.5)
