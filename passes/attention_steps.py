@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # What a trace makes of ``torch.tensor(number)``.
-_LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default)
+LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.detach.default)
 
 Step = tuple[fx.Node, Factor, list[Mask]]
 
@@ -168,7 +168,7 @@ def constant(node: Any) -> Any:
         return node
     if is_call(node, aten.full.default, aten.scalar_tensor.default):
         return node.args[1] if is_call(node, aten.full.default) else node.args[0]
-    if is_call(node, *_LITERALS, *facts.CASTS):
+    if is_call(node, *LITERALS, *facts.CASTS):
         return constant(node.args[0])
     held = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
     return held.item() if type(held) is torch.Tensor and len(node.users) == 1 else node

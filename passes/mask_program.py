@@ -16,7 +16,7 @@ from torch import fx
 
 from fxopt.ir.cone import cone, outer_of
 from fxopt.ir.contract import Context
-from fxopt.ir.facts import shape, val
+from fxopt.ir.facts import is_call, location, shape, val
 from fxopt.ir.formula import AXES, capture, exact, integral, number_text, real_capture, size
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.index_rules import TABLE, captured, value_of
@@ -26,6 +26,7 @@ from fxopt.ir.predicate import INDEX, Sizes, Value, box, broadcast
 from fxopt.ir.program import MaskProgram
 from fxopt.ir.tables import PREFIX, Table
 
+from .attention_steps import LITERALS
 from .mask_memo import kept_outcome
 
 Source: TypeAlias = fx.Node | Table
@@ -67,7 +68,12 @@ class Recovered:
 
 
 def _named_source(source: Source) -> str:
-    return source.name if isinstance(source, fx.Node) else f"{source.root.name} as a table"
+    if not isinstance(source, fx.Node):
+        return f"{source.root.name} as a table"
+    origin: Any = source
+    while is_call(origin, *LITERALS):
+        origin = origin.args[0]
+    return f"a literal ({location(source)})" if origin.op == "get_attr" else source.name
 
 
 def recover(mask: fx.Node, attention: fx.Node) -> Recovered:
