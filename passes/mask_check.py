@@ -9,7 +9,15 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.ir.cone import call_on_cpu, run_all, shape_at, size_at, stand_in, symbols
+from fxopt.ir.cone import (
+    NOT_AT_THESE_SIZES,
+    call_on_cpu,
+    run_all,
+    shape_at,
+    size_at,
+    stand_in,
+    symbols,
+)
 from fxopt.ir.facts import val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import LOWEST_SHARE
@@ -40,7 +48,7 @@ def difference(recovered: Recovered, mask: fx.Node, attention: fx.Node) -> str |
             return _difference_at(recovered, mask, attention, at)
         except Unsupported as reason:
             refusal = reason
-        except (RuntimeError, IndexError) as reason:  # sizes or indices that do not go together
+        except NOT_AT_THESE_SIZES as reason:
             refusal = Unsupported(str(reason))
     raise refusal
 

@@ -41,6 +41,9 @@ FIRST_ONLY = frozenset(
 
 MAX_CONE = 256
 
+# What ops raise for sizes, and for indices, that do not go together.
+NOT_AT_THESE_SIZES = (RuntimeError, IndexError, OverflowError)
+
 
 def reads(node: fx.Node) -> list[fx.Node]:
     """The tensors whose contents decide the contents of `node`."""
@@ -125,9 +128,13 @@ def run(nodes: Sequence[fx.Node], at: Mapping[sympy.Symbol, int]) -> torch.Tenso
     """Compute the last of `nodes` (a `cone`) on the CPU, each symbol replaced by the integer in `at`.
 
     Raises:
-        Unsupported: an op whose result does not depend on its arguments alone, or has not the recorded form.
+        Unsupported: an op whose result does not depend on its arguments alone, has not the recorded form, or
+            fails at these sizes.
     """
-    found = run_all(nodes, at)[nodes[-1]]
+    try:
+        found = run_all(nodes, at)[nodes[-1]]
+    except NOT_AT_THESE_SIZES as error:
+        raise Unsupported(f"{nodes[-1].name}, which fails at these sizes: {error}") from error
     if not isinstance(found, torch.Tensor):
         raise Unsupported(f"{nodes[-1].name}, which is no tensor")
     return found

@@ -177,6 +177,7 @@ def test_a_literal_made_in_the_forward() -> None:
     found = rewriting(attend, PASSES)
     torch.testing.assert_close(found.call(*qkv()), attend(*qkv()))
     assert found.applied(NAME) == 1, found.reasons(NAME)
+    assert "c0 is a literal (" in found.reasons(NAME), "no name that the user never wrote"
 
 
 def test_repetitions_counted_by_a_symbol() -> None:
