@@ -33,6 +33,8 @@ INDEX = tuple(sympy.Symbol(f"i{dim}", integer=True) for dim in range(8))
 # Integer arithmetic of 64 bits does not overflow below: sizes are below 2**31, and so are factors.
 MAX_FACTOR = 2**31
 MAX_CASES = 24
+# Of the conditions of one value.
+MAX_TERMS = 1500
 # Relations in a condition that is looked at, to drop it where it can not hold.
 LONG = 16
 
@@ -164,12 +166,18 @@ def made(sizes: Sizes, shape: Sequence[sympy.Expr], dtype: torch.dtype, cases: I
         found = [case for case in found if is_long(case.guard) or not sizes.impossible(domain, case.guard)]
     if len(found) == 1:
         found = [Case(sympy.true, found[0].number)]
-    if len(found) > MAX_CASES:
+    if len(found) > MAX_CASES or _is_large(found):
         raise Unsupported("too many cases")
     if not dtype.is_floating_point:
         for case in found:
             _check_range(case)
     return Value(tuple(shape), dtype, tuple(found))
+
+
+def _is_large(cases: Sequence[Case]) -> bool:
+    """Conditions of more terms in all than a formula is worth: each step on them would take a second."""
+    terms = (term for case in cases for term in sympy.preorder_traversal(case.guard))
+    return next(itertools.islice(terms, MAX_TERMS, None), None) is not None
 
 
 def is_long(guard: Boolean, limit: int = LONG) -> bool:
