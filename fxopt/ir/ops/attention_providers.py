@@ -88,9 +88,7 @@ def grouped_pays(node: fx.Node, facts: Facts) -> Verdict:
     masked = argument(node, "attn_mask") is not None or (argument(node, "is_causal") and rows > 1)
     if masked or not flash_has_it(node):
         return Verdict.no("it needs scores that are only scaled")
-    if (
-        argument(node, "dead_rows") != ZERO
-    ):  # not written as a kernel's call: the host's own code is an option
+    if argument(node, "dead_rows") != ZERO:  # it was not written as a kernel's call
         numbers = hint(query.shape[0]) * hint(query.shape[1]) * hint(query.shape[-1])
         if numbers * (columns if isinstance(columns, int) else GROWN) < GROWN_NUMBERS:
             return Verdict.no("too few keys for a kernel")
