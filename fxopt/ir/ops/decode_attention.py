@@ -3,10 +3,15 @@
 What the provider "decode" of ``fxopt::attention`` is made of. A static cache has room for keys that are not
 there yet, and a mask that excludes them; which ones is known when the op runs.
 
-    query, key, value   (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, D); Hq is a multiple of Hkv
-    live                bool, broadcastable to (B, Hq, Sq, Skv), Skv in its last dimension: who takes part
-    span                (2,) int64: before the first and from the second key on, no query sees any
-    scale, dead_rows    as ``fxopt::attention`` has them
+    query, key, value   (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv); Hq is a multiple of Hkv
+    mask                broadcastable to (B, Hq, Sq, Skv), Skv in its last dimension: bool, who takes part, or
+                        numbers that are added to the scores
+    span                (3,) int64, see `span_of`
+    the others          as ``fxopt::attention`` has them
+
+A score far below the largest one of its row has the weight 0, in every dtype. So keys whose scores get the
+lowest number, or -inf, are left out like those of a bool mask where each row has another key. In a row
+without one the scores may still matter, and every key is read.
 """
 
 from __future__ import annotations
@@ -19,15 +24,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fxopt.ir.formula import numbered
 from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
-from fxopt.ir.ops.masking import MEAN, NAN
+from fxopt.ir.ops.decomposed_attention import absorbs, decomposed
+from fxopt.ir.ops.masking import MEAN, NAN, NONE
 from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.tile_attention import per_group, per_head
 from fxopt.ir.program import MaskProgram
 from fxopt.ir.tile_values import TileValues
 
 SCHEMA = (
-    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor live, Tensor span, *, "
-    "float scale, str dead_rows) -> Tensor"
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor span, *, float scale, "
+    "str dead_rows, bool dense, bool mask_replaces=False, bool wide_scores=False, str score='', "
+    "Tensor? sinks=None, Tensor[]? captures=None, SymInt[]? sizes=None) -> Tensor"
 )
 
 
@@ -40,17 +47,24 @@ def in_decode(
     is_causal: bool = False,
     **attributes: Any,
 ) -> torch.Tensor:
-    """`fxopt::attention` by its mask's formula; the arguments are those of the op."""
+    """`fxopt::attention` with a mask; the arguments are those of the op."""
     given = Attributes(**attributes)
+    if attn_mask is None:
+        raise ValueError("nothing tells which keys are live")
     query, scale = without_symbol(query, given.factor(query))
-    columns = key.shape[-2]
-    ranges = tuple((0, size) for size in (*query.shape[:3], columns))
-    values = TileValues(ranges, numbered("c", given.captures), numbered("n", given.sizes), query.device)
-    live = values.condition(MaskProgram.parse(given.mask).live)
-    live = live.expand(*live.shape[:3], columns)
-    out: torch.Tensor = torch.ops.fxopt.decode_attention(
-        query, key, value, live, span_of(live), scale=float(scale), dead_rows=given.dead_rows
-    )
+    dense = _is_dense(given, query, value, attn_mask)
+    if attn_mask.is_floating_point() and given.mask and not given.bias and not dense:
+        mask = _live(given, query, key)
+    else:
+        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    mask = mask.expand(*mask.shape[:3], key.shape[-2])
+    options: dict[str, Any] = {"scale": float(scale), "dead_rows": given.dead_rows, "dense": dense}
+    if dense:
+        options |= {"mask_replaces": given.mask_replaces, "wide_scores": given.wide_scores}
+        options |= {"score": given.score, "sinks": given.sinks}
+        options |= {"captures": given.captures, "sizes": given.sizes} if given.score else {}
+    span = span_of(mask, dense or mask.is_floating_point())
+    out: torch.Tensor = torch.ops.fxopt.decode_attention(query, key, value, mask, span, **options)
     return out
 
 
@@ -67,17 +81,44 @@ def grouped(
 
     torch's own way with groups on the CPU reads the keys again for each of them.
     """
-    scale = Attributes(**attributes).factor(query)
-    rows = per_group(query, key.shape[1])
-    return per_head(scaled_dot_product_attention(rows, key, value, scale=scale), query.shape[1])
+    return _packed(query, key, value, None, Attributes(**attributes).factor(query))
 
 
-def span_of(live: torch.Tensor) -> torch.Tensor:
-    """The first key that a query sees, and the one behind the last; the latter is 0 when there is none."""
-    seen = live.flatten(0, 2).any(0)
-    places = torch.arange(seen.shape[0], device=live.device)
-    first = torch.where(seen, places, seen.shape[0]).amin()
-    return torch.stack([first, torch.where(seen, places + 1, 0).amax()])
+def _is_dense(given: Attributes, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> bool:
+    """The CPU's kernel has not the answer."""
+    if given.score or given.sinks is not None or query.shape[-1] != value.shape[-1]:
+        return True
+    unlike = given.dead_rows == NAN or (given.dead_rows == NONE and query.dtype is torch.float16)
+    return unlike and mask.is_floating_point()
+
+
+def _live(given: Attributes, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask by its formula."""
+    ranges = tuple((0, size) for size in (*query.shape[:3], key.shape[-2]))
+    values = TileValues(ranges, numbered("c", given.captures), numbered("n", given.sizes), query.device)
+    return values.condition(MaskProgram.parse(given.mask).live)
+
+
+def span_of(mask: torch.Tensor, whole: bool) -> torch.Tensor:
+    """The first key that a query sees, the one behind the last, and whether the mask changes nothing there.
+
+    The second is 0 when there is none. All keys with `whole`, if a row has none.
+    """
+    columns = mask.shape[-1]
+    live, free = (~_excludes(mask), mask == 0) if mask.is_floating_point() else (mask, mask)
+    live = live.reshape(-1, columns)
+    seen, places = live.any(0), torch.arange(columns, device=mask.device)
+    first, last = torch.where(seen, places, columns).amin(), torch.where(seen, places + 1, 0).amax()
+    unmasked = free.sum() == live.shape[0] * (last - first)
+    if whole:
+        dead = ~live.any(1).all()
+        first, last = torch.where(dead, 0, first), torch.where(dead, columns, last)
+    return torch.stack([first, last, unmasked.to(torch.int64)])
+
+
+def _excludes(mask: torch.Tensor) -> torch.Tensor:
+    """Float16 has no number that is far below every score."""
+    return mask == -math.inf if mask.dtype is torch.float16 else absorbs(mask)
 
 
 @without_autocast
@@ -85,29 +126,39 @@ def decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    live: torch.Tensor,
+    mask: torch.Tensor,
     span: torch.Tensor,
     *,
     scale: float,
     dead_rows: str,
+    dense: bool,
+    **others: Any,
 ) -> torch.Tensor:
-    """The result (B, Hq, Sq, D), sequences before heads in memory."""
-    batch, heads, rows, _ = query.shape
-    groups = key.shape[1]
-    first, last = span.tolist()
-    mask = live[..., first:last].expand(-1, -1, rows, -1)
-    all_live = first < last and bool(mask.all())
-    if first < last:
-        out = scaled_dot_product_attention(
-            per_group(query, groups), key[:, :, first:last], value[:, :, first:last],
-            None if all_live else _per_group(mask, heads, groups), scale=scale,
-        )  # fmt: skip
-        out = per_head(out, heads)
+    """The result (B, Hq, Sq, Dv), sequences before heads in memory."""
+    first, last, unmasked = span.tolist()
+    if first >= last:
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
     else:
-        out = query.new_zeros(batch, heads, rows, value.shape[-1])
-    if not all_live and dead_rows in (MEAN, NAN):
+        live = None if unmasked else mask[..., first:last]
+        operands = (query, key[:, :, first:last], value[:, :, first:last], live)
+        if dense:
+            out = decomposed(*operands, scale=scale, dead_rows=dead_rows, enable_gqa=True, **others)
+        else:
+            out = _packed(*operands, scale)
+    if not unmasked and mask.dtype is torch.bool and not dense and dead_rows in (MEAN, NAN):
         out = _fill_dead(out, mask.any(-1, keepdim=True), value, dead_rows)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out if out.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """A key is read once for all heads of its group, whose queries stand one below the other."""
+    heads, groups = query.shape[1], key.shape[1]
+    if mask is not None:
+        mask = _per_group(mask, query.shape[:3], groups)
+    packed = scaled_dot_product_attention(per_group(query, groups), key, value, mask, scale=scale)
+    return per_head(packed, heads)
 
 
 def _fill_dead(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, dead_rows: str) -> torch.Tensor:
@@ -119,12 +170,14 @@ def _fill_dead(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, dead
     return torch.where(alive, out, mean.repeat_interleave(out.shape[1] // value.shape[1], 1))
 
 
-def _per_group(mask: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
-    """(B, Hq, Sq, N) as queries of a group stand one below the other."""
-    batch, one, rows, width = mask.shape
-    if one == 1:
-        mask = mask.expand(batch, heads // groups, rows, width)
-    return mask.reshape(batch, min(one, groups), heads // groups * rows, width)
+def _per_group(mask: torch.Tensor, outer: tuple[int, ...], groups: int) -> torch.Tensor:
+    """(B, Hq, Sq, N) as queries of a group stand one below the other; `outer` is (B, Hq, Sq)."""
+    _, heads, rows = outer
+    one, width = mask.shape[1], mask.shape[-1]
+    if heads == groups or (one == 1 and mask.shape[2] == 1):
+        return mask
+    mask = mask.expand(-1, heads // groups if one == 1 else -1, rows, -1)
+    return mask.reshape(mask.shape[0], min(one, groups), heads // groups * rows, width)
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -135,5 +188,5 @@ def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, 
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
     library.define(SCHEMA)
-    library.impl("decode_attention", decode_attention, "CompositeExplicitAutograd")
+    library.impl("decode_attention", decode_attention, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::decode_attention", _fake, lib=library)
