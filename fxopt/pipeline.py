@@ -46,6 +46,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("simplify-views", "fxopt.passes.simplify_views:SimplifyViews"),
     # no pass below has to think of empty operands
     ("simplify-cat", "fxopt.passes.simplify_cat:SimplifyCat"),
+    # what attention reads is then the window itself, not a copy of it
+    ("shift-windows", "fxopt.passes.shift_windows:ShiftWindows"),
     # a layer norm without its mean is an RMS norm: the larger one goes first
     ("fuse-layer-norm", "fxopt.passes.fuse_layer_norm:FuseLayerNorm"),
     # norms before the residual sums in front of them

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import fx
 
-from fxopt.ir.ops import block_attention, decode_attention, snapshot
+from fxopt.ir.ops import block_attention, decode_attention, shift_window, snapshot
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
@@ -30,6 +30,7 @@ def register_ops() -> None:
             op.register(library)
         block_attention.register(library)
         decode_attention.register(library)
+        shift_window.register(library)
         snapshot.register(library)
         _library = library
 
