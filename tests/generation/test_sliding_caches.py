@@ -51,4 +51,5 @@ def test_tokens(build: Any, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {provider for record in found for op, provider, _ in record.providers if op == "attention"}
     assert chosen == {"decode"}
     moved = [each for record in found for each in record.evidence if each.rewrite == "shift-windows"]
-    assert [each.status for each in moved] == ["applied", "applied"]
+    assert moved
+    assert {each.status for each in moved} == {"applied"}
