@@ -1,7 +1,8 @@
 """Decoding over a static cache, beside eager and Inductor: `python -m benchmarks.static_cache`.
 
 A decoder of random weights, one token at a time, by the room of the cache and how much of it is filled. The
-mask is the one that `generate` passes: a tensor of bools over the whole room.
+mask is the one that `generate` passes: a tensor of bools over the whole room. With --sliding the room is the
+window of every layer, and full: each token drops the oldest one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> int:
     console = Console()
     rows: list[dict[str, Any]] = []
     rooms = [int(room) for room in arguments.rooms.split(",")]
-    cases = [(room, filled) for room in rooms for filled in _fillings(arguments.filled, room)]
+    cases = [
+        (room, filled) for room in rooms for filled in _fillings(arguments.filled, room, arguments.sliding)
+    ]
     try:
         for room, filled in track(cases, "static caches", console=console, transient=True):
             rows.append(measure(arguments, room, filled))
@@ -48,27 +51,22 @@ def main() -> int:
     return 0
 
 
-def _fillings(text: str, room: int) -> list[int]:
-    return [filled for filled in map(int, text.split(",")) if filled < room]
+def _fillings(text: str, room: int, sliding: bool) -> list[int]:
+    return [room] if sliding else [filled for filled in map(int, text.split(",")) if filled < room]
 
 
 def measure(arguments: argparse.Namespace, room: int, filled: int) -> dict[str, Any]:
     """One line: a decoding step at one filling of a cache."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=512, intermediate_size=1408, num_hidden_layers=arguments.layers,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2 * room,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = _model(arguments, room)
+    config = model.config
+    entries = torch.randn(2, arguments.batch, config.num_key_value_heads, room, config.head_dim)
     torch._dynamo.reset()
     calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
-    steps = {name: _step(call, config, arguments.batch, room, filled) for name, call in calls.items()}
+    steps = {name: _step(call, config, entries, filled) for name, call in calls.items()}
     with torch.no_grad():
         logits = {name: step() for name, step in steps.items()}
         with float64_everywhere():
-            exact = _step(copy.deepcopy(model).double(), config, arguments.batch, room, filled)()
+            exact = _step(copy.deepcopy(model).double(), config, entries, filled)()
         _judge(logits, exact)
         timings = interleave(steps, budget_seconds=arguments.seconds)
     return {
@@ -97,24 +95,42 @@ def _judge(logits: dict[str, torch.Tensor], exact: torch.Tensor) -> None:
             raise ValueError(f"{name} errs by {error:.3g} against float64, allowed {allowed:.3g}")
 
 
-def _step(call: Any, config: Any, batch: int, room: int, filled: int) -> Callable[[], torch.Tensor]:
-    """Decode the same token again and again: each call writes its key behind the filled part."""
+def _model(arguments: argparse.Namespace, room: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    shapes: dict[str, Any] = {
+        "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1408,
+        "num_hidden_layers": arguments.layers, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "max_position_embeddings": 2 * room,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if arguments.sliding:
+        return MistralForCausalLM(MistralConfig(**shapes, sliding_window=room)).eval()
+    return LlamaForCausalLM(LlamaConfig(**shapes)).eval()
+
+
+def _step(call: Any, config: Any, entries: torch.Tensor, filled: int) -> Callable[[], torch.Tensor]:
+    """Decode the same token again and again: each call writes its key behind the filled part.
+
+    `entries` are the keys and values of each layer, (2, B, Hkv, room, D).
+    """
     from transformers import StaticCache
 
-    cache = StaticCache(config, max_cache_len=room)
+    batch, room = entries.shape[1], entries.shape[3]
+    cache = StaticCache(config, max_cache_len=2 * room if config.model_type == "mistral" else room)
     token = torch.zeros(batch, 1, dtype=torch.int64)
     live = (torch.arange(room) <= filled).expand(batch, 1, 1, room).contiguous()
     how = {"attention_mask": live, "position_ids": torch.full((batch, 1), filled), "past_key_values": cache}
-    with torch.no_grad():  # makes the buffers; a step writes one entry only
-        call(token, **how)
+    entries = entries.to(torch.get_default_dtype())
     for layer in cache.layers:
-        torch.manual_seed(1)
-        for held in (layer.keys, layer.values):
-            held.copy_(torch.randn(held.shape, dtype=torch.float32))
+        layer.lazy_initialization(*entries[..., :1, :])
+        layer.keys.copy_(entries[0])
+        layer.values.copy_(entries[1])
 
     def step() -> torch.Tensor:
         for layer in cache.layers:
             layer.cumulative_length.fill_(filled)
+            layer.cumulative_length_int = filled
         logits: torch.Tensor = call(token, **how).logits
         return logits
 
@@ -138,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filled", default="256,512,2000,8000", help="keys that are there, by commas")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--sliding", action="store_true", help="windows of sliding layers, which are full")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6.0, help="for the timing of one line")
     parser.add_argument("--out", type=Path, help="a JSON file")
