@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fxopt.backend import backend
     from fxopt.errors import FxoptError
     from fxopt.integrations.generate import compile_config
+    from fxopt.integrations.warmup import warmup
     from fxopt.options import Options
     from fxopt.report.explain import explain
     from fxopt.report.report import Report
@@ -23,12 +24,13 @@ _PUBLIC = {
     "backend": "fxopt.backend",
     "compile_config": "fxopt.integrations.generate",
     "explain": "fxopt.report.explain",
+    "warmup": "fxopt.integrations.warmup",
     "Report": "fxopt.report.report",
     "Options": "fxopt.options",
     "FxoptError": "fxopt.errors",
 }
 
-__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "compile_config", "explain"]
+__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "compile_config", "explain", "warmup"]
 
 
 def __getattr__(name: str) -> Any:

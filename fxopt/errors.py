@@ -63,6 +63,12 @@ class NotAModel(UserError, TypeError):
     message = "wanted a module or a function, got {value!r} ({kind})."
 
 
+class CannotGenerate(UserError, TypeError):
+    """A model without `generate`, where one with it is needed."""
+
+    message = "wanted a model with a method `generate`, compiled with fxopt, got {kind}."
+
+
 class NoHost(UserError, RuntimeError):
     """The requested host compiler cannot run on this machine."""
 

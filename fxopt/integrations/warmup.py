@@ -1,0 +1,77 @@
+"""Compile what `generate` needs before the first request comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from fxopt.errors import CannotGenerate, OptionValueError
+from fxopt.report.record import collect
+
+# Tokens to generate: the step behind the prompt is compiled for its length, the next one for all lengths.
+_NEW = 4
+
+
+def warmup(
+    model: Any, *, batch_sizes: Iterable[int] = (1,), max_length: int = 512, padded: bool = True, **how: Any
+) -> int:
+    """Run `generate` on made-up prompts, so that requests of these kinds find everything compiled.
+
+    Sizes become symbols when they change for the first time: two lengths of prompts stand for all others. A
+    batch of one sequence is a kind of its own, and so is every other size until a second one has been seen.
+
+    Args:
+        model: with a `generate`, and compiled with fxopt: ``torch.compile(model, backend="fxopt")``, or
+            behind ``model.compile(backend="fxopt")``.
+        batch_sizes: numbers of sequences to prepare for.
+        max_length: tokens of the longest sequence, prompt and answer.
+        padded: prepare for prompts of different lengths in a batch too, which need a mask.
+        how: further arguments of `generate`, as requests will have them.
+
+    Returns:
+        The number of graphs that were compiled.
+
+    Raises:
+        CannotGenerate: `model` has no `generate`.
+        OptionValueError: a batch size below 1, or a `max_length` without room for a prompt.
+    """
+    from rich.progress import track
+
+    if not callable(getattr(model, "generate", None)):
+        raise CannotGenerate(kind=type(model).__name__)
+    sizes = _checked(batch_sizes, max_length)
+    lengths = (max_length // 2 - _NEW, max_length - _NEW)
+    cases = [
+        (size, length, pad)
+        for size in sizes
+        for pad in ((False, True) if padded and size > 1 else (False,))
+        for length in lengths
+    ]
+    with collect(private=True) as records:
+        for size, length, pad in track(cases, "warming up", transient=True):
+            _generate(model, size, length, pad, how)
+    return len(records)
+
+
+def _checked(batch_sizes: Iterable[int], max_length: int) -> Sequence[int]:
+    sizes = list(batch_sizes)
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise OptionValueError(
+            name="batch_sizes", value=sizes, nearest="", valid="one or more integers from 1 on"
+        )
+    if max_length < 4 * _NEW:
+        raise OptionValueError(
+            name="max_length", value=max_length, nearest="", valid=f"integers from {4 * _NEW} on"
+        )
+    return sizes
+
+
+def _generate(model: Any, size: int, length: int, pad: bool, how: dict[str, Any]) -> None:
+    ids = torch.ones(size, length, dtype=torch.int64, device=model.device)
+    mask = torch.ones_like(ids)
+    if pad:
+        mask[0, : length // 2] = 0
+    limits = {"max_new_tokens": _NEW, "min_new_tokens": _NEW}
+    model.generate(input_ids=ids, attention_mask=mask, **({"do_sample": False} | how | limits))
