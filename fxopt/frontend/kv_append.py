@@ -6,7 +6,7 @@ the attribute that the input comes from. Then the input becomes one with room be
 output for it: the caller gets the tensor that was written to.
 
 A cache that begins, a concatenation of nothing with the first rows, is copied into such a tensor behind the
-run.
+run, where it is known that it will grow.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def insert_appends(
         try:
             if _begins(cat):
                 plan.begins.append(search.begin(place, result, cat))
-                notes[cat] = _note(cat, "its first rows are copied into a buffer")
+                notes[cat] = _note(cat, "its first rows get a buffer inside of generate")
             else:
                 plan.appends.append(search.append(place, result, cat))
                 notes[cat] = _note(cat, "new rows are written behind those that are there")
@@ -186,10 +186,6 @@ class _Search:
         if not plan:
             return {}
         layout = output_layout(self.gm.graph)
-        for begin in plan.begins:
-            result = self.outputs[begin.output]
-            if not begin.bounded:  # they are copied after the run
-                self.outputs[begin.output] = _operands(result)[1]
         refused: dict[fx.Node, str] = {}
         for append in list(plan.appends):
             cat, past = _joined(self.outputs[append.output]), self.placeholders[append.source]
@@ -199,12 +195,11 @@ class _Search:
                 refused[cat] = obstacle
                 plan.appends.remove(append)
         gone = {append.output for append in plan.appends}
-        begun = {begin.output for begin in plan.begins}
         kept = [place for place in range(len(self.outputs)) if place not in gone]
         dropped = [self.outputs[place] for place in gone]
         self.gm.graph.output_node().args = (tuple(self.outputs[place] for place in kept),)
         erase_unused(dropped)
-        keep_output_layout(self.gm, [None if place in begun else layout[place] for place in kept])
+        keep_output_layout(self.gm, [layout[place] for place in kept])
         self.gm.recompile()
         return refused
 

@@ -8,6 +8,7 @@ a process, on a call in which nobody else has the input.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from sys import getrefcount
 from typing import Any
@@ -38,6 +39,8 @@ def references_of_a_call(measured: bool) -> int:
         measured: a size, stride or offset of the tensor is an input, too; then Dynamo keeps the tensor in a
             local variable.
     """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return 0  # without the interpreter's lock, counts are not exact
     found: list[int] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

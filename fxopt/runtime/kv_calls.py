@@ -8,7 +8,7 @@ from typing import Any
 
 from fxopt.runtime.holders import references
 from fxopt.runtime.kv_growth import Append, Begin, Growth
-from fxopt.runtime.kv_state import STATE
+from fxopt.runtime.kv_state import STATE, will_grow
 
 
 @dataclass
@@ -47,7 +47,7 @@ def with_growing_caches(
         results = list(compiled(*given))
         for append, tensor in zip(appends, handed_out, strict=True):
             results.insert(append.output, tensor)
-        for each, share in zip(plan.begins, shares, strict=True):
+        for each, share in zip(plan.begins, shares, strict=True) if will_grow() else ():
             results[each.output] = STATE.begin(results[each.output], each.dim, share, bounded=each.bounded)
         return tuple(results)
 

@@ -47,6 +47,11 @@ def expected_length(rows: int) -> Iterator[None]:
         _expected.reset(token)
 
 
+def will_grow() -> bool:
+    """Whether a cache that begins now is going to be appended to."""
+    return _expected.get() > 0
+
+
 def capacity_for(rows: int, share: float = 1.0, *, bounded: bool = False) -> int:
     """Rows of a buffer that holds `rows` now.
 

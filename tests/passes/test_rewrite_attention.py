@@ -228,7 +228,7 @@ def two_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Te
 
 
 def infinite_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return softmax((q @ k.mT).masked_fill(~keep, float("-inf")), dim=-1).nan_to_num() @ v
+    return softmax((q @ k.mT).masked_fill(~keep, float("-inf")), dim=-1).nan_to_num(1.0) @ v
 
 
 def written_value(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
