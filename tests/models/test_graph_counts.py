@@ -16,8 +16,8 @@ from support.zoo import ZOO, Architecture
 LENGTHS = (13, 17, 22)
 # One of each way to make positions, masks and caches, on which what is guarded depends.
 NAMES = (
-    "bert", "deberta_v2", "xlnet", "gpt2", "bloom", "mpt", "llama", "mistral", "mixtral", "gemma3_text", "gpt_oss",
-    "t5", "whisper", "swin", "clip", "wav2vec2",
+    "bert", "deberta_v2", "xlnet", "gpt2", "bloom", "mpt", "llama", "mistral", "mixtral", "gemma3_text",
+    "gpt_oss", "t5", "whisper", "swin", "clip", "wav2vec2",
 )  # fmt: skip
 
 
