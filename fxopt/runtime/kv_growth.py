@@ -6,6 +6,7 @@ enough, and what remains is a view for each: `Tip`. Otherwise each is looked at 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class Growth:
         forms = [(each.dim, each.part, each.new) for each in appends]
         self._alike = len(set(forms)) == 1
 
+    @functools.cached_property
+    def _allowed(self) -> list[int]:
+        """References to each input that the call has itself."""
+        return [references_of_a_call(each.measured) for each in self.appends]
+
     def of(
         self, inputs: Sequence[Any], held: Sequence[int]
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -117,7 +123,7 @@ class Growth:
             inputs: of the call. held: `references` to the inputs that grow.
         """
         pasts = [inputs[each.source] for each in self.appends]
-        allowed = [references_of_a_call(each.measured) for each in self.appends]
+        allowed = self._allowed
         tip = self._tips.pop(id(pasts[0]), None) if self._alike else None
         if tip is not None and all(map(le, held, allowed)) and tip.is_what(pasts):
             found = self._at_tip(tip, inputs, pasts)

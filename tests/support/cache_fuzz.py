@@ -11,7 +11,6 @@ import io
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -181,14 +180,18 @@ def _saved(cache: DynamicCache) -> DynamicCache:
     return loaded
 
 
-def fuzz(seed: int, operations: int, **options: Any) -> Fuzz:
+def fuzz(seed: int, operations: int, compiled: Step | None = None) -> Fuzz:
     """One run. Raises: Differs."""
     torch.manual_seed(seed)
-    compiled = torch.compile(step, backend="fxopt", dynamic=True, options={"host": "eager", **options})
-    run = Fuzz(compiled, random.Random(seed))
+    run = Fuzz(compiled or compiled_step(), random.Random(seed))
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
         run.run(operations)
     return run
+
+
+def compiled_step() -> Step:
+    compiled: Step = torch.compile(step, backend="fxopt", dynamic=True, options={"host": "eager"})
+    return compiled
 
 
 if __name__ == "__main__":
@@ -201,6 +204,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     runs = max(1, arguments.operations // 500)
+    compiled = compiled_step()
     for each in track(range(runs), "fuzz"):
-        fuzz(arguments.seed + each, 500)
+        fuzz(arguments.seed + each, 500, compiled)
     print(f"{runs * 500} operations, no difference; rows {STATE.in_place} in place, {STATE.copied} copied")
