@@ -25,6 +25,7 @@ from fxopt.ir import facts
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import argument, is_call, location, val
 from fxopt.ir.graph_facts import Facts
+from fxopt.ir.sizes import input_of
 from fxopt.runtime.kv_calls import Plan
 from fxopt.runtime.kv_growth import Append, Begin, Length
 
@@ -160,15 +161,11 @@ class _Search:
         """How to find a size when the graph is called."""
         if isinstance(size, int):
             return Length(size)
-        for place, node in enumerate(self.placeholders):
-            value = val(node)
-            if isinstance(value, torch.SymInt) and str(value) == str(size):
-                return Length(0, place)
-            if isinstance(value, torch.Tensor):
-                for dim, other in enumerate(value.shape):
-                    if str(other) == str(size):
-                        return Length(0, place, dim)
-        raise _Refusal(f"wanted a number of rows that an input has, saw {size}")
+        found = input_of(size.node.expr, self.gm.graph)
+        if found is None:
+            raise _Refusal(f"wanted a number of rows that an input has, saw {size}")
+        node, dim = found
+        return Length(0, self.placeholders.index(node), dim)
 
     def row_count(self, past: fx.Node, dim: int) -> fx.Node | int:
         """Where the number of rows of `past` can be read."""

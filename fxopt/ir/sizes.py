@@ -59,7 +59,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
 def can_compute(size: sympy.Expr, graph: fx.Graph) -> bool:
     """Whether `size_node` finds the symbols of `size` in the inputs, and has its operations."""
     if size.is_Symbol:
-        return _input_of(size, graph) is not None
+        return input_of(size, graph) is not None
     if size.is_Integer:
         return True
     return size.func in _OPERATIONS and all(can_compute(part, graph) for part in size.args)
@@ -73,19 +73,19 @@ def size_node(size: sympy.Expr, graph: fx.Graph) -> fx.Node | int:
         parts = [size_node(part, graph) for part in size.args]
         call = functools.partial(graph.call_function, _OPERATIONS[size.func])
         return functools.reduce(lambda a, b: call((a, b)), parts)
-    found = _input_of(size, graph)
+    found = input_of(size, graph)
     if found is None:
         raise LookupError(f"no input has the size {size}")
     node, dim = found
     return node if dim is None else graph.call_function(aten.sym_size.int, (node, dim))
 
 
-def _input_of(symbol: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
-    """An input that is the symbol, or one of whose sizes is."""
+def input_of(size: sympy.Expr, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
+    """An input that is `size`, and None, or one of whose sizes is, and its dimension; None without any."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for dim, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+        for dim, each in enumerate(sizes):
+            if isinstance(each, torch.SymInt) and each.node.expr == size:
                 return node, dim if isinstance(value, torch.Tensor) else None
     return None
