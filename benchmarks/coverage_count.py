@@ -191,9 +191,10 @@ def _mask(attention: fx.Node) -> str:
     if mask is None:
         return "none"
     try:
-        return str(recover(mask, attention).program)
+        formula = recover(mask, attention).program
     except Unsupported as refusal:
         return tidy(f"tensor: {refusal}")
+    return f"tensor: {formula} is not carried, see what recover-mask says"
 
 
 def _count_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], found: Counts) -> None:
