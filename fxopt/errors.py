@@ -57,6 +57,12 @@ class UnsupportedMode(UserError, ValueError):
     message = "mode {mode!r} is not supported.{nearest} Valid modes: {valid}."
 
 
+class UnsupportedTarget(UserError, ValueError):
+    """A GPU that kernels cannot be compiled for. `reason` completes the sentence "target ... "."""
+
+    message = "target {target!r} {reason}. Targets: {valid}."
+
+
 class NotAModel(UserError, TypeError):
     """Something that cannot be compiled in the place of a model."""
 

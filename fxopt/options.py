@@ -14,11 +14,20 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, get_origin
 
-from fxopt.errors import OptionTypeError, OptionValueError, UnknownOption, UnsupportedMode
+from fxopt.errors import (
+    OptionTypeError,
+    OptionValueError,
+    UnknownOption,
+    UnsupportedMode,
+    UnsupportedTarget,
+)
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 HOSTS = ("auto", "inductor", "eager")
 VERIFY = ("nothing", "masks")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
+# Those of the fields that can change the compiled result.
+DECISIVE = ("mode", "host", "disable", "fuel", "target")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class Options:
         generate: `generate` of the module that torch.compile returns runs compiled; otherwise torch hands it
             on to the original model, as it does with any other backend.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
+        target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
+            is the GPU at hand.
+        cache_dir: directory of the kernels' files. None is ``fxopt/kernels`` in the user's cache directory.
+        cache_mib: size in MiB from which on the least recently used kernels' files are removed.
         host_config: Inductor configuration, the keys that are not fields of this class.
     """
 
@@ -49,6 +62,9 @@ class Options:
     fuel: int | None = None
     generate: bool = True
     dump: str | None = None
+    target: str | None = None
+    cache_dir: str | None = None
+    cache_mib: int = 1024
     host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @staticmethod
@@ -63,6 +79,7 @@ class Options:
 
         Raises:
             UnsupportedMode: `mode` is not one of torch.compile's.
+            UnsupportedTarget: `target` is none that kernels can be compiled for here.
             UnknownOption: a key is known neither to fxopt nor to Inductor.
             OptionTypeError: a value has the wrong type.
             OptionValueError: a value is not one of the valid ones.
@@ -85,7 +102,7 @@ class Options:
     @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:
         """Everything that can change the compiled result, as plain text, for cache keys."""
-        return tuple((name, repr(getattr(self, name))) for name in ("mode", "host", "disable", "fuel"))
+        return tuple((name, repr(getattr(self, name))) for name in DECISIVE)
 
 
 def _normal(key: object) -> str:
@@ -102,10 +119,13 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         found["host"] = environ["FXOPT_HOST"]
     if environ.get("FXOPT_DISABLE"):
         found["disable"] = tuple(part.strip() for part in environ["FXOPT_DISABLE"].split(",") if part.strip())
-    if environ.get("FXOPT_FUEL"):
-        found["fuel"] = _integer("environment variable FXOPT_FUEL", environ["FXOPT_FUEL"])
-    if environ.get("FXOPT_DUMP"):
-        found["dump"] = environ["FXOPT_DUMP"]
+    for name in ("fuel", "cache_mib"):
+        variable = f"FXOPT_{name.upper()}"
+        if environ.get(variable):
+            found[name] = _integer(f"environment variable {variable}", environ[variable])
+    for name in ("dump", "target", "cache_dir"):
+        if environ.get(f"FXOPT_{name.upper()}"):
+            found[name] = environ[f"FXOPT_{name.upper()}"]
     for name in ("strict", "generate"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
@@ -130,6 +150,9 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "generate": ((bool,), "a bool"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
+    "target": ((str, type(None)), "the name of a GPU or None"),
+    "cache_dir": ((str, os.PathLike, type(None)), "a directory name or None"),
+    "cache_mib": ((int,), "an integer"),
 }
 
 
@@ -146,9 +169,32 @@ def _checked(name: str, value: Any, said: str) -> Any:
             raise OptionValueError(name=said, value=value, nearest=near, valid=", ".join(values))
     if name == "fuel" and value is not None and value < 0:
         raise OptionValueError(name=said, value=value, nearest="", valid="integers from 0 on, or None")
+    if name == "cache_mib" and value < 1:
+        raise OptionValueError(name=said, value=value, nearest="", valid="integers from 1 on")
     if name == "disable":
         return _names(value, said)
-    return os.fspath(value) if name == "dump" and value is not None else value
+    if name == "target" and value is not None:
+        return check_target(value)
+    return os.fspath(value) if name in ("dump", "cache_dir") and value is not None else value
+
+
+def check_target(text: str) -> str:
+    """The name of a GPU in the spelling of `TARGETS`.
+
+    Raises:
+        UnsupportedTarget: kernels cannot be compiled for it here; the message says why.
+    """
+    name = text.strip().lower().replace("-", "_")
+    if name in TARGETS:
+        return name
+    reason = "is not known"
+    if name.startswith(("gfx", "mi2", "mi3", "hip", "rocm")):
+        reason = "is an AMD GPU: Triton links kernels for it with ROCm, and fxopt has not been tried there"
+    elif name.startswith(("xpu", "intel", "pvc", "bmg")):
+        reason = "is an Intel GPU: Triton has no back end for it"
+    elif name in ("cpu", "x86_64", "aarch64"):
+        reason = "is no GPU; on a CPU the host compiles the kernels' plain-torch bodies"
+    raise UnsupportedTarget(target=text, reason=reason, valid=", ".join(TARGETS))
 
 
 def _names(value: Any, said: str) -> tuple[str, ...]:

@@ -196,8 +196,9 @@ def test_environment_is_read_in_one_place() -> None:
     assert set(readers) <= ENVIRONMENT_READERS
 
 
-# Besides options.py: who sets or shows variables of other programs.
+# Besides options.py: who sets or shows variables of other programs, or writes files that do.
 ENVIRONMENT_READERS = {
+    "fxopt/codegen/kernel_file.py",
     "fxopt/integrations/autoload.py",
     "fxopt/commands/doctor.py",
     "fxopt/commands/demo.py",

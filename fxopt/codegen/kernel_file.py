@@ -1,0 +1,295 @@
+"""One emitted kernel as a value, and its text: a self-contained Python file that can be read and run.
+
+The file imports torch and triton, nothing else. In this order it holds: where it came from and why it looks
+as it does, the `@triton.jit` functions, `outputs` (allocates the results), `launch`, `reference` (the same
+in plain torch), `example_inputs`, `cost`, and a `main` that checks the kernel against its reference. The text
+is a function of the value alone: equal values give equal files, byte for byte.
+
+Expressions (sizes, grids, shapes, scalar arguments) are Python text over the parameters of `launch` and the
+names of `KernelFile.sizes`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KINDS = {"Tensor": "torch.Tensor", "int": "int", "float": "float", "bool": "bool"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of `launch` and of `reference`. `kind` is one of `KINDS`."""
+
+    name: str
+    kind: str = "Tensor"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result that `launch` allocates. Shape, strides and dtype are expressions; no strides is contiguous.
+
+    `fill` is the value that it starts from, for kernels that add to it; None leaves it uninitialised.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    strides: tuple[str, ...] | None = None
+    fill: str | None = None
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A run-time argument of a jit function.
+
+    Attributes:
+        type: as Triton writes it: ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        value: an expression; empty for the parameter, output or size of the name without ``_ptr``.
+        aligned: divisible by 16, for compilation ahead of time. None: pointers are, numbers are not.
+    """
+
+    name: str
+    type: str
+    value: str = ""
+    aligned: bool | None = None
+
+    @property
+    def expression(self) -> str:
+        return self.value or self.name.removesuffix("_ptr")
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.type.startswith("*") if self.aligned is None else self.aligned
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a jit function of the file. `grid` holds expressions, in which constants may be used."""
+
+    entry: str
+    arguments: tuple[Argument, ...]
+    grid: tuple[str, ...]
+    constants: tuple[tuple[str, int | float | bool], ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class About:
+    """What the head of the file says.
+
+    Attributes:
+        summary: one line. lines: the user's source lines, "file.py:12: text". replaces: names of ATen ops.
+        shapes: one text per tensor, "x: bf16[B, 4096]". configuration: what was chosen, and why.
+        moved: bytes, flops: operations; expressions, with which `main` computes what was achieved.
+    """
+
+    summary: str = ""
+    lines: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    configuration: tuple[str, ...] = ()
+    moved: str = "0"
+    flops: str = "0"
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """A kernel with all that is needed to launch, check and explain it.
+
+    Attributes:
+        name: an identifier, unique within its region's graph.
+        jit: the text of the `@triton.jit` functions.
+        launches: run in this order.
+        reference: text of `def reference(<parameters>)`, which returns what `launch` returns.
+        example_inputs: text of `def example_inputs(device)`, which returns a tuple of arguments of `launch`.
+        sizes: names and the expressions that they stand for; later ones may use earlier ones.
+        mutates: names of those tensor parameters that the kernel writes to.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    jit: str
+    launches: tuple[Launch, ...]
+    outputs: tuple[Output, ...]
+    reference: str
+    example_inputs: str
+    sizes: tuple[tuple[str, str], ...] = ()
+    mutates: tuple[str, ...] = ()
+    about: About = field(default_factory=About)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.render().encode()).hexdigest()
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        types = [argument.type for launch in self.launches for argument in launch.arguments]
+        return "bfloat16" in self.jit or any("bf16" in one for one in types)
+
+    def render(self) -> str:
+        """The file's text."""
+        return _render(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _render(kernel: KernelFile) -> str:
+    parts = [
+        _head(kernel),
+        _IMPORTS,
+        _code(kernel.jit),
+        _outputs(kernel),
+        _launch(kernel),
+        _code(kernel.reference),
+        _code(kernel.example_inputs),
+        _cost(kernel),
+        *_checks(kernel),
+        'if __name__ == "__main__":\n    raise SystemExit(main())',
+    ]
+    return "\n\n\n".join(parts) + "\n"
+
+
+_IMPORTS = """import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a function is decorated
+import triton
+import triton.language as tl"""
+
+
+def _head(kernel: KernelFile) -> str:
+    about = kernel.about
+    sections = (
+        ("Computes", about.lines),
+        ("Replaces", (", ".join(about.replaces),) if about.replaces else ()),
+        ("Shapes", about.shapes),
+        ("Costs", (f"bytes: {about.moved}", f"operations: {about.flops}")),
+        ("Configuration", about.configuration),
+    )
+    lines = [f"{kernel.name}: {about.summary}".rstrip(": ") + "."]
+    for title, entries in sections:
+        if entries:
+            lines += ["", title, *(f"    {_quoted(entry)}" for entry in entries)]
+    return '"""' + "\n".join(lines) + '\n"""'
+
+
+def _quoted(text: str) -> str:
+    """`text` on one line, harmless within a docstring."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"""', "'''")
+
+
+def _code(text: str) -> str:
+    return textwrap.dedent(text).strip("\n")
+
+
+def _signature(kernel: KernelFile) -> str:
+    return ", ".join(f"{one.name}: {KINDS[one.kind]}" for one in kernel.parameters)
+
+
+def _returns(kernel: KernelFile) -> str:
+    if len(kernel.outputs) == 1:
+        return "torch.Tensor"
+    return f"tuple[{', '.join('torch.Tensor' for _ in kernel.outputs)}]" if kernel.outputs else "None"
+
+
+def _results(kernel: KernelFile) -> str:
+    return ", ".join(output.name for output in kernel.outputs)
+
+
+def _body(lines: Iterator[str] | list[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _sizes(kernel: KernelFile) -> list[str]:
+    return [f"{name} = {expression}" for name, expression in kernel.sizes]
+
+
+def _outputs(kernel: KernelFile) -> str:
+    """`outputs`: all that a fake implementation needs."""
+    device = next((one.name for one in kernel.parameters if one.kind == "Tensor"), None)
+    where = f"{device}.device" if device else '"cuda"'
+    lines = [*_sizes(kernel), *(f"{one.name} = {_allocated(one, where)}" for one in kernel.outputs)]
+    end = f"return {_results(kernel)}" if kernel.outputs else "return None"
+    return f"def outputs({_signature(kernel)}) -> {_returns(kernel)}:\n{_body([*lines, end])}"
+
+
+def _allocated(output: Output, where: str) -> str:
+    shape = _tuple(output.shape)
+    options = f"dtype={output.dtype}, device={where}"
+    if output.strides is None:
+        call = f"torch.empty({shape}, {options})"
+    else:
+        call = f"torch.empty_strided({shape}, {_tuple(output.strides)}, {options})"
+    return call if output.fill is None else f"{call}.fill_({output.fill})"
+
+
+def _tuple(entries: tuple[str, ...]) -> str:
+    return f"({', '.join(entries)}{',' if len(entries) == 1 else ''})"
+
+
+def _launch(kernel: KernelFile) -> str:
+    names = ", ".join(one.name for one in kernel.parameters)
+    lines = [f"{_results(kernel)} = outputs({names})"] if kernel.outputs else []
+    lines += _sizes(kernel)
+    for launch in kernel.launches:
+        lines += _one_launch(launch)
+    if kernel.outputs:
+        lines.append(f"return {_results(kernel)}")
+    return f"def launch({_signature(kernel)}) -> {_returns(kernel)}:\n{_body(lines)}"
+
+
+def _one_launch(launch: Launch) -> Iterator[str]:
+    """Arguments by name, which is what Triton and torch both accept for constants and for options."""
+    for name, value in launch.constants:
+        yield f"{name} = {value!r}"
+    yield f"{launch.entry}[{_tuple(launch.grid)}]("
+    for argument in launch.arguments:
+        yield f"    {argument.name}={argument.expression},"
+    for name, _ in launch.constants:
+        yield f"    {name}={name},"
+    yield f"    num_warps={launch.num_warps},"
+    yield f"    num_stages={launch.num_stages},"
+    yield ")"
+
+
+def _cost(kernel: KernelFile) -> str:
+    doc = '"""Bytes that must be moved, and operations that must be done."""'
+    lines = [doc, *_sizes(kernel), f"return {kernel.about.moved}, {kernel.about.flops}"]
+    return f"def cost({_signature(kernel)}) -> tuple[int, int]:\n{_body(lines)}"
+
+
+@functools.cache
+def _inlined(module: str) -> str:
+    """The part of a module of fxopt that is to be copied into kernels' files."""
+    return (_PACKAGE / module).read_text().split(_MARK, 1)[1].strip("\n").replace("  # noqa: E402", "")
+
+
+_PACKAGE = Path(__file__).parent.parent
+_MARK = "# --- All below is copied into kernels' files as it stands."
+
+
+def _checks(kernel: KernelFile) -> Iterator[str]:
+    """The tools of the check, and `main`."""
+    if kernel.uses_bfloat16:
+        yield _BFLOAT16 + _inlined("runtime/interpreter.py")
+    else:
+        yield "exact_bfloat16 = contextlib.nullcontext  # there is no bfloat16 here"
+    yield _CHECK + _inlined("codegen/kernel_check.py")
+    written = [place for place, one in enumerate(kernel.parameters) if one.name in kernel.mutates]
+    call = f"check_kernel(launch, reference, example_inputs, cost, mutated={written})"
+    yield f"def main() -> int:\n    return {call}"
+
+
+_BFLOAT16 = "# Triton's interpreter computes on the bits of a bfloat16; this makes it use the value.\n"
+_CHECK = "# The check of this file: the kernel, and eager, against the reference in float64.\n"

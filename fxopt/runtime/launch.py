@@ -1,0 +1,122 @@
+"""How an emitted kernel is called from a graph: as an op that torch, and TorchInductor, can see into.
+
+On a GPU the op is a `torch.library.triton_op`. Where AOTAutograd meets it, it dissolves into the allocation
+of its results and torch's own node for a Triton kernel, which Inductor compiles, plans memory for and
+launches itself, also within CUDA graphs. Graphs that are past AOTAutograd get the same nodes from
+`kernel_graph`.
+
+In interpreter mode (`TRITON_INTERPRET=1`) the op is opaque and runs the kernel on the tensors that it is
+given, on a CPU as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.runtime.kernel_cache import KernelCache, cache_of
+
+if TYPE_CHECKING:
+    from fxopt.codegen.kernel_file import KernelFile
+
+NAMESPACE = "fxopt_kernels"
+
+_lock = threading.Lock()
+# By the digest of the kernel's file. An op cannot be taken back from torch, so neither are these.
+_ops: dict[str, OpOverload] = {}
+
+
+def as_op(
+    kernel: KernelFile, fake: Callable[..., Any] | None = None, *, cache: KernelCache | None = None
+) -> OpOverload:
+    """The op that launches the kernel. The same file gives the same op.
+
+    Args:
+        fake: shapes and dtypes of the results. None: the file's own `outputs`, which allocates them.
+        cache: where the file is kept. None is the cache of the default options.
+    """
+    digest = kernel.digest
+    with _lock:
+        if digest not in _ops:
+            _ops[digest] = _register(kernel, f"{kernel.name}_{digest[:12]}", fake, cache or _default_cache())
+        return _ops[digest]
+
+
+def kernel_graph(kernel: KernelFile, *inputs: Any, cache: KernelCache | None = None) -> fx.GraphModule:
+    """The kernel on fake inputs as a graph of plain ATen and torch's functional node for Triton kernels.
+
+    To be put in the place of a piece of graph that AOTAutograd has made. Not for interpreter mode.
+    """
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    launch = _traceable(kernel, (cache or _default_cache()).load(kernel))
+    with detect_fake_mode(inputs) or contextlib.nullcontext():
+        return make_fx(torch.func.functionalize(launch))(*inputs)
+
+
+def _default_cache() -> KernelCache:
+    from fxopt.options import Options
+
+    return cache_of(Options.parse())
+
+
+def _register(
+    kernel: KernelFile, name: str, fake: Callable[..., Any] | None, cache: KernelCache
+) -> OpOverload:
+    module = cache.load(kernel)
+    qualified = f"{NAMESPACE}::{name}"
+    op: Any
+    if is_interpreted(kernel, module):
+        schema = torch.library.infer_schema(module.launch, mutates_args=kernel.mutates)
+        run = _interpreting(module.launch)
+        op = torch.library.custom_op(qualified, mutates_args=kernel.mutates, schema=schema)(run)
+    else:
+        op = torch.library.triton_op(qualified, mutates_args=kernel.mutates)(_traceable(kernel, module))
+    op.register_fake(fake or module.outputs)
+    overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload
+
+
+def is_interpreted(kernel: KernelFile, module: types.ModuleType) -> bool:
+    """Whether Triton was in interpreter mode when the kernel's file was loaded."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(getattr(module, kernel.launches[0].entry), InterpretedFunction)
+
+
+def _interpreting(launch: Callable[..., Any]) -> Callable[..., Any]:
+    from fxopt.runtime.interpreter import exact_bfloat16
+
+    def run(*arguments: Any) -> Any:
+        with exact_bfloat16():
+            return launch(*arguments)
+
+    return run
+
+
+def _traceable(kernel: KernelFile, module: types.ModuleType) -> Callable[..., Any]:
+    """`launch` of the file with its kernels wrapped so that tracing records them; the file stays plain."""
+    wrapped = {one.entry: _Wrapped(getattr(module, one.entry)) for one in kernel.launches}
+    launch = module.launch
+    traceable = types.FunctionType(launch.__code__, {**vars(module), **wrapped}, launch.__name__)
+    traceable.__annotations__ = launch.__annotations__
+    return traceable
+
+
+class _Wrapped:
+    """A kernel that asks torch at each launch whether it is being traced."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
+        launcher: Callable[..., None] = torch.library.wrap_triton(self.kernel)[grid]
+        return launcher
