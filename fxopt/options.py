@@ -27,7 +27,7 @@ HOSTS = ("auto", "inductor", "eager")
 VERIFY = ("nothing", "masks")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
 # Those of the fields that can change the compiled result.
-DECISIVE = ("mode", "host", "disable", "fuel", "target")
+DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Options:
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
             is the GPU at hand.
+        interpret: run emitted kernels in Triton's interpreter, on tensors of any device, with the eager host.
+            Follows the variable ``TRITON_INTERPRET``, which Triton itself reads.
         cache_dir: directory of the kernels' files. None is ``fxopt/kernels`` in the user's cache directory.
         cache_mib: size in MiB from which on the least recently used kernels' files are removed.
         host_config: Inductor configuration, the keys that are not fields of this class.
@@ -63,6 +65,7 @@ class Options:
     generate: bool = True
     dump: str | None = None
     target: str | None = None
+    interpret: bool = False
     cache_dir: str | None = None
     cache_mib: int = 1024
     host_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -129,6 +132,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in ("strict", "generate"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
+    if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
+        found["interpret"] = True
     if environ.get("FXOPT_VERIFY"):
         found["verify"] = environ["FXOPT_VERIFY"]
     return found
@@ -148,6 +153,7 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "strict": ((bool,), "a bool"),
     "verify": ((str,), "a string"),
     "generate": ((bool,), "a bool"),
+    "interpret": ((bool,), "a bool"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
     "target": ((str, type(None)), "the name of a GPU or None"),

@@ -28,6 +28,7 @@ from fxopt.frontend.side_effects import stored_attributes
 from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
+from fxopt.hosts.kernels import EMIT_KERNELS
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
 from fxopt.ir.ops import register_ops
@@ -72,7 +73,7 @@ def pass_names() -> tuple[str, ...]:
 
 def optional_names() -> tuple[str, ...]:
     """What the option `disable` can name."""
-    return (KNOWN_BUFFERS, APPEND_KV_CACHE, *pass_names())
+    return (KNOWN_BUFFERS, APPEND_KV_CACHE, *pass_names(), EMIT_KERNELS)
 
 
 @functools.cache
@@ -148,7 +149,7 @@ def _host(
     host: Host, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Callable[..., Any]:
     with record.timed("host"):
-        return host.compile(gm, example_inputs, options)
+        return host.compile(gm, example_inputs, options, record.evidence.append)
 
 
 def _optimize(

@@ -1,4 +1,4 @@
-"""The host without a compiler: runs the rewritten graph op by op."""
+"""The host without a compiler: op by op, with emitted kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from fxopt.hosts.host import Host
+from fxopt.hosts.host import Host, Note
+from fxopt.hosts.kernels import compile_with_kernels, emits_kernels
 from fxopt.options import Options
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, note: Note
+) -> Callable[..., Any]:
+    if emits_kernels(options):
+        return compile_with_kernels(gm, example_inputs, options, note)
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             _call_checkpoint(module)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from fxopt.ir.contract import Evidence
 from fxopt.options import Options
 
 # What Dynamo itself wants to see, wherever it is raised: it restarts the analysis or skips the frame.
@@ -29,15 +30,19 @@ CONTROL_FLOW: tuple[type[BaseException], ...] = (
 )
 
 
+Note = Callable[[Evidence], None]
+
+
 @dataclass(frozen=True)
 class Host:
     """A host compiler.
 
     Attributes:
-        name: ``"inductor"`` or ``"eager"``. compile: (graph module, example inputs, options) -> callable
-        that returns a tuple. Takes ownership of the
-            graph module.
+        name: ``"inductor"`` or ``"eager"``.
+        compile: (graph module, example inputs, options, note) -> callable that returns a tuple. Takes
+            ownership of the graph module. `note` takes the evidence of what was done to the graphs after
+            autograd, also later, when a backward graph is made.
     """
 
     name: str
-    compile: Callable[[fx.GraphModule, Sequence[Any], Options], Callable[..., Any]]
+    compile: Callable[[fx.GraphModule, Sequence[Any], Options, Note], Callable[..., Any]]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.errors import NoHost
-from fxopt.hosts.host import Host
+from fxopt.hosts.host import Host, Note
 from fxopt.options import Options
 from fxopt.runtime.fingerprint import source_fingerprint
 
@@ -59,7 +59,9 @@ def _fingerprinted(patches: dict[str, Any], options: Options) -> Any:
     return Fingerprint()
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, note: Note
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     devices = {getattr(value, "device", None) for value in example_inputs}

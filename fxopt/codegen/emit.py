@@ -1,0 +1,139 @@
+"""Regions of a graph after autograd -> calls of kernels, in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxopt.codegen.kernel_file import KernelFile
+from fxopt.codegen.kernels import kernel_of, symbol_inputs
+from fxopt.codegen.regions import Partition, Region, leads_outside, partition
+from fxopt.ir.contract import Cost, Evidence, Status
+from fxopt.ir.facts import location
+from fxopt.ir.sizes import can_compute, size_node
+from fxopt.ir.target import Target
+from fxopt.options import Options
+from fxopt.runtime.kernel_cache import cache_of
+from fxopt.runtime.launch import as_op
+
+NAME = "emit-kernels"
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A region and its kernel."""
+
+    region: Region
+    kernel: KernelFile
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on tensors of any device (``TRITON_INTERPRET=1``)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def kernels_for(
+    graph: fx.Graph, devices: frozenset[str], target: Target | None
+) -> tuple[list[Emitted], Partition]:
+    """The kernels of a graph, in its order; nothing is changed."""
+    found = partition(graph, devices)
+    return [Emitted(region, kernel_of(region, target)) for region in found.regions], found
+
+
+def emit_kernels(gm: fx.GraphModule, options: Options) -> list[Evidence]:
+    """Put calls of kernels in the place of the regions of `gm`, and say what was done and why not more."""
+    devices = frozenset({"cpu", "cuda"}) if interpreted() else frozenset({"cuda"})
+    target = Target.named(options.target) if options.target else Target.detect()
+    emitted, found = kernels_for(gm.graph, devices, target)
+    evidence: list[Evidence] = []
+    instead: dict[fx.Node, fx.Node] = {}
+    for one in emitted:
+        missing = [symbol for symbol in symbol_inputs(one.region) if not can_compute(symbol, gm.graph)]
+        if missing:
+            reason = f"no input of the graph has the size {missing[0]}"
+            evidence.append(_evidence(one.region.members[0], Status.ILLEGAL, reason))
+            continue
+        op = as_op(one.kernel, cache=cache_of(options))
+        evidence.append(_applied(one))
+        _call(gm.graph, one, op, instead)
+    evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
+    gm.graph.lint()
+    gm.recompile()
+    return evidence
+
+
+def _applied(one: Emitted) -> Evidence:
+    region = one.region
+    return Evidence(
+        rewrite=NAME,
+        anchor=region.members[0].name,
+        location=location(region.members[0]),
+        status=Status.APPLIED,
+        reason=f"{len(region.members)} operators become the kernel {one.kernel.name}",
+        before=Cost(region.bytes_apart, 0, len(region.members)),
+        after=Cost(region.bytes_fused, 0, 1),
+    )
+
+
+def _evidence(node: fx.Node, status: Status, reason: str) -> Evidence:
+    return Evidence(NAME, node.name, location(node), status, reason)
+
+
+def _call(graph: fx.Graph, one: Emitted, op: Callable[..., object], instead: dict[fx.Node, fx.Node]) -> None:
+    """Call `op` behind the last member, and move behind it what reads its results before.
+
+    `instead`: what earlier calls have put in the place of nodes that are gone.
+    """
+    region = one.region
+    read = [instead.get(node, node) for node in dict.fromkeys(load.tensor for load in region.body.loads)]
+    with graph.inserting_after(region.members[-1]):
+        anchor = graph.call_function(torch.ops.aten.alias.default, (read[0],))
+    with graph.inserting_before(anchor):
+        sizes = [size_node(symbol, graph) for symbol in symbol_inputs(region)]
+        call = graph.call_function(op, (*read, *sizes))
+        results = [call]
+        if len(region.outputs) > 1:
+            results = [graph.call_function(operator.getitem, (call, at)) for at in range(len(region.outputs))]
+    values = [node.meta["val"] for node in region.outputs]
+    call.meta["val"] = values[0] if len(values) == 1 else tuple(values)
+    _move_readers(region, anchor)
+    for node, result in zip(region.outputs, results, strict=True):
+        result.meta |= node.meta
+        instead[node] = result
+        node.replace_all_uses_with(result, delete_user_cb=_read_outside(region.members))
+    graph.erase_node(anchor)
+    _erase(graph, region.members)
+
+
+def _read_outside(members: Iterable[fx.Node]) -> Callable[[fx.Node], bool]:
+    own = frozenset(members)
+    return lambda user: leads_outside(user, own)
+
+
+def _move_readers(region: Region, anchor: fx.Node) -> None:
+    """What lies between the members and depends on them goes behind the kernel, in its order."""
+    own, moved = frozenset(region.members), dict[fx.Node, None]()
+    node = region.members[0]
+    while node is not anchor:
+        after = node.next
+        if node not in own and any(arg in own or arg in moved for arg in node.all_input_nodes):
+            moved[node] = None
+        node = after
+    place = anchor
+    for node in moved:
+        place.append(node)
+        place = node
+
+
+def _erase(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
+    """The members, and the views between them."""
+    for node in reversed(members):
+        for user in list(node.users):
+            _erase(graph, [user])
+        graph.erase_node(node)

@@ -1,0 +1,71 @@
+"""Reductions as statements: what is accumulated, in which dtype, and what is made of the total."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sympy
+import torch
+from torch import fx
+
+from fxopt.codegen.elementwise import cast, rounded
+from fxopt.codegen.indexing import product
+from fxopt.codegen.loops import REDUCTIONS
+from fxopt.codegen.statements import Position, Reduce, Statement
+
+if TYPE_CHECKING:
+    from fxopt.codegen.trace import Tracer
+
+
+def reduced(tracer: Tracer, node: fx.Node, operand: Statement) -> Statement:
+    """`operand` reduced over the loop's reduced axes, as `node` says; sums as wide as eager's."""
+    how, dtype = REDUCTIONS[node.target], node.meta["val"].dtype
+    adds = how in ("sum", "mean")
+    accumulated = _accumulator(operand.dtype) if adds else operand.dtype
+    total = _total(tracer, node, operand, accumulated, "sum" if adds else how)
+    if how != "mean":
+        return tracer.compute(node, (total.name,), rounded(total.name, accumulated, dtype))
+    return tracer.compute(node, *_over_count(tracer, node, total, 0, dtype))
+
+
+def moments(tracer: Tracer, node: fx.Node, operand: Statement) -> tuple[Statement, Statement]:
+    """Variance and mean in two passes, which is as exact as Welford's recurrence."""
+    accumulated = _accumulator(operand.dtype)
+    dtype = node.meta["val"][0].dtype
+    total = _total(tracer, node, operand, accumulated, "sum")
+    mean = tracer.compute(node, *_over_count(tracer, node, total, 0, accumulated), accumulated)
+    away = f"({cast(operand.name, operand.dtype, accumulated)} - {mean.name})"
+    square = tracer.compute(node, (operand.name, mean.name), f"{away} * {away}", accumulated)
+    squares = _total(tracer, node, square, accumulated, "sum")
+    correction = node.kwargs.get("correction", 1)
+    less = 1 if correction is None else correction
+    variance = tracer.compute(node, *_over_count(tracer, node, squares, less, dtype), accumulated)
+    rounded_mean = tracer.compute(node, (mean.name,), rounded(mean.name, accumulated, dtype), accumulated)
+    return variance, rounded_mean
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_floating_point:
+        return dtype
+    return torch.int64
+
+
+def _total(
+    tracer: Tracer, node: fx.Node, operand: Statement, accumulated: torch.dtype, how: str
+) -> Statement:
+    text = cast(operand.name, operand.dtype, accumulated)
+    operand = tracer.compute(node, (operand.name,), text, accumulated)
+    return tracer.add(Reduce, node, (operand.name,), accumulated, how=how)
+
+
+def _over_count(
+    tracer: Tracer, node: fx.Node, total: Statement, less: object, dtype: torch.dtype
+) -> tuple[tuple[str, ...], str]:
+    """The uses and the text of `total` over the number of elements, less a correction."""
+    count = product(one.size for one in tracer.loop.axes if one.reduced) - sympy.sympify(less)
+    if count.is_number:
+        text = f"tl.div_rn({total.name}, {float(count)!r})"
+        return (total.name,), rounded(text, total.dtype, dtype)
+    number = tracer.add(Position, node, (), torch.int64, expr=count)
+    text = f"tl.div_rn({total.name}, {cast(number.name, number.dtype, total.dtype)})"
+    return (total.name, number.name), rounded(text, total.dtype, dtype)

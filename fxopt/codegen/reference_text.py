@@ -1,0 +1,99 @@
+"""The operators of a region as the text of a function in plain torch, for the kernel's file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxopt.codegen.indexing import size_of
+from fxopt.codegen.print_index import print_index
+
+
+def reference_text(
+    members: Iterable[fx.Node],
+    outputs: Iterable[fx.Node],
+    parameters: Iterable[fx.Node],
+    sizes: Mapping[str, str],
+    given: Iterable[str],
+) -> str:
+    """``def reference(...)`` over `parameters` and the sizes `given`, which computes `outputs` op by op.
+
+    `sizes` are those that are read from the parameters: name -> expression.
+    """
+    tensors = list(parameters)
+    writer = _Writer({node: node.name for node in tensors}, tensors[0].name)
+    for node in members:
+        writer.write(node)
+    arguments = [*(f"{node.name}: torch.Tensor" for node in tensors), *(f"{one}: int" for one in given)]
+    results = ", ".join(writer.named[node] for node in outputs)
+    known = [f"{name} = {text}" for name, text in sizes.items()]
+    lines = [f"    {line}" for line in [*known, *writer.lines, f"return {results}"]]
+    return "\n".join([f"def reference({', '.join(arguments)}):", *lines])
+
+
+class _Writer:
+    """Writes nodes, and what they need that is neither a parameter nor a member, in order."""
+
+    def __init__(self, named: dict[fx.Node, str], like: str) -> None:
+        self.named, self.lines = named, list[str]()
+        self.device = f"{like}.device"
+
+    def write(self, node: fx.Node) -> str:
+        if node in self.named:
+            return self.named[node]
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, int)):
+            return f"({print_index(size_of(value))})"
+        arguments = [self.text(one) for one in node.args]
+        arguments += [f"{key}={self.text(one)}" for key, one in node.kwargs.items()]
+        self.lines.append(f"{node.name} = {_callee(node)}({', '.join(arguments)})")
+        self.named[node] = node.name
+        return node.name
+
+    def text(self, argument: Any) -> str:
+        if isinstance(argument, fx.Node):
+            return self.write(argument)
+        if isinstance(argument, (list, tuple)):
+            return f"[{', '.join(map(self.text, argument))}]"
+        if isinstance(argument, torch.device):
+            return self.device
+        if isinstance(argument, float) and sympy.sympify(argument) in (sympy.oo, -sympy.oo, sympy.nan):
+            return f"float('{argument}')"
+        return repr(argument)
+
+
+def _callee(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    return f"{target.__module__.lstrip('_')}.{target.__name__}"  # type: ignore[union-attr]
+
+
+def example_text(parameters: Iterable[fx.Node], sizes: dict[str, int]) -> str:
+    """``def example_inputs(device)``: one value for each parameter, of the shapes seen while compiling."""
+    lines = ["generator = torch.Generator(device).manual_seed(0)"]
+    names = []
+    for node in parameters:
+        lines.append(f"{node.name} = {_example(node.meta['val'])}")
+        names.append(node.name)
+    names += [str(hint) for hint in sizes.values()]
+    lines.append(f"return {', '.join(names)}{',' if len(names) == 1 else ''}")
+    return "\n".join(["def example_inputs(device):", *(f"    {line}" for line in lines)])
+
+
+def _example(value: torch.Tensor) -> str:
+    shape, strides = ([_hint(one) for one in part] for part in (value.shape, value.stride()))
+    empty = f"torch.empty_strided({tuple(shape)}, {tuple(strides)}, dtype={value.dtype}, device=device)"
+    if value.dtype.is_floating_point:
+        return f"{empty}.normal_(generator=generator)"
+    return f"{empty}.random_(0, 2, generator=generator)"
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, torch.SymInt):
+        return size.node.hint if size.node.has_hint() else 1
+    return size

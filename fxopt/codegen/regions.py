@@ -1,0 +1,281 @@
+"""Regions: the parts of a graph after autograd that one kernel computes.
+
+A region grows over the edges between operators that can be emitted, those that save the most memory traffic
+first, as long as it stays convex (no path leaves it and comes back), crosses no barrier (a write, a
+collective, random numbers) and is still one loop nest, which is tried by making it. Views belong to no
+region: they are index arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, supported
+from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, pointwise_loop, reduction_loop
+from fxopt.codegen.statements import Body, merged
+from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
+from fxopt.codegen.view_index import is_view
+from fxopt.ir.cost import hint
+
+aten = torch.ops.aten
+
+MAX_POINTERS = 24  # more arguments cost more to launch than a second kernel
+MAX_MEMBERS = 96
+# operators that take many instructions: not worth computing again for every element of a broadcast
+_DEAR = (aten.sin, aten.cos, aten.exp, aten.log, aten.tanh, aten.erf, aten.sigmoid, aten.pow)
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional")
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one kernel computes.
+
+    Attributes:
+        members: its operators, in order. outputs: those whose results are read elsewhere. body: its loop.
+        bytes_apart: what the operators would move each for itself. bytes_fused: what the kernel moves.
+    """
+
+    members: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    body: Body
+    bytes_apart: int
+    bytes_fused: int
+
+
+@dataclass
+class Partition:
+    """The regions of a graph, in order, and why groups were not joined further: (node, reason)."""
+
+    regions: list[Region] = field(default_factory=list)
+    refused: list[tuple[fx.Node, str]] = field(default_factory=list)
+
+
+def partition(graph: fx.Graph, devices: frozenset[str] = frozenset({"cuda"})) -> Partition:
+    """The regions of `graph` whose tensors are on one of `devices`. The same graph gives the same regions."""
+    return _Grower(graph, devices).grow()
+
+
+def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
+    """Whether `node` alone could be a kernel."""
+    if node.op != "call_function" or is_view(node) or is_created(node):
+        return False
+    values = tensors(node)
+    read = [value for arg in node.all_input_nodes for value in tensors(arg)]
+    if not values or not all(value.device.type in devices and _plain(value) for value in values + read):
+        return False
+    if is_moment(node) or node.target in REDUCTIONS or node.target is aten.cat.default:
+        return True
+    found = formula_of(node)
+    return found is not None and supported(node, found)
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """What `node` makes."""
+    value = node.meta.get("val")
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return [one for one in several if isinstance(one, torch.Tensor)]
+
+
+def _plain(value: torch.Tensor) -> bool:
+    """A tensor whose memory can be indexed, and which has elements."""
+    if value.layout is not torch.strided or value.dtype not in TRITON_TYPES:
+        return False
+    return all(hint(size) > 0 for size in value.shape)
+
+
+def is_barrier(node: fx.Node) -> bool:
+    """Whether nothing may be moved across `node`: it writes, communicates, or draws random numbers."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    tags = node.target.tags
+    if torch.Tag.nondeterministic_seeded in tags or node.target.namespace in _COLLECTIVES:
+        return True
+    return node.target._schema.is_mutable
+
+
+class _Grower:
+    def __init__(self, graph: fx.Graph, devices: frozenset[str]) -> None:
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self.epoch: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            before = self.epoch.get(node.prev, 0)
+            self.epoch[node] = before + is_barrier(node)
+        self.members = [node for node in graph.nodes if can_emit(node, devices)]
+        self.group = {node: self.order[node] for node in self.members}
+        self.groups = {self.order[node]: [node] for node in self.members}
+        self.refused: list[tuple[fx.Node, str]] = []
+        self.paths = self._paths(graph)
+
+    def _paths(self, graph: fx.Graph) -> nx.DiGraph:
+        """Who reads whom, through views of members, as groups will be joined in it."""
+        paths = nx.DiGraph()
+        for node in graph.nodes:
+            for arg in node.all_input_nodes:
+                base = view_base(arg)
+                inside = base in self.group
+                if not (inside and is_view(node)):
+                    paths.add_edge(self.order[base if inside else arg], self.order[node])
+        return paths
+
+    def grow(self) -> Partition:
+        for producer, consumer in self._edges():
+            self._try(producer, consumer)
+        found = [region for key in sorted(self.groups) if (region := self._region(key)) is not None]
+        return Partition(found, self.refused)
+
+    def _edges(self) -> list[tuple[fx.Node, fx.Node]]:
+        """Pairs of operators, one of which reads the other, largest values first."""
+        found: dict[tuple[fx.Node, fx.Node], int] = {}
+        for consumer in self.members:
+            for arg in consumer.all_input_nodes:
+                base = view_base(arg)
+                if base in self.group:
+                    found[(base, consumer)] = sum(map(_bytes, tensors(base)))
+
+        def rank(pair: tuple[fx.Node, fx.Node]) -> tuple[bool, int, int, int]:
+            return (not is_moment(pair[1]), -found[pair], self.order[pair[0]], self.order[pair[1]])
+
+        return sorted(found, key=rank)
+
+    def _try(self, producer: fx.Node, consumer: fx.Node) -> None:
+        first, second = self.group[producer], self.group[consumer]
+        if first == second:
+            return
+        try:
+            self._check(first, second)
+            body_of(self._joined(first, second))
+        except CannotEmit as refusal:
+            self.refused.append((consumer, f"not joined with {producer.name}: {refusal.reason}"))
+            return
+        self._join(first, second)
+
+    def _joined(self, first: int, second: int) -> list[fx.Node]:
+        return sorted(self.groups[first] + self.groups[second], key=self.order.__getitem__)
+
+    def _check(self, first: int, second: int) -> None:
+        members = self.groups[first] + self.groups[second]
+        if len({self.epoch[node] for node in members}) > 1:
+            raise CannotEmit("a write, a collective or random numbers lie between them")
+        if len({tensors(node)[0].device for node in members}) > 1:
+            raise CannotEmit("they are on different devices")
+        if len(members) > MAX_MEMBERS:
+            raise CannotEmit(f"wanted at most {MAX_MEMBERS} operators in one kernel, saw {len(members)}")
+        if self._path_outside(first, second):
+            raise CannotEmit("what is computed between them reads the one and is read by the other")
+
+    def _path_outside(self, first: int, second: int) -> bool:
+        """Whether something that is in neither group lies on a path from the first to the second."""
+        last = max(self.order[node] for node in self.groups[second])
+        todo = [key for key in self.paths.successors(first) if key != second] if first in self.paths else []
+        seen: set[int] = set(todo)
+        while todo:
+            key = todo.pop()
+            for after in self.paths.successors(key):
+                if after == second:
+                    return True
+                if after not in seen and after <= last:
+                    seen.add(after)
+                    todo.append(after)
+        return False
+
+    def _join(self, first: int, second: int) -> None:
+        """Into the group with the lower key: a group's key is the place of its first operator."""
+        low, high = sorted((first, second))
+        self.groups[low] = self._joined(first, second)
+        for node in self.groups.pop(high):
+            self.group[node] = low
+        before, after = list(self.paths.predecessors(high)), list(self.paths.successors(high))
+        self.paths.remove_node(high)
+        self.paths.add_edges_from((key, low) for key in before if key != low)
+        self.paths.add_edges_from((low, key) for key in after if key != low)
+
+    def _region(self, key: int) -> Region | None:
+        members = self.groups[key]
+        if len(members) == 1 and members[0].target not in REDUCTIONS:
+            return None
+        try:
+            return make_region(members)
+        except CannotEmit as refusal:
+            self.refused.append((members[0], refusal.reason))
+            return None
+
+
+def make_region(members: Iterable[fx.Node]) -> Region:
+    """The region of `members`, in order of the graph.
+
+    Raises:
+        CannotEmit: they are not one loop nest.
+    """
+    own = tuple(members)
+    body = body_of(own)
+    outputs = outputs_of(own)
+    read = {one.tensor for one in body.loads}
+    fused = sum(_bytes(node.meta["val"]) for node in (*read, *outputs))
+    return Region(own, outputs, body, sum(map(_bytes_apart, own)), fused)
+
+
+def body_of(members: Iterable[fx.Node]) -> Body:
+    """The loop nest that computes `members`.
+
+    Raises:
+        CannotEmit: there is none.
+    """
+    own = tuple(members)
+    outputs = outputs_of(own)
+    loop = loop_of(own, outputs)
+    _refuse_repetition(own, loop)
+    body = merged(trace(own, outputs, loop))
+    pointers = len({one.tensor for one in body.loads}) + len(outputs)
+    if not body.loads:
+        raise CannotEmit("it reads nothing: a constant, which the host folds")
+    if pointers > MAX_POINTERS:
+        raise CannotEmit(f"wanted at most {MAX_POINTERS} tensors in one kernel, saw {pointers}")
+    return body
+
+
+def loop_of(members: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> Loop:
+    """The reduction's loop if there is one, else the loop over the largest result."""
+    for node in members:
+        if node.target in REDUCTIONS:
+            return reduction_loop(node)
+    return pointwise_loop(outputs)
+
+
+def _refuse_repetition(members: Iterable[fx.Node], loop: Loop) -> None:
+    for node in members:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _DEAR and loop.home(node) is None:
+            raise CannotEmit(f"{node.name} would be computed again for every element that it is broadcast to")
+
+
+def outputs_of(members: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Those of `members` whose value something else reads, through views or not."""
+    own = frozenset(members)
+    return tuple(node for node in members if any(leads_outside(user, own) for user in node.users))
+
+
+def leads_outside(user: fx.Node, members: frozenset[fx.Node]) -> bool:
+    """Whether `user`, or what reads it as a view, is something else than a member."""
+    if user in members:
+        return False
+    return not is_view(user) or any(leads_outside(one, members) for one in user.users)
+
+
+def _bytes(value: object) -> int:
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = value.element_size()
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        count *= hint(size) if hint(stride) else 1
+    return count
+
+
+def _bytes_apart(node: fx.Node) -> int:
+    read = {view_base(arg) for arg in node.all_input_nodes}
+    return sum(_bytes(value) for one in (node, *read) for value in tensors(one))

@@ -1,0 +1,280 @@
+"""A body of statements as the text of one Triton function.
+
+A program computes a tile: `x` runs down over the outer axes and `r` across over the reduced ones. Where a row
+fits into a tile there is one pass over it. Otherwise each level of reductions is one loop over the row, which
+reads again what it needs, and a last loop stores what differs along the row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv
+
+from fxopt.codegen.elementwise import TANH, TRITON_TYPES
+from fxopt.codegen.indexing import Axis, axis, product, unflatten
+from fxopt.codegen.print_index import print_index
+from fxopt.codegen.statements import (
+    Body,
+    Choose,
+    Compute,
+    Condition,
+    Load,
+    Position,
+    Reduce,
+    Statement,
+    Store,
+)
+
+_COMBINE = {"sum": "{0} + {1}", "max": "maximum({0}, {1})", "min": "minimum({0}, {1})"}
+HELPERS = {
+    "tanh": TANH,
+    "maximum": '''@triton.jit
+def maximum(a, b):
+    """NaN if either is NaN, as torch.amax."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "minimum": '''@triton.jit
+def minimum(a, b):
+    """NaN if either is NaN, as torch.amin."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How many elements of the outer and of the reduced axes a program has at once.
+
+    Attributes:
+        rows: along `x`. columns: along `r`; zero when nothing is reduced. looped: `columns` may be fewer than
+            a row has.
+    """
+
+    rows: int
+    columns: int = 0
+    looped: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of one kernel.
+
+    Attributes:
+        text: its helpers and the function. pointers: the names of its pointers, loads first. sizes: the
+            symbols it takes. programs: how many there are, over those symbols.
+    """
+
+    text: str
+    pointers: tuple[str, ...]
+    sizes: tuple[sympy.Symbol, ...]
+    programs: sympy.Expr
+
+
+def render(name: str, body: Body, tile: Tile, wide: bool = False) -> Rendered:
+    """`body` as a Triton function called `name`. `wide`: offsets do not fit into 32 bits."""
+    return _Renderer(name, _plainly_named(body), tile, wide).render()
+
+
+def _plainly_named(body: Body) -> Body:
+    """An axis that is alone is called as the tile's: there is nothing to compute its index from."""
+    names = {}
+    for flat, axes in (("x", body.outer), ("r", body.reduced)):
+        if len(axes) == 1:
+            names[axes[0].symbol] = axis(flat, axes[0].size).symbol
+    renamed = tuple(replace(one, symbol=names.get(one.symbol, one.symbol)) for one in body.axes)
+    return body.with_indices(lambda expr: expr.subs(names, simultaneous=True), renamed)
+
+
+class _Renderer:
+    def __init__(self, name: str, body: Body, tile: Tile, wide: bool) -> None:
+        self.name, self.body, self.tile, self.wide = name, body, tile, wide
+        self.rows = product(one.size for one in body.outer)
+        self.columns = product(one.size for one in body.reduced)
+        self.has_r = bool(body.reduced)
+        self.along = {one.name for one in body.statements if one.on_r}
+        self.lines: list[str] = []
+
+    def render(self) -> Rendered:
+        self._head()
+        if not self.has_r:
+            self._emit(self.body.statements, self.body.stores, "inside", 1)
+        elif self.tile.looped:
+            self._passes()
+        else:
+            self._columns("", 1)
+            self._emit(self.body.statements, self.body.stores, "inside", 1)
+        pointers = self._pointers()
+        sizes = self._sizes()
+        arguments = [*pointers, *(str(one) for one in sizes), "ROWS: tl.constexpr"]
+        arguments += ["COLUMNS: tl.constexpr"] if self.has_r else []
+        text = "\n".join([*self._helpers(), "@triton.jit", *_signature(self.name, arguments), *self.lines])
+        programs = FloorDiv(self.rows + self.tile.rows - 1, sympy.Integer(self.tile.rows))
+        return Rendered(text + "\n", tuple(pointers), sizes, programs)
+
+    def _helpers(self) -> list[str]:
+        joined = "\n".join(self.lines)
+        return [text + "\n" for name, text in HELPERS.items() if re.search(rf"(?<![\w.]){name}\b", joined)]
+
+    def _pointers(self) -> list[str]:
+        read = dict.fromkeys(f"{one.tensor.name}_ptr" for one in self.body.loads)
+        written = [f"{one.tensor.name}_ptr" for one in self.body.stores]
+        return [*read, *written]
+
+    def _sizes(self) -> tuple[sympy.Symbol, ...]:
+        axes = {one.symbol for one in self.body.axes}
+        found = {s for expr in self.body.expressions() for s in expr.free_symbols} - axes
+        found |= self.rows.free_symbols | self.columns.free_symbols
+        return tuple(sorted(found, key=str))
+
+    def _line(self, depth: int, text: str) -> None:
+        self.lines.append("    " * depth + text)
+
+    def _head(self) -> None:
+        program = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+        shape = "[:, None]" if self.has_r else ""
+        self._line(1, f"x = {program} * ROWS + tl.arange(0, ROWS){shape}")
+        self._line(1, f"{'inside_x' if self.has_r else 'inside'} = x < {print_index(self.rows)}")
+        self._axes("x", self.body.outer, 1)
+
+    def _axes(self, flat: str, axes: tuple[Axis, ...], depth: int) -> None:
+        """The index of each axis, from the flat one."""
+        symbol = sympy.Symbol(flat, integer=True, nonnegative=True)
+        size = product(one.size for one in axes)
+        index = unflatten(symbol, tuple(one.size for one in axes), {symbol: size})
+        for one, at in zip(axes, index, strict=True):
+            if str(one.symbol) != print_index(at):
+                self._line(depth, f"{one.symbol} = {print_index(at)}")
+
+    def _columns(self, start: str, depth: int) -> None:
+        own = "tl.arange(0, COLUMNS)[None, :]" + (".to(tl.int64)" if self.wide else "")
+        self._line(depth, f"r = {start}{own}")
+        self._line(depth, f"inside_r = r < {print_index(self.columns)}")
+        self._line(depth, "inside = inside_x & inside_r")
+        self._axes("r", self.body.reduced, depth)
+
+    def _passes(self) -> None:
+        """One loop for each level of reductions, and one for what is stored along the row."""
+        by_name = {one.name: one for one in self.body.statements}
+        highest = max((one.level for one in self.body.statements), default=0)
+        for level in range(highest + 1):
+            own = [one for one in self.body.statements if one.level == level and not one.on_r]
+            self._emit([one for one in own if not isinstance(one, Reduce)], [], "inside_x", 1)
+            reduces = [
+                one for one in self.body.statements if isinstance(one, Reduce) and one.level == level + 1
+            ]
+            stores = [one for one in self.body.stores if one.on_r] if level == highest else []
+            if reduces or stores:
+                needed = _along(by_name, [*(r.uses[0] for r in reduces), *(s.source for s in stores)])
+                self._one_pass([one for one in self.body.statements if one.name in needed], reduces, stores)
+        self._emit([], [one for one in self.body.stores if not one.on_r], "inside_x", 1)
+
+    def _one_pass(self, needed: list[Statement], reduces: list[Reduce], stores: list[Store]) -> None:
+        for one in reduces:
+            zero = f"tl.full([ROWS, COLUMNS], {_identity(one)}, {TRITON_TYPES[one.dtype]})"
+            self._line(1, f"{one.name}_partial = {zero}")
+        self._line(1, f"for start in range(0, {print_index(self.columns)}, COLUMNS):")
+        self._columns("start + ", 2)
+        self._emit(needed, stores, "inside", 2)
+        for one in reduces:
+            value = f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})"
+            self._line(2, f"{one.name}_partial = {_COMBINE[one.how].format(f'{one.name}_partial', value)}")
+        for one in reduces:
+            self._line(1, f"{one.name} = {_over_row(one.how, f'{one.name}_partial')}")
+
+    def _emit(
+        self, statements: Iterable[Statement], stores: Iterable[Store], inside: str, depth: int
+    ) -> None:
+        for one in statements:
+            self._line(depth, f"{one.name} = {self._value(one)}")
+        for store in stores:
+            mask = inside if store.on_r or not self.has_r else "inside_x"
+            where = f"{store.tensor.name}_ptr + {self._offset(store.offset, store.on_r)}"
+            self._line(depth, f"tl.store({where}, {store.source}, mask={mask})")
+
+    def _offset(self, expr: sympy.Expr, on_r: bool) -> str:
+        """An offset of the shape of its mask, also where it is the same for the whole tile."""
+        text = print_index(expr)
+        symbols = {str(one) for one in expr.free_symbols}
+        outer = {str(one.symbol) for one in self.body.outer}
+        if symbols & outer or (on_r and symbols):
+            return text
+        return f"{text} + 0 * x"
+
+    def _value(self, one: Statement) -> str:
+        if isinstance(one, Load):
+            return self._load(one)
+        if isinstance(one, Compute):
+            return one.text
+        if isinstance(one, Position):
+            return f"({print_index(one.expr)} + tl.full([1], 0, tl.int64))"
+        if isinstance(one, Choose):
+            return f"tl.where({_condition(one.condition)}, {one.uses[0]}, {one.uses[1]})"
+        assert isinstance(one, Reduce)
+        if self.columns == self.tile.columns and one.uses[0] in self.along:
+            return _over_row(one.how, one.uses[0])
+        return _over_row(one.how, f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})")
+
+    def _load(self, one: Load) -> str:
+        pointer = f"{one.tensor.name}_ptr + {print_index(one.offset)}"
+        dtype = one.tensor.meta["val"].dtype
+        symbols = {str(s) for s in one.offset.free_symbols}
+        symbols |= {str(s) for c in one.conditions for s in (c.lhs.free_symbols | c.bound.free_symbols)}
+        masks = [f"({_condition(c)})" for c in one.conditions]
+        outer = symbols & {str(axis.symbol) for axis in self.body.outer}
+        along = symbols & {str(axis.symbol) for axis in self.body.reduced}
+        if outer or along:
+            masks.insert(0, _mask(bool(outer), bool(along), self.has_r))
+        loaded = f"tl.load({pointer}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({pointer})"
+        if dtype is torch.bool:
+            return f"{loaded} != 0"
+        return loaded if one.dtype == dtype else f"{loaded}.to({TRITON_TYPES[one.dtype]})"
+
+
+def _identity(one: Reduce) -> str:
+    """What changes nothing when it is combined."""
+    if one.how == "sum":
+        return "0"
+    if one.dtype.is_floating_point:
+        return "float('-inf')" if one.how == "max" else "float('inf')"
+    limits = torch.iinfo(one.dtype)
+    return str(limits.min if one.how == "max" else limits.max)
+
+
+def _mask(outer: bool, along: bool, has_r: bool) -> str:
+    if not has_r or (outer and along):
+        return "inside"
+    return "inside_r" if along else "inside_x"
+
+
+def _signature(name: str, arguments: list[str]) -> list[str]:
+    one_line = f"def {name}({', '.join(arguments)}):"
+    if len(one_line) <= 110:
+        return [one_line]
+    return [f"def {name}(", *(f"    {one}," for one in arguments), "):"]
+
+
+def _condition(one: Condition) -> str:
+    return f"{print_index(one.lhs)} < {print_index(one.bound)}"
+
+
+def _over_row(how: str, text: str) -> str:
+    if how == "sum":
+        return f"tl.sum({text}, axis=1, keep_dims=True)"
+    return f"tl.reduce({text}, 1, {how}imum, keep_dims=True)"
+
+
+def _along(by_name: Mapping[str, Statement], wanted: Iterable[str]) -> set[str]:
+    """The statements along the row that `wanted` need, themselves included."""
+    found: set[str] = set()
+    todo = [by_name[name] for name in wanted]
+    while todo:
+        one = todo.pop()
+        if one.on_r and one.name not in found:
+            found.add(one.name)
+            todo += [by_name[name] for name in one.uses]
+    return found

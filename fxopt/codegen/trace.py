@@ -1,0 +1,253 @@
+"""From the nodes of a region to the body of its kernel.
+
+Values are pulled from the results, at the index where they are needed, through any views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxopt.codegen.elementwise import (
+    cast,
+    expression,
+    formula_of,
+    literal,
+    operands_of,
+    register_type,
+    triton_type,
+)
+from fxopt.codegen.indexing import Index, offset, ranges_of, size_of, sizes_of
+from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment
+from fxopt.codegen.reduce import moments, reduced
+from fxopt.codegen.statements import Body, Choose, Compute, Condition, Load, Position, Statement, Store
+from fxopt.codegen.view_index import broadcast_to, is_view, keeps_strides, shape_of, view_source
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+Conditions = tuple[Condition, ...]
+# operators that make a tensor of one number, and the position of that number
+FILLS: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
+
+
+class CannotEmit(Exception):
+    """A region cannot be one kernel. `reason` goes into the evidence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def trace(members: Iterable[fx.Node], outputs: Sequence[fx.Node], loop: Loop) -> Body:
+    """The body that computes and stores `outputs`.
+
+    Raises:
+        CannotEmit: an output has no place in the loop, or a value is needed where the loop does not have it.
+    """
+    tracer = Tracer(frozenset(members), loop)
+    for node in outputs:
+        tracer.store(node)
+    return Body(loop.axes, tracer.statements, tracer.stores)
+
+
+def view_base(node: fx.Node) -> fx.Node:
+    """What `node` is a view of, through all views that are understood."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def is_created(node: fx.Node) -> bool:
+    """Whether `node` makes a tensor from nothing: every kernel makes it for itself."""
+    if node.target is prims.iota.default:
+        return all(isinstance(node.kwargs.get(key, 0), int) for key in ("start", "step"))
+    return node.target in FILLS and not isinstance(node.args[FILLS[node.target]], fx.Node)
+
+
+class Tracer:
+    """Collects the statements of one body, each value once."""
+
+    def __init__(self, members: frozenset[fx.Node], loop: Loop) -> None:
+        self.members, self.loop = members, loop
+        self.ranges = ranges_of(loop.axes)
+        self.along = {one.symbol for one in loop.axes if one.reduced}
+        self.statements: list[Statement] = []
+        self.stores: list[Store] = []
+        self._known: dict[tuple[Any, ...], Statement] = {}
+        self._reduced_at: dict[fx.Node, Index] = {}
+        self._named: dict[str, Statement] = {}
+
+    def store(self, node: fx.Node) -> None:
+        """Store `node` where the loop has it."""
+        index = self.loop.home(node)
+        if index is None:
+            raise CannotEmit(
+                f"{node.name} of {list(node.meta['val'].shape)} does not have the loop's elements"
+            )
+        value = self.value(node, index, ())
+        at = offset(index, sizes_of(node.meta["val"].stride()))
+        on_r = bool(at.free_symbols & self.along)
+        if value.on_r and not on_r:
+            raise CannotEmit(f"{node.name} differs along the axes that are reduced")
+        self.stores.append(Store(node, at, value.name, on_r))
+
+    def value(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """What `node` has at `index`."""
+        if is_created(node):
+            return self._created(node, index)
+        if node not in self.members:
+            found = view_source(node, index, self.ranges)
+            if found is not None and (keeps_strides(node) or view_base(node) in self.members):
+                return self.value(*found, conditions)
+            if view_base(node) in self.members:
+                raise CannotEmit(f"{node.name} is a view whose index is not understood")
+            return self._load(node, index, conditions)
+        key = (node, index, conditions)
+        if key not in self._known:
+            self._known[key] = self._member(node, index, conditions)
+        return self._known[key]
+
+    def _load(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return self.add(Position, node, (), torch.int64, expr=size_of(value))
+        at = offset(index, sizes_of(value.stride()))
+        key = ("load", node, at, conditions)
+        if key not in self._known:
+            dtype = register_type(value.dtype)
+            self._known[key] = self.add(Load, node, (), dtype, tensor=node, offset=at, conditions=conditions)
+        return self._known[key]
+
+    def _member(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        if formula_of(node) is not None:
+            return self._pointwise(node, index, conditions)
+        if node.target is aten.cat.default:
+            return self._cat(node, index, conditions)
+        if node.target in REDUCTIONS:
+            return reduced(self, node, self._inside(node, index, conditions))
+        if is_moment(node):
+            return self._moment(node, index, conditions)
+        raise CannotEmit(f"{node.target} is not emitted")
+
+    def _pointwise(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        uses: list[str] = []
+
+        def operand(argument: Any, dtype: torch.dtype) -> str:
+            if not isinstance(argument, fx.Node):
+                return literal(argument)
+            is_tensor = isinstance(argument.meta["val"], torch.Tensor)
+            value = self.value(argument, broadcast_to(index, argument) if is_tensor else (), conditions)
+            uses.append(value.name)
+            return cast(value.name, value.dtype, dtype)
+
+        formula = formula_of(node)
+        assert formula is not None
+        text = expression(node, formula, operand, operands_of(node))
+        return self.compute(node, tuple(uses), text)
+
+    def _cat(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        parts: Any = node.args[0]
+        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        at = index[dim % len(index)]
+        ends = [sympy.Integer(0)]
+        for part in parts:
+            ends.append(sympy.expand(ends[-1] + shape_of(part)[dim % len(index)]))
+        chosen: Statement | None = None
+        for part, begin, end in reversed(list(zip(parts, ends, ends[1:], strict=False))):
+            here: Conditions = (Condition(begin - 1, at),) if begin != 0 else ()
+            here += (Condition(at, end),) if chosen is not None else ()
+            inner = tuple(one - begin if one is at else one for one in index)
+            value = self.converted(node, self.value(part, inner, conditions + here))
+            if chosen is None:
+                chosen = value
+            else:
+                uses = (value.name, chosen.name)
+                chosen = self.add(Choose, node, uses, value.dtype, condition=Condition(at, end))
+        assert chosen is not None
+        return chosen
+
+    def _created(self, node: fx.Node, index: Index) -> Statement:
+        if node.target is prims.iota.default:
+            start, step = (sympy.sympify(node.kwargs.get(key, 0)) for key in ("start", "step"))
+            position = self.add(Position, node, (), torch.int64, expr=start + step * index[0])
+            return self.converted(node, position)
+        fill: Any = node.args[FILLS[node.target]]
+        dtype = register_type(node.meta["val"].dtype)
+        fill = bool(fill) if dtype is torch.bool else fill
+        return self.compute(node, (), f"tl.full([1], {literal(fill)}, {triton_type(dtype)})")
+
+    def _inside(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """The operand of a reduction, along the axes that are reduced."""
+        if conditions:
+            raise CannotEmit(f"{node.name} is reduced inside of a part of a concatenation")
+        if any(at.free_symbols & self.along for at in index):
+            raise CannotEmit(f"{node.name} is needed along the axes that it is reduced over")
+        if self._reduced_at.setdefault(node, index) != index:
+            raise CannotEmit(f"{node.name} is needed at two places of the loop")
+        inner = self.loop.inside(node, index, self.ranges)
+        if inner is None:
+            raise CannotEmit(f"{node.name} is reduced over other axes than the loop's")
+        source: Any = node.args[0]
+        return self.value(source, inner, ())
+
+    def _moment(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """The variance or the mean, whichever `node` takes."""
+        parent: Any = node.args[0]
+        if (parent, index, 0) not in self._known:
+            operand = self._inside(parent, index, conditions)
+            for which, value in enumerate(moments(self, parent, operand)):
+                self._known[(parent, index, which)] = value
+        return self._known[(parent, index, node.args[1])]
+
+    def converted(self, node: fx.Node, value: Statement) -> Statement:
+        """`value` in the registers' dtype of `node`."""
+        wanted = register_type(node.meta["val"].dtype)
+        if value.dtype == wanted:
+            return value
+        return self.compute(node, (value.name,), cast(value.name, value.dtype, wanted))
+
+    def compute(
+        self, node: fx.Node, uses: tuple[str, ...], text: str, dtype: torch.dtype | None = None
+    ) -> Statement:
+        """An expression over `uses`; the value itself where it is nothing else."""
+        if text in uses:
+            return self._named[text]
+        dtype = dtype or register_type(node.meta["val"].dtype)
+        return self.add(Compute, node, uses, dtype, text=text)
+
+    def add(
+        self, kind: Any, node: fx.Node, uses: tuple[str, ...], dtype: torch.dtype, **rest: Any
+    ) -> Statement:
+        """A statement of `kind`, with a name made from the node's."""
+        used = [self._named[name] for name in uses]
+        symbols = {symbol for part in rest.values() for symbol in _symbols(part)}
+        on_r = bool(symbols & self.along) or any(one.on_r for one in used)
+        level = max((one.level for one in used), default=0)
+        if "how" in rest:
+            on_r, level = False, level + 1
+        name = f"{node.name}_{rest['how']}" if "how" in rest else node.name
+        added: Statement = kind(self._name(name), uses, dtype, level, on_r, node, **rest)
+        self.statements.append(added)
+        self._named[added.name] = added
+        return added
+
+    def _name(self, wanted: str) -> str:
+        name, count = wanted, 1
+        while name in self._named:
+            count += 1
+            name = f"{wanted}_at{count}"
+        return name
+
+
+def _symbols(part: Any) -> set[Any]:
+    if isinstance(part, sympy.Expr):
+        return set(part.free_symbols)
+    if isinstance(part, Condition):
+        return _symbols(part.lhs) | _symbols(part.bound)
+    if isinstance(part, tuple):
+        return {symbol for one in part for symbol in _symbols(one)}
+    return set()
