@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxopt.backend import backend
     from fxopt.errors import FxoptError
+    from fxopt.integrations.cross_compile import cross_compile
     from fxopt.integrations.generate import compile_config
     from fxopt.integrations.warmup import warmup
     from fxopt.options import Options
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "backend": "fxopt.backend",
     "compile_config": "fxopt.integrations.generate",
+    "cross_compile": "fxopt.integrations.cross_compile",
     "explain": "fxopt.report.explain",
     "warmup": "fxopt.integrations.warmup",
     "Report": "fxopt.report.report",
@@ -30,7 +32,17 @@ _PUBLIC = {
     "FxoptError": "fxopt.errors",
 }
 
-__all__ = ["FxoptError", "Options", "Report", "__version__", "backend", "compile_config", "explain", "warmup"]
+__all__ = [
+    "FxoptError",
+    "Options",
+    "Report",
+    "__version__",
+    "backend",
+    "compile_config",
+    "cross_compile",
+    "explain",
+    "warmup",
+]
 
 
 def __getattr__(name: str) -> Any:

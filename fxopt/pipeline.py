@@ -149,7 +149,7 @@ def _host(
     host: Host, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Callable[..., Any]:
     with record.timed("host"):
-        return host.compile(gm, example_inputs, options, record.evidence.append)
+        return host.compile(gm, example_inputs, options, record)
 
 
 def _optimize(

@@ -46,12 +46,19 @@ def kernels_for(
     return [Emitted(region, kernel_of(region, target)) for region in found.regions], found
 
 
-def emit_kernels(gm: fx.GraphModule, options: Options) -> list[Evidence]:
-    """Put calls of kernels in the place of the regions of `gm`, and say what was done and why not more."""
-    devices = frozenset({"cpu", "cuda"}) if interpreted() else frozenset({"cuda"})
+def emit_kernels(
+    gm: fx.GraphModule, options: Options, *, call: bool
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of the regions of `gm`, and what was done and why not more.
+
+    Args:
+        call: put calls of the kernels in the place of the regions. Without, `gm` stays as it is.
+    """
+    devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     target = Target.named(options.target) if options.target else Target.detect()
     emitted, found = kernels_for(gm.graph, devices, target)
     evidence: list[Evidence] = []
+    kernels: list[KernelFile] = []
     instead: dict[fx.Node, fx.Node] = {}
     for one in emitted:
         missing = [symbol for symbol in symbol_inputs(one.region) if not can_compute(symbol, gm.graph)]
@@ -59,13 +66,14 @@ def emit_kernels(gm: fx.GraphModule, options: Options) -> list[Evidence]:
             reason = f"no input of the graph has the size {missing[0]}"
             evidence.append(_evidence(one.region.members[0], Status.ILLEGAL, reason))
             continue
-        op = as_op(one.kernel, cache=cache_of(options))
+        kernels.append(one.kernel)
         evidence.append(_applied(one))
-        _call(gm.graph, one, op, instead)
+        if call:
+            _call(gm.graph, one, as_op(one.kernel, cache=cache_of(options)), instead)
     evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
     gm.graph.lint()
     gm.recompile()
-    return evidence
+    return kernels, evidence
 
 
 def _applied(one: Emitted) -> Evidence:

@@ -12,7 +12,7 @@ from fxopt.codegen.indexing import product, size_of
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
-from fxopt.codegen.regions import Region
+from fxopt.codegen.regions import Region, tensors
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.statements import Body
 from fxopt.ir.cost import hint
@@ -194,9 +194,8 @@ def flops_of(region: Region) -> int:
     """One operation for each element of each operator."""
     total = 0
     for node in region.members:
-        values = [node.meta["val"], *(arg.meta["val"] for arg in node.all_input_nodes)]
-        shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
-        total += max((_count(shape) for shape in shapes), default=0)
+        values = [value for one in (node, *node.all_input_nodes) for value in tensors(one)]
+        total += max((_count(value.shape) for value in values), default=0)
     return total
 
 

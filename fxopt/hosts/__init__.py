@@ -12,18 +12,19 @@ import torch
 from fxopt.hosts.eager import EAGER
 from fxopt.hosts.host import Host
 from fxopt.hosts.inductor import INDUCTOR, missing_compiler
+from fxopt.hosts.kernels import for_target
 from fxopt.options import Options
 
 
 def choose_host(options: Options, example_inputs: Sequence[Any]) -> Host:
-    """The host for one graph. ``"auto"`` is Inductor; eager for the CPU where there is no C++ compiler, and
-    for inputs that Inductor misreads.
+    """The host for one graph. ``"auto"`` is Inductor; eager for the CPU where there is no C++ compiler, for
+    inputs that Inductor misreads, and where kernels for a GPU are to be made without one.
     """
     if options.host == "eager":
         return EAGER
     if options.host == "inductor":
         return INDUCTOR
-    if any(_is_lazy(value) for value in example_inputs):
+    if for_target(options, example_inputs) or any(_is_lazy(value) for value in example_inputs):
         return EAGER
     if not _on_cpu(example_inputs):
         return INDUCTOR

@@ -9,16 +9,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from fxopt.hosts.host import Host, Note
-from fxopt.hosts.kernels import compile_with_kernels, emits_kernels
+from fxopt.hosts.host import Host, Notes
+from fxopt.hosts.kernels import compile_with_kernels, makes_kernels
 from fxopt.options import Options
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, note: Note
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
-    if emits_kernels(options):
-        return compile_with_kernels(gm, example_inputs, options, note)
+    if makes_kernels(options, example_inputs):
+        return compile_with_kernels(gm, example_inputs, options, notes)
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             _call_checkpoint(module)

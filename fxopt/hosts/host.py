@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import (
 from fxopt.ir.contract import Evidence
 from fxopt.options import Options
 
+if TYPE_CHECKING:
+    from fxopt.codegen.kernel_file import KernelFile
+
 # What Dynamo itself wants to see, wherever it is raised: it restarts the analysis or skips the frame.
 RESTARTS: tuple[type[BaseException], ...] = (RestartAnalysis, SkipFrame)
 # From a host, it breaks the graph on these as well.
@@ -30,7 +33,15 @@ CONTROL_FLOW: tuple[type[BaseException], ...] = (
 )
 
 
-Note = Callable[[Evidence], None]
+class Notes(Protocol):
+    """What a host reports of graphs after autograd, also later, when a backward graph is made.
+
+    Attributes:
+        evidence: what was done, and why not more. kernels: what was emitted.
+    """
+
+    evidence: list[Evidence]
+    kernels: list[KernelFile]
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,9 @@ class Host:
 
     Attributes:
         name: ``"inductor"`` or ``"eager"``.
-        compile: (graph module, example inputs, options, note) -> callable that returns a tuple. Takes
-            ownership of the graph module. `note` takes the evidence of what was done to the graphs after
-            autograd, also later, when a backward graph is made.
+        compile: (graph module, example inputs, options, notes) -> callable that returns a tuple. Takes
+            ownership of the graph module.
     """
 
     name: str
-    compile: Callable[[fx.GraphModule, Sequence[Any], Options, Note], Callable[..., Any]]
+    compile: Callable[[fx.GraphModule, Sequence[Any], Options, Notes], Callable[..., Any]]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.errors import NoHost
-from fxopt.hosts.host import Host, Note
+from fxopt.hosts.host import Host, Notes
 from fxopt.options import Options
 from fxopt.runtime.fingerprint import source_fingerprint
 
@@ -60,7 +60,7 @@ def _fingerprinted(patches: dict[str, Any], options: Options) -> Any:
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, note: Note
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 

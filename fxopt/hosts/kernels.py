@@ -1,6 +1,7 @@
-"""Emitted kernels between ATen ops.
+"""Kernels between ATen ops, without Inductor.
 
-AOTAutograd makes the forward and backward graphs, kernels take their regions, and what is left runs op by op.
+AOTAutograd makes the forward and backward graphs. In Triton's interpreter kernels take their regions and what
+is left runs op by op; for a target that is not at hand kernels are made and kept, and all runs op by op.
 
 Uses private torch APIs, listed in docs/torch_apis.md.
 """
@@ -12,33 +13,38 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.hosts.host import Note
+from fxopt.hosts.host import Notes
 from fxopt.options import Options
 
 EMIT_KERNELS = "emit-kernels"
 
 
-def emits_kernels(options: Options) -> bool:
-    """Whether the eager host is to emit kernels: they have to run, in Triton's interpreter."""
-    if not options.interpret or {EMIT_KERNELS, "all"} & set(options.disable):
+def makes_kernels(options: Options, example_inputs: Sequence[Any]) -> bool:
+    """Whether the eager host has a use for kernels: it can interpret them, or a target was named."""
+    if {EMIT_KERNELS, "all"} & set(options.disable):
         return False
-    from fxopt.codegen.emit import interpreted
+    return options.interpret or for_target(options, example_inputs)
 
-    return interpreted()
+
+def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
+    """Whether a GPU was named for a graph that is on the CPU alone."""
+    devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
+    return options.target is not None and devices <= {"cpu"}
 
 
 def compile_with_kernels(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, note: Note
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
-    """Forward and backward of `gm` with kernels for their regions."""
+    """Forward and backward of `gm`, with kernels for their regions."""
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._inductor.decomposition import select_decomp_table
 
-    from fxopt.codegen.emit import emit_kernels
+    from fxopt.codegen.emit import emit_kernels, interpreted
 
     def compile_part(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        for entry in emit_kernels(gm, options):
-            note(entry)
+        kernels, evidence = emit_kernels(gm, options, call=interpreted())
+        notes.kernels += kernels
+        notes.evidence += evidence
         return _boxed(gm.forward)
 
     compiled: Callable[..., Any] = aot_module_simplified(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -21,6 +21,9 @@ from torch import fx
 from fxopt.integrations.logging import announce
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import location
+
+if TYPE_CHECKING:
+    from fxopt.codegen.kernel_file import KernelFile
 
 log = logging.getLogger("fxopt")
 
@@ -55,6 +58,7 @@ class GraphRecord:
         evidence: what each pass did at each of its anchors.
         providers: (semantic op, chosen provider, why the ones before it were refused), one per call.
         chosen: name of the semantic op's node -> chosen provider.
+        kernels: what was emitted for regions of the graphs after autograd.
         refusals: (stage, reason) of what was handed to the host untouched, by design.
         failures: (stage, message) of faults of fxopt that were survived.
         seconds: wall-clock seconds by stage: normalize, passes, lower, host.
@@ -74,6 +78,7 @@ class GraphRecord:
     evidence: list[Evidence] = field(default_factory=list)
     providers: list[tuple[str, str, str]] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
+    kernels: list[KernelFile] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
