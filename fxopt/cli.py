@@ -144,6 +144,48 @@ def bench(
     raise typer.Exit(command.run(plan, Console()))
 
 
+cache_app = typer.Typer(
+    help="The files of emitted kernels: look, empty, take elsewhere.", no_args_is_help=True
+)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command()
+def info(as_json: AsJson = False) -> None:
+    """Where they are, how many, how large."""
+    from fxopt.commands import cache as command
+    from fxopt.runtime.kernel_cache import default_cache
+
+    raise typer.Exit(command.info(default_cache(), Console(), as_json=as_json))
+
+
+@cache_app.command()
+def clear() -> None:
+    """Remove them all."""
+    from fxopt.commands import cache as command
+    from fxopt.runtime.kernel_cache import default_cache
+
+    raise typer.Exit(command.clear(default_cache(), Console()))
+
+
+@cache_app.command()
+def export(file: Annotated[Path, typer.Argument(help="The zip archive to write.")]) -> None:
+    """Write them to an archive."""
+    from fxopt.commands import cache as command
+    from fxopt.runtime.kernel_cache import default_cache
+
+    raise typer.Exit(command.export(default_cache(), file, Console()))
+
+
+@cache_app.command("import")
+def import_(file: Annotated[Path, typer.Argument(help="An archive of `fxopt cache export`.")]) -> None:
+    """Take over the entries of an archive."""
+    from fxopt.commands import cache as command
+    from fxopt.runtime.kernel_cache import default_cache
+
+    raise typer.Exit(command.import_(default_cache(), file, Console()))
+
+
 def _disabled(names: str | None) -> dict[str, Any]:
     return {"disable": [name.strip() for name in names.split(",")]} if names else {}
 

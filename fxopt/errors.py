@@ -84,6 +84,18 @@ class NoHost(UserError, RuntimeError):
     )
 
 
+class CannotCompile(FxoptError, RuntimeError):
+    """An emitted kernel that Triton or its assembler refuses: a fault of fxopt, or of the target's tools."""
+
+    message = "kernel {kernel} cannot be compiled for {target}: {detail}\nIts file: {file}"
+
+
+class KernelTooLarge(FxoptError, RuntimeError):
+    """A kernel that was compiled and asks for more than its target has, or spills."""
+
+    message = "kernel {kernel} does not fit {target}: {problems}.\nIts file: {file}"
+
+
 class InternalError(FxoptError, RuntimeError):
     """A fault of fxopt itself, raised only with `strict=True`; otherwise it becomes evidence."""
 

@@ -108,6 +108,11 @@ class Options:
         return tuple((name, repr(getattr(self, name))) for name in DECISIVE)
 
 
+def environment_without(variable: str) -> dict[str, str]:
+    """The environment of this process for another one, less a variable."""
+    return {name: value for name, value in os.environ.items() if name != variable}
+
+
 def _normal(key: object) -> str:
     if not isinstance(key, str):
         raise OptionTypeError(

@@ -138,7 +138,7 @@ def _nearest(card: str, arch: int) -> Target:
     older = [one for one in _ARCHITECTURES.values() if one.arch <= arch]
     if not older:
         raise UnsupportedTarget(
-            target=f"sm_{arch}", reason="Triton needs sm_80 or newer", valid=", ".join(TARGETS)
+            target=f"sm_{arch}", reason="is too old: Triton needs sm_80", valid=", ".join(TARGETS)
         )
     return by_name[0] if by_name else max(older, key=lambda one: one.arch)
 

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt.runtime.kernel_cache import KernelCache, cache_of
+from fxopt.runtime.kernel_cache import KernelCache, default_cache
 
 if TYPE_CHECKING:
     from fxopt.codegen.kernel_file import KernelFile
@@ -45,7 +45,7 @@ def as_op(
     digest = kernel.digest
     with _lock:
         if digest not in _ops:
-            _ops[digest] = _register(kernel, f"{kernel.name}_{digest[:12]}", fake, cache or _default_cache())
+            _ops[digest] = _register(kernel, f"{kernel.name}_{digest[:12]}", fake, cache or default_cache())
         return _ops[digest]
 
 
@@ -57,15 +57,9 @@ def kernel_graph(kernel: KernelFile, *inputs: Any, cache: KernelCache | None = N
     from torch._guards import detect_fake_mode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    launch = _traceable(kernel, (cache or _default_cache()).load(kernel))
+    launch = _traceable(kernel, (cache or default_cache()).load(kernel))
     with detect_fake_mode(inputs) or contextlib.nullcontext():
         return make_fx(torch.func.functionalize(launch))(*inputs)
-
-
-def _default_cache() -> KernelCache:
-    from fxopt.options import Options
-
-    return cache_of(Options.parse())
 
 
 def _register(
