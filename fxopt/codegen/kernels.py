@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -15,6 +15,7 @@ from fxopt.codegen.reference_text import example_text, reference_text
 from fxopt.codegen.regions import Region, tensors
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.statements import Body
+from fxopt.codegen.trace import operator_name
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import location
 from fxopt.ir.target import Target
@@ -42,15 +43,16 @@ def kernel_of(region: Region, target: Target | None) -> KernelFile:
     rendered = render(name, region.body, tile, is_wide(region))
     read = list(dict.fromkeys(one.tensor for one in region.body.loads))
     given = {str(symbol): _hint_of(symbol, region.outputs) for symbol in symbol_inputs(region)}
-    sizes = _sizes_of_tensors(rendered.sizes, read)
+    names = region.body.names
+    sizes = _sizes_of_tensors(rendered.sizes, read, names)
     return KernelFile(
         name=name,
-        parameters=(*(Parameter(node.name) for node in read), *(Parameter(one, "int") for one in given)),
+        parameters=(*(Parameter(names[node]) for node in read), *(Parameter(one, "int") for one in given)),
         jit=rendered.text,
         launches=(_launch(name, region, rendered, read, tile),),
-        outputs=tuple(_output(node) for node in region.outputs),
-        reference=reference_text(region.members, region.outputs, read, sizes, given),
-        example_inputs=example_text(read, given),
+        outputs=tuple(_output(node, names[node]) for node in region.outputs),
+        reference=reference_text(region.members, region.outputs, {n: names[n] for n in read}, sizes, given),
+        example_inputs=example_text({node: names[node] for node in read}, given),
         sizes=tuple(sizes.items()),
         about=_about(region, tile, read, target),
     )
@@ -63,7 +65,7 @@ def symbol_inputs(region: Region) -> tuple[sympy.Symbol, ...]:
     found |= {s for one in region.body.axes for s in one.size.free_symbols}
     for node in region.outputs:
         found |= {s for part in _extents(node) for s in part.free_symbols}
-    known = _sizes_of_tensors(tuple(found), [one.tensor for one in region.body.loads])
+    known = _sizes_of_tensors(tuple(found), [one.tensor for one in region.body.loads], region.body.names)
     return tuple(sorted((symbol for symbol in found if str(symbol) not in known), key=str))
 
 
@@ -72,28 +74,24 @@ def _extents(node: fx.Node) -> list[sympy.Expr]:
     return [size_of(one) for one in (*value.shape, *value.stride())]
 
 
-def _sizes_of_tensors(symbols: Sequence[sympy.Symbol], read: Sequence[fx.Node]) -> dict[str, str]:
+def _sizes_of_tensors(
+    symbols: Sequence[sympy.Symbol], read: Sequence[fx.Node], names: Mapping[fx.Node, str]
+) -> dict[str, str]:
     """Where a tensor has the size: symbol -> ``x.shape[0]``."""
     found: dict[str, str] = {}
     for symbol in sorted(symbols, key=str):
         for node in read:
             for dim, size in enumerate(node.meta["val"].shape):
                 if size_of(size) == symbol:
-                    found.setdefault(str(symbol), f"{node.name}.shape[{dim}]")
+                    found.setdefault(str(symbol), f"{names[node]}.shape[{dim}]")
     return found
 
 
 def _name(region: Region) -> str:
-    """Of the operators that say most, and of the first result, which makes it unique within its graph."""
-    kinds = dict.fromkeys(_short(node) for node in region.members)
+    """Of the operators that say most."""
+    kinds = dict.fromkeys(operator_name(node) for node in region.members)
     told = [one for one in kinds if one not in ("add", "mul", "sub", "neg", "convert_element_type", "clone")]
-    shown = "_".join((told or list(kinds))[:4])
-    return f"{shown}_{region.outputs[0].name}"
-
-
-def _short(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet).rpartition(".")[2] if packet is not None else node.name
+    return "_".join((told or list(kinds))[:4])
 
 
 def choose_tile(body: Body, target: Target | None) -> Tile:
@@ -146,7 +144,10 @@ def is_wide(region: Region) -> bool:
 
 
 def _launch(name: str, region: Region, rendered: Rendered, read: Sequence[fx.Node], tile: Tile) -> Launch:
-    types = {f"{node.name}_ptr": POINTERS[node.meta["val"].dtype] for node in (*read, *region.outputs)}
+    types = {
+        f"{region.body.names[node]}_ptr": POINTERS[node.meta["val"].dtype]
+        for node in (*read, *region.outputs)
+    }
     arguments = [Argument(pointer, types[pointer]) for pointer in rendered.pointers]
     arguments += [Argument(str(symbol), "i64") for symbol in rendered.sizes]
     constants = (("ROWS", tile.rows), *((("COLUMNS", tile.columns),) if region.body.reduced else ()))
@@ -156,12 +157,12 @@ def _launch(name: str, region: Region, rendered: Rendered, read: Sequence[fx.Nod
     return Launch(name, tuple(arguments), (f"triton.cdiv({rows}, ROWS)",), constants, num_warps=warps)
 
 
-def _output(node: fx.Node) -> Output:
+def _output(node: fx.Node, name: str) -> Output:
     value = node.meta["val"]
     shape, strides = (
         tuple(print_index(size_of(one)) for one in part) for part in (value.shape, value.stride())
     )
-    return Output(node.name, shape, str(value.dtype), strides)
+    return Output(name, shape, str(value.dtype), strides)
 
 
 def _hint_of(symbol: sympy.Symbol, nodes: Sequence[fx.Node]) -> int:
@@ -178,7 +179,7 @@ def _about(region: Region, tile: Tile, read: Sequence[fx.Node], target: Target |
         summary=f"{len(region.members)} operators in one pass over memory",
         lines=tuple(lines),
         replaces=tuple(dict.fromkeys(str(node.target) for node in region.members)),
-        shapes=tuple(f"{node.name}: {_shape(node)}" for node in (*read, *region.outputs)),
+        shapes=tuple(f"{region.body.names[node]}: {_shape(node)}" for node in (*read, *region.outputs)),
         configuration=_why(region, tile, target),
         moved=str(region.bytes_fused),
         flops=str(flops_of(region)),

@@ -11,12 +11,13 @@ from torch import fx
 
 from fxopt.codegen.indexing import size_of
 from fxopt.codegen.print_index import print_index
+from fxopt.codegen.trace import operator_name
 
 
 def reference_text(
     members: Iterable[fx.Node],
     outputs: Iterable[fx.Node],
-    parameters: Iterable[fx.Node],
+    parameters: Mapping[fx.Node, str],
     sizes: Mapping[str, str],
     given: Iterable[str],
 ) -> str:
@@ -24,11 +25,13 @@ def reference_text(
 
     `sizes` are those that are read from the parameters: name -> expression.
     """
-    tensors = list(parameters)
-    writer = _Writer({node: node.name for node in tensors}, tensors[0].name)
+    writer = _Writer(dict(parameters))
     for node in members:
         writer.write(node)
-    arguments = [*(f"{node.name}: torch.Tensor" for node in tensors), *(f"{one}: int" for one in given)]
+    arguments = [
+        *(f"{name}: torch.Tensor" for name in parameters.values()),
+        *(f"{one}: int" for one in given),
+    ]
     results = ", ".join(writer.named[node] for node in outputs)
     known = [f"{name} = {text}" for name, text in sizes.items()]
     lines = [f"    {line}" for line in [*known, *writer.lines, f"return {results}"]]
@@ -38,9 +41,9 @@ def reference_text(
 class _Writer:
     """Writes nodes, and what they need that is neither a parameter nor a member, in order."""
 
-    def __init__(self, named: dict[fx.Node, str], like: str) -> None:
+    def __init__(self, named: dict[fx.Node, str]) -> None:
         self.named, self.lines = named, list[str]()
-        self.device = f"{like}.device"
+        self.device = f"{next(iter(named.values()))}.device"
 
     def write(self, node: fx.Node) -> str:
         if node in self.named:
@@ -50,9 +53,10 @@ class _Writer:
             return f"({print_index(size_of(value))})"
         arguments = [self.text(one) for one in node.args]
         arguments += [f"{key}={self.text(one)}" for key, one in node.kwargs.items()]
-        self.lines.append(f"{node.name} = {_callee(node)}({', '.join(arguments)})")
-        self.named[node] = node.name
-        return node.name
+        name = f"{operator_name(node)}_{len(self.lines)}"
+        self.lines.append(f"{name} = {_callee(node)}({', '.join(arguments)})")
+        self.named[node] = name
+        return name
 
     def text(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
@@ -73,13 +77,13 @@ def _callee(node: fx.Node) -> str:
     return f"{target.__module__.lstrip('_')}.{target.__name__}"  # type: ignore[union-attr]
 
 
-def example_text(parameters: Iterable[fx.Node], sizes: dict[str, int]) -> str:
+def example_text(parameters: Mapping[fx.Node, str], sizes: Mapping[str, int]) -> str:
     """``def example_inputs(device)``: one value for each parameter, of the shapes seen while compiling."""
     lines = ["generator = torch.Generator(device).manual_seed(0)"]
     names = []
-    for node in parameters:
-        lines.append(f"{node.name} = {_example(node.meta['val'])}")
-        names.append(node.name)
+    for node, name in parameters.items():
+        lines.append(f"{name} = {_example(node.meta['val'])}")
+        names.append(name)
     names += [str(hint) for hint in sizes.values()]
     lines.append(f"return {', '.join(names)}{',' if len(names) == 1 else ''}")
     return "\n".join(["def example_inputs(device):", *(f"    {line}" for line in lines)])

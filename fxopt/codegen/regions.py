@@ -111,6 +111,9 @@ class _Grower:
         self.groups = {self.order[node]: [node] for node in self.members}
         self.refused: list[tuple[fx.Node, str]] = []
         self.paths = self._paths(graph)
+        for node in self.members:
+            if is_moment(node):
+                self._join(self.group[node.args[0]], self.group[node])  # type: ignore[index]
 
     def _paths(self, graph: fx.Graph) -> nx.DiGraph:
         """Who reads whom, through views of members, as groups will be joined in it."""
@@ -138,8 +141,8 @@ class _Grower:
                 if base in self.group:
                     found[(base, consumer)] = sum(map(_bytes, tensors(base)))
 
-        def rank(pair: tuple[fx.Node, fx.Node]) -> tuple[bool, int, int, int]:
-            return (not is_moment(pair[1]), -found[pair], self.order[pair[0]], self.order[pair[1]])
+        def rank(pair: tuple[fx.Node, fx.Node]) -> tuple[int, int, int]:
+            return (-found[pair], self.order[pair[0]], self.order[pair[1]])
 
         return sorted(found, key=rank)
 
@@ -190,6 +193,8 @@ class _Grower:
         self.groups[low] = self._joined(first, second)
         for node in self.groups.pop(high):
             self.group[node] = low
+        if high not in self.paths:
+            return
         before, after = list(self.paths.predecessors(high)), list(self.paths.successors(high))
         self.paths.remove_node(high)
         self.paths.add_edges_from((key, low) for key in before if key != low)
@@ -198,7 +203,7 @@ class _Grower:
     def _region(self, key: int) -> Region | None:
         members = self.groups[key]
         if len(members) == 1 and members[0].target not in REDUCTIONS:
-            return None
+            return None  # nothing is saved
         try:
             return make_region(members)
         except CannotEmit as refusal:

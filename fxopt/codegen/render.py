@@ -121,8 +121,8 @@ class _Renderer:
         return [text + "\n" for name, text in HELPERS.items() if re.search(rf"(?<![\w.]){name}\b", joined)]
 
     def _pointers(self) -> list[str]:
-        read = dict.fromkeys(f"{one.tensor.name}_ptr" for one in self.body.loads)
-        written = [f"{one.tensor.name}_ptr" for one in self.body.stores]
+        read = dict.fromkeys(f"{self.body.names[one.tensor]}_ptr" for one in self.body.loads)
+        written = [f"{self.body.names[one.tensor]}_ptr" for one in self.body.stores]
         return [*read, *written]
 
     def _sizes(self) -> tuple[sympy.Symbol, ...]:
@@ -193,7 +193,7 @@ class _Renderer:
             self._line(depth, f"{one.name} = {self._value(one)}")
         for store in stores:
             mask = inside if store.on_r or not self.has_r else "inside_x"
-            where = f"{store.tensor.name}_ptr + {self._offset(store.offset, store.on_r)}"
+            where = f"{self.body.names[store.tensor]}_ptr + {self._offset(store.offset, store.on_r)}"
             self._line(depth, f"tl.store({where}, {store.source}, mask={mask})")
 
     def _offset(self, expr: sympy.Expr, on_r: bool) -> str:
@@ -220,7 +220,7 @@ class _Renderer:
         return _over_row(one.how, f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})")
 
     def _load(self, one: Load) -> str:
-        pointer = f"{one.tensor.name}_ptr + {print_index(one.offset)}"
+        pointer = f"{self.body.names[one.tensor]}_ptr + {print_index(one.offset)}"
         dtype = one.tensor.meta["val"].dtype
         symbols = {str(s) for s in one.offset.free_symbols}
         symbols |= {str(s) for c in one.conditions for s in (c.lhs.free_symbols | c.bound.free_symbols)}

@@ -87,9 +87,15 @@ class Store:
 
 @dataclass
 class Body:
-    """A loop nest and what happens in it."""
+    """A loop nest and what happens in it.
+
+    Attributes:
+        names: of the tensors that are read and written. They depend on the loop alone, not on the graph that
+            it is from, so that equal loops give equal texts.
+    """
 
     axes: tuple[Axis, ...]
+    names: dict[fx.Node, str] = field(default_factory=dict)
     statements: list[Statement] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
 
@@ -122,7 +128,9 @@ class Body:
     def with_indices(self, change: Callable[[sympy.Expr], sympy.Expr], axes: tuple[Axis, ...]) -> Body:
         """The same body over other axes."""
         statements = [_changed(one, change) for one in self.statements]
-        return Body(axes, statements, [replace(one, offset=change(one.offset)) for one in self.stores])
+        return Body(
+            axes, self.names, statements, [replace(one, offset=change(one.offset)) for one in self.stores]
+        )
 
 
 def _changed(one: Statement, change: Callable[[sympy.Expr], sympy.Expr]) -> Statement:

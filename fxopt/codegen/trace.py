@@ -34,6 +34,25 @@ Conditions = tuple[Condition, ...]
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
 
 
+# names that kernels use for other things
+_RESERVED = frozenset(
+    (
+        "x",
+        "r",
+        "tl",
+        "triton",
+        "torch",
+        "start",
+        "inside",
+        "inside_x",
+        "inside_r",
+        "tanh",
+        "maximum",
+        "minimum",
+    )
+)
+
+
 class CannotEmit(Exception):
     """A region cannot be one kernel. `reason` goes into the evidence."""
 
@@ -51,7 +70,13 @@ def trace(members: Iterable[fx.Node], outputs: Sequence[fx.Node], loop: Loop) ->
     tracer = Tracer(frozenset(members), loop)
     for node in outputs:
         tracer.store(node)
-    return Body(loop.axes, tracer.statements, tracer.stores)
+    return Body(loop.axes, tracer.names, tracer.statements, tracer.stores)
+
+
+def operator_name(node: fx.Node) -> str:
+    """What `node` computes in one word: ``"mul"``."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", node.op)
 
 
 def view_base(node: fx.Node) -> fx.Node:
@@ -79,6 +104,7 @@ class Tracer:
         self.stores: list[Store] = []
         self._known: dict[tuple[Any, ...], Statement] = {}
         self._reduced_at: dict[fx.Node, Index] = {}
+        self.names: dict[fx.Node, str] = {}
         self._named: dict[str, Statement] = {}
 
     def store(self, node: fx.Node) -> None:
@@ -93,6 +119,7 @@ class Tracer:
         on_r = bool(at.free_symbols & self.along)
         if value.on_r and not on_r:
             raise CannotEmit(f"{node.name} differs along the axes that are reduced")
+        self.names[node] = f"out_{len(self.stores)}"
         self.stores.append(Store(node, at, value.name, on_r))
 
     def value(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
@@ -118,6 +145,7 @@ class Tracer:
         at = offset(index, sizes_of(value.stride()))
         key = ("load", node, at, conditions)
         if key not in self._known:
+            self.names.setdefault(node, f"in_{len(self.names)}")
             dtype = register_type(value.dtype)
             self._known[key] = self.add(Load, node, (), dtype, tensor=node, offset=at, conditions=conditions)
         return self._known[key]
@@ -229,7 +257,8 @@ class Tracer:
         level = max((one.level for one in used), default=0)
         if "how" in rest:
             on_r, level = False, level + 1
-        name = f"{node.name}_{rest['how']}" if "how" in rest else node.name
+        base = self.names[node] if kind is Load else operator_name(node)
+        name = f"{base}_{rest['how']}" if "how" in rest else base
         added: Statement = kind(self._name(name), uses, dtype, level, on_r, node, **rest)
         self.statements.append(added)
         self._named[added.name] = added
@@ -237,9 +266,9 @@ class Tracer:
 
     def _name(self, wanted: str) -> str:
         name, count = wanted, 1
-        while name in self._named:
+        while name in self._named or name in _RESERVED:
             count += 1
-            name = f"{wanted}_at{count}"
+            name = f"{wanted}_{count}"
         return name
 
 
