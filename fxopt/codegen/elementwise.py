@@ -103,17 +103,6 @@ _POWERS = {
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default)
 _CHOICES = (aten.where.self, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
-TANH = '''@triton.jit
-def tanh(x):
-    """Cephes' tanhf: a polynomial where exp would cancel."""
-    z = x * x
-    p = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
-         - 3.33332819422e-1) * z * x + x
-    e = tl.exp(2 * tl.abs(x))
-    far = 1 - tl.div_rn(tl.full([], 2, x.dtype), e + 1)
-    return tl.where(tl.abs(x) < 0.625, p, tl.where(x < 0, -far, far))
-'''
-
 
 def formula_of(node: fx.Node) -> Pointwise | None:
     """The operator's formula, or None when it is no pointwise operator that can be emitted."""

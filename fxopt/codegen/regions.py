@@ -113,7 +113,7 @@ class _Grower:
         self.paths = self._paths(graph)
         for node in self.members:
             if is_moment(node):
-                self._join(self.group[node.args[0]], self.group[node])  # type: ignore[index]
+                self._join(self.group[node.args[0]], self.group[node])
 
     def _paths(self, graph: fx.Graph) -> nx.DiGraph:
         """Who reads whom, through views of members, as groups will be joined in it."""

@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from fxopt.codegen.elementwise import TANH, TRITON_TYPES
+from fxopt.codegen.elementwise import TRITON_TYPES
+from fxopt.codegen.helpers import HELPERS
 from fxopt.codegen.indexing import Axis, axis, product, unflatten
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.statements import (
@@ -31,19 +32,6 @@ from fxopt.codegen.statements import (
 )
 
 _COMBINE = {"sum": "{0} + {1}", "max": "maximum({0}, {1})", "min": "minimum({0}, {1})"}
-HELPERS = {
-    "tanh": TANH,
-    "maximum": '''@triton.jit
-def maximum(a, b):
-    """NaN if either is NaN, as torch.amax."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-''',
-    "minimum": '''@triton.jit
-def minimum(a, b):
-    """NaN if either is NaN, as torch.amin."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-''',
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +135,7 @@ class _Renderer:
         size = product(one.size for one in axes)
         index = unflatten(symbol, tuple(one.size for one in axes), {symbol: size})
         for one, at in zip(axes, index, strict=True):
-            if str(one.symbol) != print_index(at):
+            if str(one.symbol) != flat and one.size != 1:
                 self._line(depth, f"{one.symbol} = {print_index(at)}")
 
     def _columns(self, start: str, depth: int) -> None:

@@ -5,6 +5,8 @@ Values are pulled from the results, at the index where they are needed, through 
 
 from __future__ import annotations
 
+import builtins
+import keyword
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from fxopt.codegen.elementwise import (
     register_type,
     triton_type,
 )
+from fxopt.codegen.helpers import HELPERS
 from fxopt.codegen.indexing import Index, offset, ranges_of, size_of, sizes_of
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment
 from fxopt.codegen.reduce import moments, reduced
@@ -35,22 +38,8 @@ FILLS: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.s
 
 
 # names that kernels use for other things
-_RESERVED = frozenset(
-    (
-        "x",
-        "r",
-        "tl",
-        "triton",
-        "torch",
-        "start",
-        "inside",
-        "inside_x",
-        "inside_r",
-        "tanh",
-        "maximum",
-        "minimum",
-    )
-)
+_OWN = {"x", "r", "tl", "triton", "torch", "start", "inside", "inside_x", "inside_r", *HELPERS}
+_RESERVED = frozenset({*_OWN, *dir(builtins), *keyword.kwlist})
 
 
 class CannotEmit(Exception):
@@ -265,7 +254,7 @@ class Tracer:
         return added
 
     def _name(self, wanted: str) -> str:
-        name, count = wanted, 1
+        name, count = wanted, 0
         while name in self._named or name in _RESERVED:
             count += 1
             name = f"{wanted}_{count}"

@@ -107,7 +107,7 @@ def _cross(kernel: KernelFile, card: Target, done: Any, kernels: list[KernelFile
     compiled = tuple(next(done) for _ in kernel.launches)
     seconds = card.time(float(kernel.about.moved), float(kernel.about.flops), torch.float32)
     count = sum(one.digest == kernel.digest for one in kernels)
-    return CrossKernel(kernel.name, kernel.render(), compiled, seconds, count)
+    return CrossKernel(f"{kernel.name}_{kernel.digest[:8]}", kernel.render(), compiled, seconds, count)
 
 
 def _run(compiled: Callable[..., Any], args: Any, kwargs: Any) -> None:

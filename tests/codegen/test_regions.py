@@ -1,0 +1,170 @@
+"""Which operators become one kernel, and which must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt.codegen.emit import emit_kernels
+from fxopt.codegen.kernels import kernel_of
+from fxopt.codegen.regions import Partition, partition
+from fxopt.options import Options
+
+CPU = frozenset({"cpu"})
+x, y = torch.randn(6, 8), torch.randn(6, 8)
+
+
+def graph_of(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+    return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+
+
+def regions_of(function: Callable[..., Any], *inputs: Any) -> Partition:
+    return partition(graph_of(function, *inputs).graph, CPU)
+
+
+def members(found: Partition) -> list[list[str]]:
+    return [[node.name for node in region.members] for region in found.regions]
+
+
+def test_a_chain_is_one_region_and_counts_its_bytes_once() -> None:
+    found = regions_of(lambda a, b: torch.relu(a + b) * 2, x, y)
+    assert members(found) == [["add", "relu", "mul"]]
+    assert found.regions[0].bytes_fused == 3 * x.nbytes
+    assert found.regions[0].bytes_apart == (3 + 2 + 2) * x.nbytes
+
+
+def test_a_norm_is_one_region_with_the_sum_in_front_as_second_result() -> None:
+    def add_norm(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = a + b
+        return total, total * (total.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    found = regions_of(add_norm, x, x)
+    assert [len(region.outputs) for region in found.regions] == [2]
+
+
+def test_layer_norm_takes_both_moments() -> None:
+    found = regions_of(lambda a: torch.nn.functional.layer_norm(a, (8,)), x)
+    assert len(found.regions) == 1
+
+
+def test_softmax_is_one_region() -> None:
+    assert len(regions_of(lambda a: a.softmax(-1), x).regions) == 1
+
+
+def test_a_path_outside_keeps_two_regions() -> None:
+    def function(a: torch.Tensor) -> torch.Tensor:
+        first = torch.relu(a) * 2
+        return first + (first @ first.t() @ first).exp() * 3
+
+    found = regions_of(function, x)
+    assert members(found) == [["relu", "mul"], ["exp", "mul_1", "add"]]
+
+
+def test_a_write_is_not_crossed() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        before = a.exp() + 1
+        b.copy_(before)
+        return (before * 2).exp()
+
+    found = regions_of(function, x.clone(), x.clone())
+    assert members(found) == [["exp", "add"], ["mul", "exp_1"]]
+    assert any("a write, a collective or random numbers" in reason for _, reason in found.refused)
+
+
+def test_random_numbers_are_not_crossed() -> None:
+    def function(a: torch.Tensor) -> torch.Tensor:
+        before = a.exp() + 1
+        return before * torch.rand_like(before) + 2
+
+    assert members(regions_of(function, x))[0] == ["exp", "add"]
+
+
+def test_two_axes_are_two_regions() -> None:
+    found = regions_of(lambda a: (a.exp().sum(0), a.exp().sum(1)), x)
+    assert len(found.regions) == 2
+
+
+def test_what_is_reduced_is_not_needed_along_the_row() -> None:
+    """A matrix minus its columns' sums as rows: the loop over columns has another column's sum there."""
+    square = torch.randn(8, 8)
+    assert members(regions_of(lambda a: a - a.sum(0), square)) == [["sum_1", "sub"]]
+    found = regions_of(lambda a: a - a.sum(0).unsqueeze(1), square)
+    assert members(found) == [["sum_1"]]
+    assert any("along the axes that it is reduced over" in reason for _, reason in found.refused)
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.exp, torch.tanh])
+def test_dear_operators_are_not_computed_again_for_a_broadcast(function: Callable[..., Any]) -> None:
+    found = regions_of(lambda a, row: a * function(row + 1), x, x[0])
+    assert any("computed again for every element" in reason for _, reason in found.refused)
+    assert [len(region.members) for region in found.regions] == [2]
+
+
+def test_views_are_index_arithmetic() -> None:
+    def rotate(a: torch.Tensor) -> torch.Tensor:
+        rotated = torch.cat([-a[:, 4:], a[:, :4]], -1) + a
+        return rotated.view(2, 3, 8).transpose(0, 1).clone()
+
+    found = regions_of(rotate, x)
+    assert members(found) == [["neg", "cat", "add", "clone"]]
+
+
+def test_single_operators_and_constants_are_left_to_the_host() -> None:
+    found = regions_of(lambda a: (a.exp() @ a.t(), torch.ones(3) + 1), x)
+    assert members(found) == []
+
+
+def test_empty_tensors_are_left_to_the_host() -> None:
+    assert members(regions_of(lambda a: a.exp() + 1, x[:0])) == []
+
+
+def test_complex_and_quantized_dtypes_are_left_to_the_host() -> None:
+    assert members(regions_of(lambda a: a * 2 + 1, x.to(torch.complex64))) == []
+
+
+def test_the_same_graph_gives_the_same_text() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * b).softmax(-1) + torch.tanh(b)
+
+    def text() -> str:
+        return "".join(kernel_of(region, None).render() for region in regions_of(function, x, y).regions)
+
+    assert text() == text()
+
+
+def test_equal_layers_give_equal_kernels() -> None:
+    def layer(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(a @ weight) * 2 + a
+
+    found = regions_of(lambda a, v, w: layer(layer(a, v), w), x, torch.randn(8, 8), torch.randn(8, 8))
+    texts = [kernel_of(region, None).jit for region in found.regions]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
+
+
+def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
+    wide = torch.empty(1, device="meta").expand(1 << 16, 1 << 16)
+    gm = make_fx(lambda a: a.exp() + 1, tracing_mode="fake")(wide)
+    found = partition(gm.graph, frozenset({"meta"}))
+    (kernel,) = [kernel_of(region, None) for region in found.regions]
+    assert "tl.program_id(0).to(tl.int64)" in kernel.jit
+    small = partition(graph_of(lambda a: a.exp() + 1, x).graph, CPU).regions[0]
+    assert "int64" not in kernel_of(small, None).jit
+
+
+def test_evidence_has_numbers(tmp_path: Any) -> None:
+    gm = graph_of(lambda a, b: torch.relu(a + b) * 2, x, x)
+    before = gm.code
+    kernels, evidence = emit_kernels(gm, Options.parse(options={"cache_dir": str(tmp_path)}), call=False)
+    (applied,) = [entry for entry in evidence if entry.status == "applied"]
+    assert "3 operators become the kernel" in applied.reason
+    assert (applied.before.launches, applied.after.launches) == (3, 1)
+    assert applied.after.bytes < applied.before.bytes
+    assert len(kernels) == 1
+    assert gm.code == before, "nothing is called, so nothing is changed"

@@ -1,0 +1,225 @@
+"""Random programs through emitted kernels, in Triton's interpreter, against eager; JSON on stdout.
+
+TRITON_INTERPRET=1 python -m support.emission_fuzz --programs 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt.codegen.emit import emit_kernels
+from fxopt.codegen.kernel_check import InFloat64
+from fxopt.ir.contract import Status
+from fxopt.options import Options
+
+Value = torch.Tensor
+Step = Callable[[list[Value]], Value]
+
+UNARY: dict[str, Callable[[Value], Value]] = {
+    "exp": lambda x: (x * 0.1).exp(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "square": lambda x: x * x,
+    "sqrt": lambda x: x.abs().sqrt(),
+    "rsqrt": lambda x: (x.abs() + 1).rsqrt(),
+    "clamp": lambda x: x.clamp(-1, 1.5),
+    "sin": torch.sin,
+    "bfloat16": lambda x: x.bfloat16(),
+    "float16": lambda x: (x.tanh() * 8).half(),
+    "float32": lambda x: x.float(),
+    "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "masked": lambda x: torch.where(x > 0, x, 0.5),
+    "cube": lambda x: x.tanh() ** 3,
+}
+BINARY: dict[str, Callable[[Value, Value], Value]] = {
+    "add": torch.add,
+    "sub": lambda x, y: torch.sub(x, y, alpha=2),
+    "mul": lambda x, y: x * y.tanh(),
+    "div": lambda x, y: x / (y.abs() + 1),
+    "maximum": torch.maximum,
+    "where": lambda x, y: torch.where(x <= y, x, y * 0.5),
+    "and": lambda x, y: ((x > 0) & (y > 0)).to(x.dtype) * x,
+}
+ROWS: dict[str, Callable[[Value, int], Value]] = {
+    "sum": lambda x, dim: x.sum(dim),
+    "sum_keep": lambda x, dim: x.sum(dim, keepdim=True),
+    "mean": lambda x, dim: x.mean(dim, keepdim=True),
+    "amax": lambda x, dim: x.amax(dim, keepdim=True),
+    "amin": lambda x, dim: x.amin(dim),
+    "softmax": lambda x, dim: x.softmax(dim),
+    "log_softmax": lambda x, dim: x.log_softmax(dim),
+    "rms": lambda x, dim: x * (x.float().pow(2).mean(dim, keepdim=True) + 1e-5).rsqrt().to(x.dtype),
+    "var": lambda x, dim: x - torch.var_mean(x, dim, keepdim=True, correction=0)[1],
+    "layer_norm": lambda x, dim: torch.nn.functional.layer_norm(x, x.shape[-1:]),
+    "all": lambda x, dim: x.sum(),
+}
+VIEWS: dict[str, Callable[[Value, int], Value]] = {
+    "transpose": lambda x, dim: x.transpose(dim, -1),
+    "flatten": lambda x, dim: x.reshape(-1),
+    "split": lambda x, dim: x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2) if x.shape[-1] % 2 == 0 else x,
+    "merge": lambda x, dim: x.flatten(0, 1) if x.dim() > 1 else x,
+    "unsqueeze": lambda x, dim: x.unsqueeze(dim),
+    "slice": lambda x, dim: x.narrow(dim, x.shape[dim] // 2, x.shape[dim] - x.shape[dim] // 2),
+    "step": lambda x, dim: x[..., ::2],
+    "select": lambda x, dim: x.select(dim, x.shape[dim] - 1) if x.dim() > 1 else x,
+    "rotate": lambda x, dim: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1),
+    "double": lambda x, dim: torch.cat([x, x * 2], dim),
+    "expand": lambda x, dim: x.unsqueeze(0).expand(3, *x.shape),
+}
+SIZES = (1, 2, 3, 4, 6, 7, 16)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[Value], list[tuple[str, Step]]]:
+    """Inputs, and steps that each append a tensor to what there is."""
+    count = draw(st.integers(1, 3))
+    shape = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3))
+    inputs = [_input(draw, shape) for _ in range(count)]
+    steps: list[tuple[str, Step]] = []
+    for position in range(draw(st.integers(2, 9))):
+        steps.append(_step(draw, count + position))
+    return inputs, steps
+
+
+def _input(draw: st.DrawFn, shape: list[int]) -> Value:
+    own = [1 if draw(st.integers(0, 4)) == 0 else size for size in shape]
+    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    order = draw(st.permutations(range(len(own))))
+    value = torch.randn([own[dim] for dim in order], generator=generator).to(dtype)
+    return value.permute([order.index(dim) for dim in range(len(own))])
+
+
+def _step(draw: st.DrawFn, have: int) -> tuple[str, Step]:
+    first, second = (draw(st.integers(max(0, have - 4), have - 1)) for _ in range(2))
+    kind = draw(st.sampled_from(("unary", "binary", "binary", "rows", "view")))
+    if kind == "unary":
+        name = draw(st.sampled_from(sorted(UNARY)))
+        return f"{name} {first}", lambda values: UNARY[name](values[first])
+    if kind == "binary":
+        name = draw(st.sampled_from(sorted(BINARY)))
+        return f"{name} {first} {second}", lambda values: _binary(name, values[first], values[second])
+    table = ROWS if kind == "rows" else VIEWS
+    name, dim = draw(st.sampled_from(sorted(table))), draw(st.integers(0, 2))
+    return f"{name} {first} {dim}", lambda values: _along(table[name], values[first], dim)
+
+
+def _binary(name: str, x: Value, y: Value) -> Value:
+    try:
+        torch.broadcast_shapes(x.shape, y.shape)
+    except RuntimeError:
+        y = y.float().mean().to(y.dtype)
+    return BINARY[name](x, y)
+
+
+def _along(function: Callable[[Value, int], Value], x: Value, dim: int) -> Value:
+    x = x.reshape(1) if x.dim() == 0 else x
+    return function(x, dim % x.dim())
+
+
+def _run(steps: list[tuple[str, Step]]) -> Callable[..., tuple[Value, ...]]:
+    def run(*inputs: Value) -> tuple[Value, ...]:
+        values = list(inputs)
+        for _, step in steps:
+            made = step(values)
+            values.append(made if made.numel() <= 4096 else made.flatten()[:64])
+        return tuple(values[len(inputs) :][-3:])
+
+    return run
+
+
+def difference(want: Value, got: Value, exact: Value) -> str | None:
+    """By the rule that everything is judged by: error against float64 at most twice eager's and one ulp."""
+    if (got.dtype, got.shape) != (want.dtype, want.shape):
+        return f"{got.dtype} {tuple(got.shape)}, eager {want.dtype} {tuple(want.shape)}"
+    if not want.dtype.is_floating_point:
+        return None if torch.equal(got, want) else "integers differ"
+    if not torch.equal(got.isnan(), want.isnan()) or not torch.equal(got.isinf(), want.isinf()):
+        return "NaN or infinity elsewhere"
+    finite = want.isfinite() & exact.isfinite()
+    if not finite.any():
+        return None
+    exact, want, got = exact[finite], want[finite].double(), got[finite].double()
+    unit = float(exact.abs().max()) * torch.finfo(torch.float32).eps
+    mine, theirs = float((got - exact).abs().max()), float((want - exact).abs().max())
+    return None if mine <= 2 * theirs + 2 * unit else f"error {mine:.3g}, eager {theirs:.3g}"
+
+
+def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, counts: Counter[str]) -> None:
+    """Compile one program and compare it.
+
+    Raises:
+        AssertionError: it differs; the message holds the program.
+    """
+    run = _run(steps)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = run(*inputs)
+        graph = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+        graph.graph.eliminate_dead_code()
+        _, evidence = emit_kernels(graph, options, call=True)
+        got = graph(*inputs)
+        with InFloat64():
+            exact = run(*(one.double() if one.is_floating_point() else one for one in inputs))
+    counts["programs"] += 1
+    counts["kernels"] += sum(entry.status is Status.APPLIED for entry in evidence)
+    text = "; ".join(name for name, _ in steps)
+    for place, three in enumerate(zip(want, got, exact, strict=True)):
+        found = difference(*three)
+        shapes = [(tuple(one.shape), one.dtype, one.stride()) for one in inputs]
+        assert found is None, f"result {place}: {found}\n{text}\n{shapes}\n{graph.code}"
+
+
+def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
+    """Run that many programs; `failure` is the smallest that differs, or empty."""
+    counts: Counter[str] = Counter()
+    options = Options.parse(options={"cache_dir": directory})
+
+    @settings(
+        max_examples=programs_count,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(programs())
+    def one(program: tuple[list[Value], list[tuple[str, Step]]]) -> None:
+        check(*program, options, counts)
+
+    failure = ""
+    try:
+        one()
+    except AssertionError as error:
+        failure = str(error)
+    return {**counts, "failure": failure}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=int, default=100)
+    given_arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        print(json.dumps(fuzz(given_arguments.programs, directory)))
+
+
+if __name__ == "__main__":
+    main()
