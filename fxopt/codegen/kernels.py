@@ -91,7 +91,7 @@ def _name(region: Region) -> str:
     """Of the operators that say most."""
     kinds = dict.fromkeys(operator_name(node) for node in region.members)
     told = [one for one in kinds if one not in ("add", "mul", "sub", "neg", "convert_element_type", "clone")]
-    return "_".join((told or list(kinds))[:4])
+    return "_".join(["fused", *(told or list(kinds))[:4]])
 
 
 def choose_tile(body: Body, target: Target | None) -> Tile:
