@@ -2,8 +2,7 @@
 
 On a GPU the op is a `torch.library.triton_op`. Where AOTAutograd meets it, it dissolves into the allocation
 of its results and torch's own node for a Triton kernel, which Inductor compiles, plans memory for and
-launches itself, also within CUDA graphs. Graphs that are past AOTAutograd get the same nodes from
-`kernel_graph`.
+launches itself, also within CUDA graphs. In graphs that are past AOTAutograd `dissolve_ops` does the same.
 
 In interpreter mode (`TRITON_INTERPRET=1`) the op is opaque and runs the kernel on the tensors that it is
 given, on a CPU as well.
@@ -31,6 +30,7 @@ NAMESPACE = "fxopt_kernels"
 _lock = threading.Lock()
 # By the digest of the kernel's file. An op cannot be taken back from torch, so neither are these.
 _ops: dict[str, OpOverload] = {}
+_kernels: dict[OpOverload, tuple[KernelFile, KernelCache]] = {}
 
 
 def as_op(
@@ -45,8 +45,41 @@ def as_op(
     digest = kernel.digest
     with _lock:
         if digest not in _ops:
-            _ops[digest] = _register(kernel, f"{kernel.name}_{digest[:12]}", fake, cache or default_cache())
+            cache = cache or default_cache()
+            op = _ops[digest] = _register(kernel, f"{kernel.name}_{digest[:12]}", fake, cache)
+            _kernels[op] = kernel, cache
         return _ops[digest]
+
+
+def dissolve_ops(graph: fx.Graph) -> int:
+    """Replace the calls of kernels' ops in a functional graph by what the ops are made of; how many.
+
+    For graphs that AOTAutograd has made, before Inductor decides what is written in place: in its
+    `post_grad_custom_pre_pass`. Ops that write to their inputs stay, and so do all in interpreter mode.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _kernels:
+            continue
+        kernel, cache = _kernels[node.target]
+        if not kernel.mutates and not is_interpreted(kernel, cache.load(kernel)):
+            _dissolve(node, kernel, cache)
+            count += 1
+    return count
+
+
+def _dissolve(node: fx.Node, kernel: KernelFile, cache: KernelCache) -> None:
+    inputs = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    body = kernel_graph(kernel, *inputs, cache=cache).graph
+    given = dict(zip(body.find_nodes(op="placeholder"), node.args, strict=True))
+    with node.graph.inserting_before(node):
+        made: Any = node.graph.graph_copy(body, given)
+    if isinstance(made, fx.Node):
+        node.replace_all_uses_with(made)
+    for user in list(node.users):
+        user.replace_all_uses_with(made[user.args[1]])
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 def kernel_graph(kernel: KernelFile, *inputs: Any, cache: KernelCache | None = None) -> fx.GraphModule:

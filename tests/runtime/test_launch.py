@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxopt.codegen.compile import assumed_device
 from fxopt.ir.target import Target
 from fxopt.runtime.kernel_cache import KernelCache
-from fxopt.runtime.launch import as_op, kernel_graph
+from fxopt.runtime.launch import as_op, dissolve_ops, kernel_graph
 from support import kernels
 
 FUNCTIONAL = torch.ops.higher_order.triton_kernel_wrapper_functional
@@ -67,6 +73,86 @@ def test_graph_of_a_kernel_for_graphs_behind_autograd(cache: KernelCache) -> Non
     assert launch.kwargs["kwargs"]["BLOCK"] == 64
     (result,) = gm.graph.output_node().all_input_nodes
     assert result.meta["val"].shape == given.shape
+
+
+class Generated(Exception):
+    """Inductor has generated code; to run it would need a GPU."""
+
+
+def _code(function: Any, *inputs: torch.Tensor, **options: Any) -> str:
+    """What Inductor makes of a function."""
+
+    def stop(code: str) -> None:
+        raise Generated(code)
+
+    with patch.object(GraphLowering, "save_output_code", stop), pytest.raises(Exception) as caught:
+        torch.compile(function, fullgraph=True, dynamic=True, options=options)(*inputs)
+    assert "Generated" in str(caught.value), caught.value
+    return str(caught.value)
+
+
+def test_inductor_launches_the_kernel_itself(cache: KernelCache) -> None:
+    op = as_op(kernels.softmax(), cache=cache)
+    code = _code(lambda a: op(a * 2) + 1, torch.randn(8, 40))
+    _assert_native(code)
+
+
+def _assert_native(code: str) -> None:
+    (launch,) = re.findall(r"_softmax_kernel_0\.run\((\w+), (\w+), .*", code)
+    assert launch[0] != launch[1]
+    assert "torch.ops.fxopt_kernels" not in code
+    # The product and the result, which takes the product's place: nothing was copied.
+    assert code.count("= empty_strided") == 2
+
+
+def test_ops_behind_autograd_dissolve(cache: KernelCache) -> None:
+    op = as_op(kernels.softmax(), cache=cache)
+
+    class Emit(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            (root,) = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+            old = root.args[0]
+            with graph.inserting_before(root):
+                call = graph.call_function(op, (old.args[0],))
+            call.meta["val"] = old.meta["val"]
+            old.replace_all_uses_with(call)
+            graph.erase_node(old)
+            assert dissolve_ops(graph) == 1
+            graph.lint()
+
+        def uuid(self) -> None:
+            return None
+
+    code = _code(lambda a: torch.sigmoid(a * 2) + 1, torch.randn(8, 40), post_grad_custom_pre_pass=Emit())
+    _assert_native(code)
+
+
+def test_several_results_dissolve_each(cache: KernelCache) -> None:
+    kernel = replace(
+        kernels.accumulate(), mutates=(), launches=kernels.accumulate().launches[1:], name="two_totals"
+    )
+    op = as_op(kernel, cache=cache)
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = mode.from_tensor(torch.randn(64))
+    call = graph.call_function(op, (x, 0.5))
+    second = graph.call_function(operator.getitem, (call, 1))
+    graph.output((second,))
+    assert dissolve_ops(graph) == 1
+    graph.lint()
+    (launch,) = _launches(graph)
+    (result,) = graph.output_node().all_input_nodes
+    assert result.args == (launch, "square_ptr")
+
+
+def test_ops_that_write_to_their_inputs_stay(cache: KernelCache) -> None:
+    op = as_op(kernels.accumulate(), cache=cache)
+    graph = fx.Graph()
+    call = graph.call_function(op, (graph.placeholder("x"), 0.5))
+    graph.output(call)
+    assert dissolve_ops(graph) == 0
+    assert call.target is op
 
 
 def test_every_launch_is_in_the_graph_and_in_order(cache: KernelCache) -> None:
