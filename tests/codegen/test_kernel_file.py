@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fxopt.codegen.kernel_file import About, KernelFile
+from fxopt.options import environment_without
 from support import kernels
 
 ALL = (kernels.add(), kernels.softmax(), kernels.product(), kernels.accumulate())
@@ -73,6 +74,26 @@ def test_equal_kernels_give_equal_files_in_every_process() -> None:
 )
 def test_different_kernels_give_different_files(changed: KernelFile) -> None:
     assert changed.digest != kernels.add().digest
+
+
+def test_a_file_runs_without_fxopt(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.py"
+    file.write_text(kernels.product().render() + "\n")
+    # Nothing of fxopt is found, not even by torch's entry points.
+    code = (
+        "import sys, runpy\n"
+        "sys.modules['fxopt'] = None\n"
+        "try:\n    runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "finally:\n    assert not [name for name in sys.modules if name.startswith('fxopt.')]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        env=environment_without("PYTHONPATH") | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split(",")[0]) == (0, "right in Triton's interpreter"), done.stderr
 
 
 def test_only_kernels_with_bfloat16_carry_the_remedy_for_it() -> None:
