@@ -64,7 +64,7 @@ def examine(*, full: bool = False) -> Iterator[Check]:
     yield from _versions()
     if _missing_torch():
         return
-    for examiner in (_devices, _compiler, _caches, _plugin, _trials(full), _choice):
+    for examiner in (_devices, _compiler, _caches, _kernels, _plugin, _trials(full), _choice):
         try:
             yield from examiner()
         except Exception as error:  # a check that breaks is a finding, not the end of the report
@@ -152,6 +152,18 @@ def _caches() -> Iterator[Check]:
         return
     files, size = _size(path)
     yield Check("caches", "inductor", OK, f"{path}: {size / 2**20:.0f} MiB in {files} files")
+
+
+def _kernels() -> Iterator[Check]:
+    from fxopt.runtime.kernel_cache import default_cache
+
+    cache = default_cache()
+    if not _is_writable(cache.directory):
+        yield Check("caches", "kernels", NOTE, f"{cache.directory} cannot be written: kept in memory",
+                    "set FXOPT_CACHE_DIR to a directory of yours")  # fmt: skip
+        return
+    files, size = _size(cache.directory)
+    yield Check("caches", "kernels", OK, f"{cache.directory}: {size / 2**20:.0f} MiB in {files} files")
 
 
 def _is_writable(path: Path) -> bool:

@@ -49,7 +49,7 @@ def cache_of(options: Options) -> KernelCache:
     import platformdirs
 
     directory = options.cache_dir or os.path.join(platformdirs.user_cache_dir("fxopt"), "kernels")
-    return _cache(os.path.abspath(directory), options.cache_mib << 20)
+    return _cache(os.path.abspath(os.path.expanduser(directory)), options.cache_mib << 20)
 
 
 def default_cache() -> KernelCache:

@@ -108,5 +108,22 @@ class TestDoctor:
         assert "OSError: gone" in _failed(result)[0]["value"]
 
 
+def test_kernels_that_cannot_be_written_are_a_note(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
+    assert _kernels(run)["value"] == f"{tmp_path}: 0 MiB in 0 files"
+    monkeypatch.setattr(doctor, "_is_writable", lambda path: path != tmp_path)
+    found = _kernels(run)
+    assert (found["status"], "FXOPT_CACHE_DIR" in found["fix"]) == ("note", True)
+
+
+def _kernels(run: Run) -> dict[str, str]:
+    (found,) = [
+        check for check in json.loads(run("doctor", "--json").stdout)["checks"] if check["name"] == "kernels"
+    ]
+    return found
+
+
 def _failed(result: Result) -> list[dict[str, str]]:
     return [check for check in json.loads(result.stdout)["checks"] if check["status"] == "fail"]

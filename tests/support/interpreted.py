@@ -107,7 +107,14 @@ def broken(cache: KernelCache) -> dict[str, list[str]]:
     for name, jit in wrong.items():
         module = cache.load(replace(right, jit=jit))
         found[name] = differences(module.launch, module.reference, module.example_inputs("cpu"))
+    module = cache.load(right)
+    found["vacuous"] = differences(module.launch, _less_in_float32, module.example_inputs("cpu"))
     return found
+
+
+def _less_in_float32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A reference that has one meaning in float32 and another in float64."""
+    return (x * 1.5 + y) * (0.9 if x.dtype == torch.float32 else 1.0)
 
 
 def ops(cache: KernelCache) -> dict[str, Any]:
