@@ -40,17 +40,19 @@ class CrossCompiled:
     kernels: tuple[CrossKernel, ...]
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write ``name.py``, ``name.ptx`` and ``name.cubin`` of every kernel; returns their paths."""
+        """Write the ``.py``, ``.ptx`` and ``.cubin`` of each kernel, under the name of its file in the cache,
+        as several kernels may share theirs. Returns the paths."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for kernel in self.kernels:
+            name = Path(kernel.compiled[0].file).stem
             for place, one in enumerate(kernel.compiled):
-                stem = kernel.name if place == 0 else f"{kernel.name}_{place}"
+                stem = name if place == 0 else f"{name}_{place}"
                 for suffix, content in ((".ptx", one.ptx.encode()), (".cubin", one.cubin)):
                     written.append(folder / (stem + suffix))
                     written[-1].write_bytes(content)
-            written.append(folder / f"{kernel.name}.py")
+            written.append(folder / f"{name}.py")
             written[-1].write_text(kernel.source)
         return written
 
