@@ -41,6 +41,8 @@ from fxopt.runtime.kv_calls import Plan, with_growing_caches
 PASSES: tuple[tuple[str, str], ...] = (
     # first: a write is a barrier to everyone below
     ("functionalize-writes", "fxopt.passes.functionalize_writes:FunctionalizeWrites"),
+    # likewise, for what is written in parts
+    ("concatenate-parts", "fxopt.passes.concatenate_parts:ConcatenateParts"),
     # early: what does nothing hides structure
     ("eliminate-noops", "fxopt.passes.eliminate_noops:EliminateNoops"),
     # what reads nothing but a shape looks like a reader
@@ -62,6 +64,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
     # what is still masked by a tensor gets formulas of its mask
     ("recover-mask", "fxopt.passes.recover_mask:RecoverMask"),
+    # last: it takes the operands and attributes of attention as they are by now
+    ("absorb-latent-attention", "fxopt.passes.absorb_latent_attention:AbsorbLatentAttention"),
 )
 
 

@@ -13,6 +13,9 @@
     wide_scores   Q K^T is computed and kept in float32
     score         the text of a `ScoreProgram`: what a scaled score becomes before the mask acts; "" leaves it
     sinks         (Hq,): for each head the score of one more key, whose value is 0
+    query_rest,   (B, Hq, Sq, E) and (B, Hkv, Skv, E): Q and K are ``cat([query, query_rest], -1)`` and
+    key_rest      ``cat([key, key_rest], -1)``, of width D + E, without a copy of the keys; where `key` and
+                  `value` have one head, `key_rest` may have several
     mask, bias    `attn_mask` as formulas, for providers that need no tensor: where a key takes part
                   (`MaskProgram`), and what is added to its score (`ScoreProgram`)
     bias_replaced the numbers that exclude keys stand in the place of `bias`, which then gets no gradient;
@@ -59,6 +62,12 @@ def attention(
         (B, Hq, Sq, Dv), of query's dtype.
     """
     given = Attributes(**attributes)
+    if given.query_rest is not None and given.key_rest is not None:
+        attributes |= {"scale": given.factor(query), "query_rest": None, "key_rest": None}
+        query = torch.cat([query, given.query_rest], -1)
+        key, value = (each.expand(-1, given.key_rest.shape[1], -1, -1) for each in (key, value))
+        key = torch.cat([key, given.key_rest], -1)
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, **attributes)
     if given.dead_rows == NAN or given.mask_replaces or given.score or given.sinks is not None:
         return decomposed(query, key, value, attn_mask, dropout_p, is_causal, **attributes)
     scale = given.scale
@@ -75,6 +84,7 @@ ATTENTION = SemanticOp(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
         "bool mask_replaces=False, bool wide_scores=False, str score='', Tensor? sinks=None, "
+        "Tensor? query_rest=None, Tensor? key_rest=None, "
         "str mask='', str bias='', bool? bias_replaced=None, Tensor[]? captures=None, "
         "SymInt[]? sizes=None) -> Tensor"
     ),

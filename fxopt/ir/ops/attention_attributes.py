@@ -23,6 +23,8 @@ class Attributes:
     wide_scores: bool = False
     score: str = ""
     sinks: torch.Tensor | None = None
+    query_rest: torch.Tensor | None = None
+    key_rest: torch.Tensor | None = None
     mask: str = ""
     bias: str = ""
     bias_replaced: bool | None = None
@@ -30,8 +32,9 @@ class Attributes:
     sizes: Sequence[int] | None = None
 
     def factor(self, query: torch.Tensor) -> float:
-        """Of Q K^T: `scale`, or 1/sqrt(D)."""
-        return 1.0 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+        """Of Q K^T: `scale`, or 1/sqrt of the width of Q."""
+        width = query.shape[-1] + (0 if self.query_rest is None else self.query_rest.shape[-1])
+        return 1.0 / math.sqrt(width) if self.scale is None else self.scale
 
 
 def without_symbol(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:

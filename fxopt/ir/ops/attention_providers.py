@@ -109,6 +109,8 @@ def blocks_pay(node: fx.Node, facts: Facts) -> Verdict:
     query, key = val(node.args[0]), val(node.args[1])
     if query.device.type != "cpu":
         return Verdict.no(f"on {query.device.type} fused kernels read the mask")
+    if _given(node, "query_rest"):
+        return Verdict.no("tiles take Q and K in one part")
     if not argument(node, "mask") and argument(node, "attn_mask") is not None:
         return Verdict.no("no formula of the mask is known")
     flash = flash_has_it(node) and not _beyond_flash(node, facts)
@@ -188,7 +190,7 @@ def reaches_grad(capture: fx.Node) -> bool:
 def flash_has_it(node: fx.Node) -> bool:
     """Scores that are scaled and masked, and nothing else."""
     same_width = val(node.args[0]).shape[-1] == val(node.args[2]).shape[-1]
-    others = ("score", "sinks", "dropout_p", "wide_scores")
+    others = ("score", "sinks", "dropout_p", "wide_scores", "query_rest")
     return same_width and not any(_given(node, name) for name in others)
 
 
@@ -218,6 +220,8 @@ def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
     query, key, mask = val(node.args[0]), val(node.args[1]), val(argument(node, "attn_mask"))
     if _given(node, "score") or _given(node, "sinks"):
         return Verdict.yes("no kernel changes scores")
+    if _given(node, "query_rest"):
+        return Verdict.yes("kernels take Q and K in one part")
     if argument(node, "dead_rows") == NAN:
         return Verdict.yes("a row of -inf gives NaN, as softmax does; kernels give 0")
     if argument(node, "mask_replaces") and facts.differentiates(node):

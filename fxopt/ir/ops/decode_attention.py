@@ -34,7 +34,8 @@ from fxopt.ir.tile_values import TileValues
 SCHEMA = (
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor span, *, float scale, "
     "str dead_rows, bool dense, bool mask_replaces=False, bool wide_scores=False, str score='', "
-    "Tensor? sinks=None, Tensor[]? captures=None, SymInt[]? sizes=None) -> Tensor"
+    "Tensor? sinks=None, Tensor? query_rest=None, Tensor? key_rest=None, Tensor[]? captures=None, "
+    "SymInt[]? sizes=None) -> Tensor"
 )
 
 
@@ -51,7 +52,10 @@ def in_decode(
     given = Attributes(**attributes)
     if attn_mask is None:
         raise ValueError("nothing tells which keys are live")
-    query, scale = without_symbol(query, given.factor(query))
+    factor, rest = given.factor(query), given.query_rest
+    query, scale = without_symbol(query, factor)
+    if rest is not None:
+        rest, _ = without_symbol(rest, factor)
     dense = _is_dense(given, query, value, attn_mask)
     if attn_mask.is_floating_point() and given.mask and not given.bias and not dense:
         mask = _live(given, query, key)
@@ -62,6 +66,7 @@ def in_decode(
     if dense:
         options |= {"mask_replaces": given.mask_replaces, "wide_scores": given.wide_scores}
         options |= {"score": given.score, "sinks": given.sinks}
+        options |= {"query_rest": rest, "key_rest": given.key_rest}
         options |= {"captures": given.captures, "sizes": given.sizes} if given.score else {}
     span = span_of(mask, dense or mask.is_floating_point())
     out: torch.Tensor = torch.ops.fxopt.decode_attention(query, key, value, mask, span, **options)
@@ -86,7 +91,9 @@ def grouped(
 
 def _is_dense(given: Attributes, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> bool:
     """The CPU's kernel has not the answer."""
-    if given.score or given.sinks is not None or query.shape[-1] != value.shape[-1]:
+    if given.score or given.sinks is not None or given.query_rest is not None:
+        return True
+    if query.shape[-1] != value.shape[-1]:
         return True
     unlike = given.dead_rows == NAN or (given.dead_rows == NONE and query.dtype is torch.float16)
     return unlike and mask.is_floating_point()
@@ -132,6 +139,7 @@ def decode_attention(
     scale: float,
     dead_rows: str,
     dense: bool,
+    key_rest: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """The result (B, Hq, Sq, Dv), sequences before heads in memory."""
@@ -142,6 +150,7 @@ def decode_attention(
         live = None if unmasked else mask[..., first:last]
         operands = (query, key[:, :, first:last], value[:, :, first:last], live)
         if dense:
+            others["key_rest"] = None if key_rest is None else key_rest[:, :, first:last]
             out = decomposed(*operands, scale=scale, dead_rows=dead_rows, enable_gqa=True, **others)
         else:
             out = _packed(*operands, scale)

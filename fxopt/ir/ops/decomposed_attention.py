@@ -29,14 +29,13 @@ def decomposed(
     Args: as `fxopt::attention` has them.
     """
     given = Attributes(**attributes)
-    factor = given.factor(query)
     batch, heads, rows, _ = query.shape
     grouped = given.enable_gqa and key.shape[1] != heads
-    if grouped:
-        query = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = scaled_product(query, key, factor, given.wide_scores)
-    if grouped:
-        scores = scores.reshape(batch, heads, rows, -1)
+    narrow = query.dtype
+    if given.query_rest is not None and narrow is torch.bfloat16:
+        # Two products would be rounded, and their sum.
+        query, key, value = (each.to(computed_in(narrow)) for each in (query, key, value))
+    scores = _scores(query, key, given)
     if given.score:
         scored = _scored(scores, given)
         # The lowest float16 number, as a mask, absorbs a score of float16, not one of float32.
@@ -49,9 +48,30 @@ def decomposed(
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     if not grouped:
-        return torch.matmul(weights, value)
+        return torch.matmul(weights, value).to(narrow)
     weights = weights.reshape(batch, key.shape[1], -1, key.shape[-2])
-    return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1])
+    return torch.matmul(weights, value).reshape(batch, heads, rows, value.shape[-1]).to(narrow)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, given: Attributes) -> torch.Tensor:
+    """The scaled product of Q and K, or the sum of those of their parts."""
+    factor = given.factor(query)
+    scores = _product_of_groups(query, key, factor, given)
+    if given.query_rest is None or given.key_rest is None:
+        return scores
+    query, key = given.query_rest.to(query.dtype), given.key_rest.to(key.dtype)
+    return scores + _product_of_groups(query, key, factor, given)
+
+
+def _product_of_groups(
+    query: torch.Tensor, key: torch.Tensor, factor: float, given: Attributes
+) -> torch.Tensor:
+    """(B, Hq, Sq, Skv)."""
+    batch, heads, rows, depth = query.shape
+    if not given.enable_gqa or key.shape[1] == heads:
+        return scaled_product(query, key, factor, given.wide_scores)
+    packed = query.reshape(batch, key.shape[1], -1, depth)
+    return scaled_product(packed, key, factor, given.wide_scores).reshape(batch, heads, rows, -1)
 
 
 def scaled_product(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:
