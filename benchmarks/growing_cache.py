@@ -21,6 +21,8 @@ from fxopt.measure.compiled import compile_with
 from fxopt.measure.machine import describe
 from fxopt.measure.timing import interleave
 
+from .latent_model import cached_sizes, latent_model
+
 BACKENDS = ("eager", "inductor", "inductor again", "fxopt")
 # hidden size, intermediate size, layers, query heads, key heads, vocabulary
 SHAPES = {
@@ -28,6 +30,9 @@ SHAPES = {
     "135m": (576, 1536, 30, 9, 3, 49152),
     "1b": (2048, 8192, 16, 32, 8, 128256),
 }
+
+# multi-head latent attention, as DeepSeek has it, in two layers
+LATENT = "latent"
 
 
 def main() -> int:
@@ -79,6 +84,8 @@ def measure(arguments: argparse.Namespace, batch: int, length: int) -> dict[str,
 def _model(arguments: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if arguments.shape == LATENT:
+        return latent_model(2, getattr(torch, arguments.dtype))
     hidden, inner, layers, heads, groups, vocabulary = SHAPES[arguments.shape]
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -95,8 +102,8 @@ def _step(call: Any, config: Any, batch: int, length: int) -> Callable[[], torch
     torch.manual_seed(0)
     cache = DynamicCache()
     for layer in range(config.num_hidden_layers):
-        size = (batch, config.num_key_value_heads, length, config.head_dim)
-        cache.update(*(torch.randn(size, dtype=config.dtype) for _ in range(2)), layer)
+        sizes = cached_sizes(config, length)
+        cache.update(*(torch.randn(batch, *size, dtype=config.dtype) for size in sizes), layer)
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     def step() -> torch.Tensor:
@@ -119,7 +126,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=(*SHAPES, LATENT), default="small")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batches", default="1,8", help="by commas")
     parser.add_argument("--lengths", default="64,512,2048,4096", help="tokens that are there, by commas")

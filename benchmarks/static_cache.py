@@ -2,7 +2,8 @@
 
 A decoder of random weights, one token at a time, by the room of the cache and how much of it is filled. The
 mask is the one that `generate` passes: a tensor of bools over the whole room. With --sliding the room is the
-window of every layer, and full: each token drops the oldest one.
+window of every layer, and full: each token drops the oldest one. With --latent the cache holds the latents of
+multi-head latent attention.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere
 from fxopt.measure.compiled import compile_with
 from fxopt.measure.machine import describe
 from fxopt.measure.timing import interleave
+
+from .latent_model import cached_sizes, latent_model
 
 BACKENDS = ("eager", "inductor", "inductor again", "fxopt")
 
@@ -59,7 +62,7 @@ def measure(arguments: argparse.Namespace, room: int, filled: int) -> dict[str, 
     """One line: a decoding step at one filling of a cache."""
     model = _model(arguments, room)
     config = model.config
-    entries = torch.randn(2, arguments.batch, config.num_key_value_heads, room, config.head_dim)
+    entries = [torch.randn(arguments.batch, *size) for size in cached_sizes(config, room)]
     torch._dynamo.reset()
     calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
     steps = {name: _step(call, config, entries, filled) for name, call in calls.items()}
@@ -104,26 +107,28 @@ def _model(arguments: argparse.Namespace, room: int) -> Any:
         "max_position_embeddings": 2 * room,
     }  # fmt: skip
     torch.manual_seed(0)
+    if arguments.latent:
+        return latent_model(arguments.layers, torch.float32)
     if arguments.sliding:
         return MistralForCausalLM(MistralConfig(**shapes, sliding_window=room)).eval()
     return LlamaForCausalLM(LlamaConfig(**shapes)).eval()
 
 
-def _step(call: Any, config: Any, entries: torch.Tensor, filled: int) -> Callable[[], torch.Tensor]:
+def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> Callable[[], torch.Tensor]:
     """Decode the same token again and again: each call writes its key behind the filled part.
 
-    `entries` are the keys and values of each layer, (2, B, Hkv, room, D).
+    `entries` are the keys and values of each layer, (B, Hkv, room, D) each.
     """
     from transformers import StaticCache
 
-    batch, room = entries.shape[1], entries.shape[3]
+    batch, room = entries[0].shape[0], entries[0].shape[2]
     cache = StaticCache(config, max_cache_len=2 * room if config.model_type == "mistral" else room)
     token = torch.zeros(batch, 1, dtype=torch.int64)
     live = (torch.arange(room) <= filled).expand(batch, 1, 1, room).contiguous()
     how = {"attention_mask": live, "position_ids": torch.full((batch, 1), filled), "past_key_values": cache}
-    entries = entries.to(torch.get_default_dtype())
+    entries = [each.to(torch.get_default_dtype()) for each in entries]
     for layer in cache.layers:
-        layer.lazy_initialization(*entries[..., :1, :])
+        layer.lazy_initialization(*(each[:, :, :1] for each in entries))
         layer.keys.copy_(entries[0])
         layer.values.copy_(entries[1])
 
@@ -154,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filled", default="256,512,2000,8000", help="keys that are there, by commas")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--latent", action="store_true", help="multi-head latent attention, as DeepSeek has it"
+    )
     parser.add_argument("--sliding", action="store_true", help="windows of sliding layers, which are full")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6.0, help="for the timing of one line")
