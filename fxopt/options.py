@@ -46,6 +46,7 @@ class Options:
         fuel: number of rewrites that may be applied in this process, for bisecting. None is no limit.
         generate: `generate` of the module that torch.compile returns runs compiled; otherwise torch hands it
             on to the original model, as it does with any other backend.
+        fast_decode: steps of such a `generate` go past Dynamo's guards where it is known that they hold.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
             is the GPU at hand.
@@ -63,6 +64,7 @@ class Options:
     verify: str = "nothing"
     fuel: int | None = None
     generate: bool = True
+    fast_decode: bool = True
     dump: str | None = None
     target: str | None = None
     interpret: bool = False
@@ -134,7 +136,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in ("dump", "target", "cache_dir"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"]
-    for name in ("strict", "generate"):
+    for name in ("strict", "generate", "fast_decode"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
     if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
@@ -159,6 +161,7 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "verify": ((str,), "a string"),
     "generate": ((bool,), "a bool"),
     "interpret": ((bool,), "a bool"),
+    "fast_decode": ((bool,), "a bool"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
     "target": ((str, type(None)), "the name of a GPU or None"),

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.frontend.driver import run_rewrite
+from fxopt.frontend.frames import captured_frame
 from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
 from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle, when_changed
 from fxopt.frontend.kv_append import NAME as APPEND_KV_CACHE
@@ -35,6 +36,7 @@ from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
+from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import Plan, with_growing_caches
 
 # name, class, and why it stands where it stands
@@ -128,6 +130,7 @@ class _Optimized:
     gm: fx.GraphModule
     known: list[KnownBuffer]
     growing: Plan
+    frame: Frame | None
 
 
 def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
@@ -145,7 +148,7 @@ def _around(
     """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
     instead = when_changed(optimized.known, captured)
     if optimized.growing:
-        return with_growing_caches(compiled, optimized.growing, instead)
+        return with_growing_caches(compiled, optimized.growing, instead, optimized.frame)
     return checked(compiled, instead) if optimized.known else compiled
 
 
@@ -169,6 +172,7 @@ def _optimize(
             off = {KNOWN_BUFFERS, "all"} & set(options.disable)
             known = [] if off else compute_known_buffers(normal, example_inputs)
             growing = _growing(gm, normal, example_inputs, options, record)
+            frame = captured_frame(normal) if growing.appends else None
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
@@ -188,7 +192,7 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return _Optimized(lowered, known, growing)
+    return _Optimized(lowered, known, growing, frame)
 
 
 def _growing(

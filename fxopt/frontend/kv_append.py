@@ -20,7 +20,7 @@ from torch import fx
 from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.kv_edit import append_instead
 from fxopt.frontend.outputs import keep_output_layout, output_layout
-from fxopt.frontend.side_effects import source_name
+from fxopt.frontend.side_effects import source_of
 from fxopt.ir import facts
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import argument, is_call, location, val
@@ -100,7 +100,7 @@ class _Search:
         self.facts = Facts(gm.graph)
         self.placeholders = gm.graph.find_nodes(op="placeholder")
         self.outputs: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.sources = [_source(node) for node in self.placeholders]
+        self.sources = [source_of(node) for node in self.placeholders]
 
     def begin(self, place: int, result: fx.Node, cat: fx.Node) -> Begin:
         """The output at `place`: `result`, the first rows of a cache, is `cat` or a slice of it.
@@ -199,11 +199,6 @@ class _Search:
         keep_output_layout(self.gm, [layout[place] for place in kept])
         self.gm.recompile()
         return refused
-
-
-def _source(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    return "" if source is None else source_name(source) or ""
 
 
 def _part(result: fx.Node, cat: fx.Node, dim: int) -> tuple[int, int] | None:

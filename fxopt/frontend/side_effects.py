@@ -55,3 +55,9 @@ def source_name(source: Any) -> str | None:
         return str(name() if callable(name) else name)  # a method in older versions of torch
     except NotImplementedError:
         return None
+
+
+def source_of(placeholder: fx.Node) -> str:
+    """The expression of the source of an input; empty where it has none."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return "" if source is None else source_name(source) or ""

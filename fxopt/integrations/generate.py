@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from transformers import CompileConfig
 
     from fxopt.options import Options
+    from fxopt.runtime.decode_path import DecodePath
 
 _HOOKED = "_fxopt_original"
 
 # Set to True by the first call of a stand-in within the current `generate`.
 _called: ContextVar[list[bool] | None] = ContextVar("fxopt_called", default=None)
+# How the model is called within the current `generate`, by the compiled module.
+_paths: ContextVar[dict[int, DecodePath] | None] = ContextVar("fxopt_paths", default=None)
 _classes: weakref.WeakKeyDictionary[Any, type] = weakref.WeakKeyDictionary()
 
 
@@ -59,7 +62,10 @@ def restore_optimized_module(module: ModuleType) -> None:
 
 def forget() -> None:
     """Drop the stand-ins of all compiled modules."""
+    from fxopt.runtime.decode_path import DecodePath
+
     _classes.clear()
+    DecodePath.forget()
 
 
 def compile_config(**given: Any) -> CompileConfig:
@@ -93,13 +99,17 @@ def _compiled(compiled: Any, found: Any) -> Any:
 
     @functools.wraps(found.__func__)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        from fxopt.runtime.decode_path import DecodePath  # needs more of torch than there is at its import
+
         called = [False]
         token = _called.set(called)
+        paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
         try:
             with expected_length(_longest(model, args, kwargs)):
                 result = found.__func__(_stand_in(compiled, model), *args, **kwargs)
         finally:
             _called.reset(token)
+            _paths.reset(paths)
         if not called[0]:
             warnings.warn(_NOT_CALLED.format(name=type(model).__name__), stacklevel=2)
         return result
@@ -159,7 +169,8 @@ def _stand_in_class(compiled: Callable[[], Any], kind: type) -> type:
         called = _called.get()
         if called is not None:
             called[0] = True
-        return compiled()(*args, **kwargs)
+        module = compiled()
+        return (_paths.get() or {}).get(id(module), module)(*args, **kwargs)
 
     def get_compiled_call(self: Any, compile_config: Any = None) -> Any:
         """transformers asks for this to compile decoding itself. It is compiled already."""

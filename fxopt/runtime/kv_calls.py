@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
+import torch
+
+from fxopt.runtime.frames import Frame
 from fxopt.runtime.holders import references
 from fxopt.runtime.kv_growth import Append, Begin, Growth
 from fxopt.runtime.kv_state import STATE, will_grow
+
+# Where calls are noted while somebody wants to know about them: the call, and its inputs.
+noted: ContextVar[list[tuple[GrowingCall, Sequence[Any]]] | None] = ContextVar("fxopt_noted", default=None)
 
 
 @dataclass
@@ -22,33 +30,84 @@ class Plan:
         return bool(self.appends or self.begins)
 
 
+class GrowingCall:
+    """A compiled graph that takes tensors with room for new rows, as a function of the caches as they are.
+
+    Attributes:
+        appends: in the order of the outputs. places: of their inputs.
+        growth: of these inputs.
+        instead, frame: see `with_growing_caches`.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        plan: Plan,
+        instead: Callable[[Sequence[Any]], Callable[..., Any] | None],
+        frame: Frame | None = None,
+    ) -> None:
+        self.compiled = compiled
+        self.appends = sorted(plan.appends, key=lambda each: each.output)
+        self.places = [each.source for each in self.appends]
+        self.growth = Growth(self.appends)
+        self.instead = instead
+        self.frame = frame
+        shares = [number / max(len(plan.begins) - 1, 1) for number in range(len(plan.begins))]
+        self._begins = list(zip(plan.begins, shares, strict=True))
+        self._in_order: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        other = self.instead(inputs)
+        if other is not None:
+            return other(*inputs)
+        grown, handed_out = self.growth.of(inputs, references(inputs, self.places))
+        notes = noted.get()
+        if notes is not None:
+            notes.append((self, inputs))
+        return self.run(list(inputs), grown, handed_out)
+
+    def run(
+        self, given: list[Any], grown: Sequence[torch.Tensor], handed_out: Sequence[torch.Tensor]
+    ) -> tuple[Any, ...]:
+        """All outputs. `given` are the inputs but for the caches; it is changed."""
+        for place, tensor in zip(self.places, grown, strict=True):
+            given[place] = tensor
+        results = self.compiled(*given)
+        if self._in_order is None:
+            self._in_order = _merged([each.output for each in self.appends], len(results))
+        outputs = self._in_order([*handed_out, *results])
+        if not self._begins or not will_grow():
+            return outputs
+        begun = list(outputs)
+        for each, share in self._begins:
+            begun[each.output] = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
+        return tuple(begun)
+
+
+def _merged(places: Sequence[int], others: int) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that puts the first of some values at `places`, and the others in between."""
+    total = len(places) + others
+    rest = [place for place in range(total) if place not in set(places)]
+    order = sorted(range(total), key=[*places, *rest].__getitem__)
+    return itemgetter(*order) if total > 1 else tuple
+
+
 def with_growing_caches(
-    compiled: Callable[..., Any], plan: Plan, instead: Callable[[Sequence[Any]], Callable[..., Any] | None]
+    compiled: Callable[..., Any],
+    plan: Plan,
+    instead: Callable[[Sequence[Any]], Callable[..., Any] | None],
+    frame: Frame | None = None,
 ) -> Callable[..., Any]:
     """`compiled`, which takes tensors with room for new rows, as a function of the caches as they are.
 
     Args:
         instead: another function for a call with such inputs, or None.
+        frame: that the graph was captured from.
     """
-    appends = sorted(plan.appends, key=lambda each: each.output)
-    places = [each.source for each in appends]
-    growth = Growth(appends)
-    shares = [number / max(len(plan.begins) - 1, 1) for number in range(len(plan.begins))]
+    call = GrowingCall(compiled, plan, instead, frame)
 
     def run(*inputs: Any) -> Any:
-        other = instead(inputs)
-        if other is not None:
-            return other(*inputs)
-        grown, handed_out = growth.of(inputs, references(inputs, places))
-        given = list(inputs)
-        for place, tensor in zip(places, grown, strict=True):
-            given[place] = tensor
-        del grown
-        results = list(compiled(*given))
-        for append, tensor in zip(appends, handed_out, strict=True):
-            results.insert(append.output, tensor)
-        for each, share in zip(plan.begins, shares, strict=True) if will_grow() else ():
-            results[each.output] = STATE.begin(results[each.output], each.dim, share, bounded=each.bounded)
-        return tuple(results)
+        return call(inputs)
 
+    run.growing = call  # type: ignore[attr-defined]
     return run

@@ -7,21 +7,19 @@ enough, and what remains is a view for each: `Tip`. Otherwise each is looked at 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_, le
-from sys import getrefcount
+from operator import le
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.runtime.holders import references_of_a_call
-from fxopt.runtime.kv_state import STATE, when_alone
+from fxopt.runtime.kv_state import STATE, Storages, alias
 
 # Of so many caches in use by turns the newest views are known.
 _TIPS = 64
-_use_count = torch._C._storage_Use_Count
 
 
 @dataclass(frozen=True)
@@ -76,26 +74,32 @@ class Tip:
     """What one step handed out.
 
     Attributes:
-        views: in the order of the appends. storages: of each, its address.
-        alone: `references_to_storage` of each where nobody else has its memory.
-        left: rows that fit behind those of every view.
+        storages: of the tensors, in the order of the appends, the addresses.
+        alive: keeps other storages from getting these addresses.
+        shape, strides, offset: of each.
+        left: rows that fit behind those of every one.
         inference: the memory was made in inference mode.
     """
 
-    views: list[weakref.ref[torch.Tensor]]
     storages: list[int]
-    alone: tuple[int, int]
+    alive: list[StorageWeakRef]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
     left: int
     inference: bool
 
-    def is_what(self, pasts: Sequence[torch.Tensor]) -> bool:
-        """These are the views, and nobody else has their memory."""
-        if not all(map(is_, [view() for view in self.views], pasts)):
+    def is_what(self, pasts: Sequence[torch.Tensor], found: Storages) -> bool:
+        """These are the tensors, by their memory, which nobody else has.
+
+        Guards of Dynamo's tell that all their sizes are right but one, and the strides.
+        """
+        if found.addresses != self.storages or not found.are_alone(pasts[0]._is_view()):
             return False
-        shared, held = self.alone
-        if any(count != shared for count in map(_use_count, self.storages)):
+        number, entries = len(pasts), self.shape.numel()
+        if [past.numel() for past in pasts].count(entries) != number:
             return False
-        return all(getrefcount(past.untyped_storage()) == held for past in pasts)
+        return [past.storage_offset() for past in pasts].count(self.offset) == number
 
 
 class Growth:
@@ -124,11 +128,9 @@ class Growth:
         """
         pasts = [inputs[each.source] for each in self.appends]
         allowed = self._allowed
-        tip = self._tips.pop(id(pasts[0]), None) if self._alike else None
-        if tip is not None and all(map(le, held, allowed)) and tip.is_what(pasts):
-            found = self._at_tip(tip, inputs, pasts)
-            if found is not None:
-                return found
+        found = self.at_tip(pasts, inputs) if all(map(le, held, allowed)) else None
+        if found is not None:
+            return found
         grown = [
             STATE.extend(
                 past, each.dim, each.new.of(inputs), share, bounded=each.bounded, alone=count <= most
@@ -142,27 +144,35 @@ class Growth:
             self._remember(handed_out)
         return grown, handed_out
 
-    def _at_tip(
-        self, tip: Tip, inputs: Sequence[Any], pasts: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-        one, first = self.appends[0], pasts[0]
+    def at_tip(
+        self, pasts: Sequence[torch.Tensor], inputs: Sequence[Any]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+        """What `of` gives where these are what the step before handed out; otherwise None.
+
+        Args:
+            pasts: the caches, that nobody else holds. inputs: of the call.
+        """
+        if not self._alike:
+            return None
+        found = Storages.of(pasts)
+        tip = self._tips.get(found.addresses[0])
+        one = self.appends[0]
         new = one.new.of(inputs)
-        if new > tip.left or tip.inference != torch.is_inference_mode_enabled():
+        if tip is None or new > tip.left or tip.inference != torch.is_inference_mode_enabled():
+            return None
+        if not tip.is_what(pasts, found):
             return None
         STATE.in_place += len(pasts)
-        dim, strides, offset = one.dim, first.stride(), first.storage_offset()
-        rows = first.shape[dim] + new
-        sizes = (*first.shape[:dim], rows, *first.shape[dim + 1 :])
-        grown = [past.as_strided(sizes, strides, offset) for past in pasts]
-        handed_out = grown
+        dim, strides, shape, beyond = one.dim, tip.strides, tip.shape, 0
+        rows = shape[dim] + new
+        sizes = (*shape[:dim], rows, *shape[dim + 1 :])
+        grown = handed_out = [alias(past, sizes, strides) for past in pasts]
         if one.part is not None:
             start, end, _ = slice(*one.part).indices(rows)
-            sizes = (*first.shape[:dim], end - start, *first.shape[dim + 1 :])
-            offset += start * strides[dim]
-            handed_out = [past.as_strided(sizes, strides, offset) for past in pasts]
-        tip.views = list(map(weakref.ref, handed_out))
-        tip.left -= new
-        self._keep(handed_out[0], tip)
+            sizes = (*shape[:dim], end - start, *shape[dim + 1 :])
+            beyond = start * strides[dim]
+            handed_out = [alias(past, sizes, strides, beyond) for past in pasts]
+        tip.shape, tip.offset, tip.left = torch.Size(sizes), tip.offset + beyond, tip.left - new
         return grown, handed_out
 
     def _remember(self, views: Sequence[torch.Tensor]) -> None:
@@ -170,13 +180,12 @@ class Growth:
         left = [STATE.room_behind(view) for view in views]
         if len(forms) != 1 or any(room is None for room in left):
             return
-        storages = [view.untyped_storage()._cdata for view in views]
-        alone, inference = when_alone(views[0]._is_view()), views[0].is_inference()
+        first, storages = views[0], Storages.of(views).addresses
         room = min(room for room in left if room is not None)
-        self._keep(views[0], Tip(list(map(weakref.ref, views)), storages, alone, room, inference))
-
-    def _keep(self, first: torch.Tensor, tip: Tip) -> None:
-        self._tips[id(first)] = tip
+        self._tips.pop(storages[0], None)
+        alive = [StorageWeakRef(view.untyped_storage()) for view in views]
+        form = first.shape, first.stride(), int(first.storage_offset())
+        self._tips[storages[0]] = Tip(storages, alive, *form, room, first.is_inference())
         if len(self._tips) > _TIPS:
             del self._tips[next(iter(self._tips))]
 
@@ -185,4 +194,6 @@ def _part(tensor: torch.Tensor, each: Append) -> torch.Tensor:
     if each.part is None:
         return tensor
     start, end, _ = slice(*each.part).indices(tensor.shape[each.dim])
-    return tensor.narrow(each.dim, start, end - start)
+    sizes, strides = list(tensor.shape), tensor.stride()
+    sizes[each.dim] = end - start
+    return alias(tensor, sizes, strides, start * strides[each.dim])

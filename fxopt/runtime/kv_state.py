@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from sys import getrefcount
 
 import torch
+from torch._C._dynamo import guards
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # Rows behind those that are filled when a buffer is made: a quarter of them, within these bounds. A step
@@ -32,6 +33,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 LEAST, MOST = 256, 1024
 # After so many new buffers, those whose memory is gone are forgotten.
 _SWEEP = 256
+
+_use_count = torch._C._storage_Use_Count
+
+# alias(tensor, sizes, strides, beyond=0): other entries of the memory of a tensor, from `beyond` behind its
+# first one. No view in autograd's sense, as what eager computes is none, and half as expensive as one.
+alias: Callable[..., torch.Tensor] = guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 # How long the sequences of the current call are going to be, where that is known.
 _expected: ContextVar[int] = ContextVar("fxopt_expected_length", default=0)
@@ -99,21 +106,45 @@ class Buffer:
         return first if inside == 0 else None
 
 
-def references_to_storage(tensor: torch.Tensor) -> tuple[int, int]:
-    """How often the storage of a tensor is held, and how often its Python object is."""
-    shared = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return shared, getrefcount(tensor.untyped_storage())
+@dataclass(frozen=True)
+class Storages:
+    """The storages of some tensors.
+
+    Attributes:
+        addresses: of each. shared: how often it is held. held: how often its Python object is.
+    """
+
+    addresses: list[int]
+    shared: list[int]
+    held: list[int]
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor]) -> Storages:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        addresses = [storage._cdata for storage in storages]
+        return Storages(addresses, list(map(_use_count, addresses)), list(map(getrefcount, storages)))
+
+    def are_alone(self, is_view: bool) -> bool:
+        """Nobody else has the memory of the tensors, which all are views of other tensors, or none is."""
+        shared, held = when_alone(is_view)
+        return self.shared.count(shared) == self.held.count(held) == len(self.addresses)
 
 
 @functools.cache
 def when_alone(is_view: bool) -> tuple[int, int]:
-    """`references_to_storage` where one tensor has the storage, and what that is a view of, if it is one.
+    """`shared` and `held` of a storage where one tensor has it, and what that is a view of, if it is one.
 
     Measured, as it depends on how a version of torch keeps the Python objects of storages.
     """
     with torch.no_grad() if is_view else torch.inference_mode():
         tensor = torch.empty(2)[:1]
-    return references_to_storage(tensor)
+    found = Storages.of([tensor])
+    return found.shared[0], found.held[0]
+
+
+def first_rows(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+    """The memory of `tensor` from its first row along `dim` on: `rows` of them."""
+    return alias(tensor, (*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :]), tensor.stride())
 
 
 def _others(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
@@ -142,7 +173,7 @@ class KVState:
     ) -> torch.Tensor:
         """A copy of `tensor` with room behind its rows along `dim`. The arguments are those of `extend`."""
         view = self._make(tensor, dim, capacity_for(tensor.shape[dim], share, bounded=bounded))
-        return view.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        return first_rows(view, dim, tensor.shape[dim]).copy_(tensor)
 
     def extend(
         self,
@@ -168,13 +199,11 @@ class KVState:
         first = self._extensible(past, dim, new) if alone else None
         if first is not None:
             self.in_place += 1
-            strides = past.stride()
-            sizes = (*past.shape[:dim], rows + new, *past.shape[dim + 1 :])
-            return past.as_strided(sizes, strides, first * strides[dim])
+            return first_rows(past, dim, rows + new)
         self.copied += 1
         whole = self._make(past, dim, capacity_for(rows + new, share, bounded=bounded))
-        whole.narrow(dim, 0, rows).copy_(past)
-        return whole.narrow(dim, 0, rows + new)
+        first_rows(whole, dim, rows).copy_(past)
+        return first_rows(whole, dim, rows + new)
 
     def room_behind(self, view: torch.Tensor) -> int | None:
         """How many rows fit behind those of a view; None for what is no view of a buffer."""
@@ -189,7 +218,7 @@ class KVState:
         buffer = self._buffers.get(past.untyped_storage()._cdata)
         if buffer is None or buffer.dim != dim:
             return None
-        if references_to_storage(past) != when_alone(past._is_view()):
+        if not Storages.of([past]).are_alone(past._is_view()):
             return None
         if past.is_inference() and not torch.is_inference_mode_enabled():
             return None

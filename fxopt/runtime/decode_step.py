@@ -1,0 +1,193 @@
+"""One step of a decoding loop that goes straight to its compiled graph, past Dynamo's guards.
+
+Each of the guards is known to hold as it did at the step before, by something that is cheaper to look at:
+
+- global state (gradients, autocast, inference mode, torch's modes): compared with what it was;
+- arguments: the same objects, or tensors whose sizes, strides, dtype and device are checked;
+- the cache: nothing has changed since the last step ended (`Watched`), its tensors are held by nobody else,
+  and have room behind them (`Growth.at_tip`);
+- everything else that a guard looks at: the same as when they held (`Relied`);
+- guards about sizes: computed anew from the sizes of this step (`size_checks`).
+
+Where any of these cannot be told, the step goes the slow way, which is always right.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from sys import getrefcount
+from typing import Any
+
+import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._functorch import peek_interpreter_stack
+from torch._dynamo import eval_frame
+from torch.autograd import forward_ad
+
+from fxopt.runtime.kv_calls import GrowingCall
+from fxopt.runtime.watched import Site, Watched
+
+# What `DecodeStep.take` gives where the step has to go the slow way.
+SLOW = object()
+
+
+@dataclass
+class Inputs:
+    """How the inputs of a graph are found.
+
+    Attributes:
+        template: all that stay the same, at their places.
+        fixed: those of them that are tensors.
+        users: place and name of an argument that is a tensor.
+        lengths: places of the number of rows of the caches.
+        sizes: place, index in `users`, and dimension, of other sizes.
+    """
+
+    template: list[Any]
+    fixed: list[torch.Tensor]
+    users: list[tuple[int, str]]
+    lengths: list[int]
+    sizes: list[tuple[int, int, int]]
+
+
+@dataclass
+class DecodeStep:
+    """Everything that a step needs and checks.
+
+    Attributes:
+        call: the graph. inputs: of it. tail: what is done with its outputs.
+        model: of which `tail` is a call.
+        sites: where the caches live. dim: that grows.
+        same: arguments that are no tensors.
+        watched, relied, ambient, sizes, tensors: the checks, see above.
+    """
+
+    call: GrowingCall
+    inputs: Inputs
+    tail: Callable[..., Any]
+    model: Any
+    sites: list[Site]
+    dim: int
+    same: dict[str, Any]
+    watched: Watched
+    relied: Callable[[], bool]
+    ambient: Callable[[], bool]
+    sizes: Callable[..., bool]
+    tensors: Any
+
+    def take(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of the model for these arguments; `SLOW` where it has to be called for it."""
+        inputs = self.inputs
+        if args or len(kwargs) != len(self.same) + len(inputs.users) or not self.ambient():
+            return SLOW
+        if not all(_is_same(kwargs.get(name, SLOW), value) for name, value in self.same.items()):
+            return SLOW
+        users = [kwargs.get(name) for _, name in inputs.users]
+        if not self.watched.untouched() or not self.relied():
+            return SLOW
+        pasts = [held[name] for held, name in self.sites]
+        if list(map(getrefcount, pasts)).count(held_once()) != len(pasts):
+            return SLOW
+        if not self.tensors.check(*inputs.fixed, *pasts, *users):
+            return SLOW
+        rows = pasts[0].shape[self.dim]
+        given = self._given(rows, users)
+        if not self.sizes(rows, *users) or self.call.instead(given) is not None:
+            return SLOW
+        found = self.call.growth.at_tip(pasts, given)
+        if found is None:
+            return SLOW
+        del pasts
+        result = self.tail(self.call.run(given, *found), self.model, **kwargs)
+        self.watched.after_a_step()
+        return result
+
+    def _given(self, rows: int, users: Sequence[Any]) -> list[Any]:
+        given = list(self.inputs.template)
+        for place in self.inputs.lengths:
+            given[place] = rows
+        for (place, _), tensor in zip(self.inputs.users, users, strict=True):
+            given[place] = tensor
+        for place, user, dim in self.inputs.sizes:
+            given[place] = users[user].shape[dim]
+        return given
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if value is other:
+        return True
+    return type(value) is type(other) and isinstance(value, (int, float, str)) and value == other
+
+
+@functools.cache
+def held_once() -> int:
+    """What `take` counts for a tensor that only the cache holds."""
+    return _counted(torch.zeros(1)) if _counts_are_exact() else 0
+
+
+def _counted(tensor: torch.Tensor) -> int:
+    held = {"tensor": tensor}
+    del tensor
+    pasts = [held["tensor"]]
+    return list(map(getrefcount, pasts))[0]
+
+
+def _counts_are_exact() -> bool:
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
+def ambient() -> Callable[[], bool]:
+    """A function that says whether the global state is what it is now, and no mode of torch is active."""
+    from torch._C._dynamo.guards import GlobalStateGuard
+
+    unchanged, inference = GlobalStateGuard().check, torch.is_inference_mode_enabled()
+
+    def holds() -> bool:
+        return (
+            unchanged()
+            and torch.is_inference_mode_enabled() is inference
+            and _len_torch_function_stack() == 0
+            and _len_torch_dispatch_stack() == 0
+            and peek_interpreter_stack() is None
+            and get_eval_frame_callback() is None
+            and torch._C._get_tracing_state() is None
+            and forward_ad._current_level < 0
+            and eval_frame._stance.stance == "default"
+            and not eval_frame._stance.skip_guard_eval_unsafe
+        )
+
+    return holds
+
+
+def size_checks(guards: Any, replaced: Mapping[str, str], users: Sequence[str], steady: Sequence[str]) -> Any:
+    """The guards about sizes as a function of the number of rows, and of the arguments that are tensors.
+
+    Args:
+        guards: the `GuardManagerWrapper` of the frame.
+        replaced: what to write in place of sources.
+        users: the names of the parameters behind `rows`.
+        steady: what sources of things begin with that are checked otherwise.
+
+    Raises:
+        ValueError: a guard is about something else.
+    """
+    clauses: set[str] = set()
+    parameters = ["rows", *users]
+    for guard in guards.root.get_epilogue_lambda_guards():
+        for part in guard.verbose_code_parts():
+            text = part.partition("  # ")[0].strip()
+            for source, name in replaced.items():
+                text = text.replace(source, name)
+            rest = text
+            for prefix in steady:
+                rest = rest.replace(prefix, "")
+            if "L[" in rest or (rest != text and any(name in rest for name in parameters)):
+                raise ValueError(f"a guard: {text}")
+            if rest == text:
+                clauses.add(f"({text})")
+    code = f"lambda {', '.join(parameters)}: {' and '.join(sorted(clauses)) or 'True'}"
+    return eval(code, dict(guards.closure_vars or {}))
