@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from fxopt.codegen.elementwise import formula_of
+from fxopt.codegen.homes import homes_from
 from fxopt.codegen.indexing import Axis, Index, Ranges, Sizes, axis, product, ranges_of, reshaped, same
 from fxopt.codegen.view_index import shape_of
 
@@ -34,6 +36,7 @@ class Loop:
     Attributes:
         axes: slowest first, in the order of memory. index: of the element of a tensor of `sizes` that an
             iteration stands for. rows: the same for what is reduced, over `row_sizes`.
+        homes: the index of tensors that are connected to the one that the loop is made for.
     """
 
     axes: tuple[Axis, ...]
@@ -41,9 +44,12 @@ class Loop:
     sizes: Sizes
     rows: Index
     row_sizes: Sizes
+    homes: Mapping[fx.Node, Index] = field(default_factory=dict)
 
     def home(self, node: fx.Node) -> Index | None:
         """The index at which an iteration stores `node`; None when its elements are not those of the loop."""
+        if node in self.homes:
+            return self.homes[node]
         shape, ranges = shape_of(node), ranges_of(self.axes)
         if same(product(shape), product(self.sizes)):
             return reshaped(self.index, self.sizes, shape, ranges)
@@ -92,6 +98,31 @@ def keeps_dims(node: fx.Node) -> bool:
     return bool(given)
 
 
+def loop_of(members: Sequence[fx.Node], outputs: Iterable[fx.Node]) -> Loop:
+    """The loop of a region: over the operand of a reduction if there is one, else over the largest result."""
+    reductions = [node for node in members if node.target in REDUCTIONS]
+    pointwise = frozenset(node for node in members if formula_of(node) is not None)
+    if not reductions:
+        start = max(outputs, key=lambda node: _numel(node.meta["val"]))
+        loop = pointwise_loop(start)
+        return replace(loop, homes=homes_from(start, loop.index, pointwise, ranges_of(loop.axes)))
+    loop = reduction_loop(reductions[0])
+    ranges = ranges_of(loop.axes)
+    operand: Any = reductions[0].args[0]
+    homes = homes_from(operand, loop.index, pointwise, ranges)
+    if reductions[0].target is not aten.var_mean.correction:
+        homes = homes_from(reductions[0], _of_result(reductions[0], loop), pointwise, ranges) | homes
+    return replace(loop, homes=homes)
+
+
+def _of_result(node: fx.Node, loop: Loop) -> Index:
+    """The index of a reduction's result."""
+    if not keeps_dims(node):
+        return loop.rows
+    dims = reduced_dims(node)
+    return tuple(sympy.Integer(0) if dim in dims else at for dim, at in enumerate(loop.index))
+
+
 def reduction_loop(node: fx.Node) -> Loop:
     """The loop of a region in which `node` is reduced."""
     source: Any = node.args[0]
@@ -103,10 +134,9 @@ def reduction_loop(node: fx.Node) -> Loop:
     return Loop(_outer_first(axes), index, sizes, rows, row_sizes)
 
 
-def pointwise_loop(nodes: Iterable[fx.Node]) -> Loop:
-    """The loop of a region without reductions: over the largest of `nodes`, as it lies in memory."""
-    largest = max(nodes, key=lambda node: _numel(node.meta["val"]))
-    value, sizes = largest.meta["val"], shape_of(largest)
+def pointwise_loop(node: fx.Node) -> Loop:
+    """The loop over the elements of `node`, as they lie in memory."""
+    value, sizes = node.meta["val"], shape_of(node)
     axes = [axis(f"x{dim}", size) for dim, size in enumerate(sizes)]
     index = tuple(sympy.Integer(0) if one.size == 1 else one.symbol for one in axes)
     order = sorted(range(len(axes)), key=lambda dim: (-_hint(value.stride(dim)), dim))

@@ -17,7 +17,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, supported
-from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, pointwise_loop, reduction_loop
+from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
 from fxopt.codegen.statements import Body, merged
 from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
 from fxopt.codegen.view_index import is_view
@@ -30,6 +30,9 @@ MAX_MEMBERS = 96
 # operators that take many instructions: not worth computing again for every element of a broadcast
 _DEAR = (aten.sin, aten.cos, aten.exp, aten.log, aten.tanh, aten.erf, aten.sigmoid, aten.pow)
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional")
+
+
+Edge = tuple[fx.Node, fx.Node]
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class _Grower:
         self.group = {node: self.order[node] for node in self.members}
         self.groups = {self.order[node]: [node] for node in self.members}
         self.refused: list[tuple[fx.Node, str]] = []
+        self.reasons: dict[Edge, str] = {}
+        self._tried: dict[Edge, tuple[int, int, int, int]] = {}
         self.paths = self._paths(graph)
         for node in self.members:
             if is_moment(node):
@@ -127,36 +132,56 @@ class _Grower:
         return paths
 
     def grow(self) -> Partition:
-        for producer, consumer in self._edges():
-            self._try(producer, consumer)
+        """Join until nothing can be joined, first what only one group reads: it leaves no result behind."""
+        edges = self._edges()
+        while self._join_some(edges, only_reader=True) or self._join_some(edges, only_reader=False):
+            pass
         found = [region for key in sorted(self.groups) if (region := self._region(key)) is not None]
-        return Partition(found, self.refused)
+        apart = [pair for pair in edges if self.group[pair[0]] != self.group[pair[1]]]
+        refused = [(pair[1], f"not joined with {pair[0].name}: {self.reasons[pair]}") for pair in apart]
+        return Partition(found, self.refused + refused)
 
-    def _edges(self) -> list[tuple[fx.Node, fx.Node]]:
+    def _join_some(self, edges: Iterable[Edge], *, only_reader: bool) -> bool:
+        """All joins of results that nobody else reads, or the first of the others."""
+        joined = False
+        for pair in edges:
+            if self._try(pair, only_reader):
+                joined = True
+                if not only_reader:
+                    break
+        return joined
+
+    def _edges(self) -> list[Edge]:
         """Pairs of operators, one of which reads the other, largest values first."""
-        found: dict[tuple[fx.Node, fx.Node], int] = {}
+        found: dict[Edge, int] = {}
         for consumer in self.members:
             for arg in consumer.all_input_nodes:
                 base = view_base(arg)
                 if base in self.group:
                     found[(base, consumer)] = sum(map(_bytes, tensors(base)))
 
-        def rank(pair: tuple[fx.Node, fx.Node]) -> tuple[int, int, int]:
+        def rank(pair: Edge) -> tuple[int, int, int]:
             return (-found[pair], self.order[pair[0]], self.order[pair[1]])
 
         return sorted(found, key=rank)
 
-    def _try(self, producer: fx.Node, consumer: fx.Node) -> None:
-        first, second = self.group[producer], self.group[consumer]
-        if first == second:
-            return
+    def _try(self, pair: Edge, only_reader: bool) -> bool:
+        """Join the groups of a pair; what was refused once is refused until one of them has grown."""
+        first, second = self.group[pair[0]], self.group[pair[1]]
+        tried = (first, second, len(self.groups[first]), len(self.groups[second]))
+        if first == second or self._tried.get(pair) == tried:
+            return False
+        members = self._joined(first, second)
+        if only_reader and not set(self.groups[first]).isdisjoint(outputs_of(members)):
+            return False
         try:
             self._check(first, second)
-            body_of(self._joined(first, second))
+            body_of(members)
         except CannotEmit as refusal:
-            self.refused.append((consumer, f"not joined with {producer.name}: {refusal.reason}"))
-            return
+            self._tried[pair], self.reasons[pair] = tried, refusal.reason
+            return False
         self._join(first, second)
+        return True
 
     def _joined(self, first: int, second: int) -> list[fx.Node]:
         return sorted(self.groups[first] + self.groups[second], key=self.order.__getitem__)
@@ -242,14 +267,6 @@ def body_of(members: Iterable[fx.Node]) -> Body:
     if pointers > MAX_POINTERS:
         raise CannotEmit(f"wanted at most {MAX_POINTERS} tensors in one kernel, saw {pointers}")
     return body
-
-
-def loop_of(members: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> Loop:
-    """The reduction's loop if there is one, else the loop over the largest result."""
-    for node in members:
-        if node.target in REDUCTIONS:
-            return reduction_loop(node)
-    return pointwise_loop(outputs)
 
 
 def _refuse_repetition(members: Iterable[fx.Node], loop: Loop) -> None:

@@ -112,7 +112,12 @@ class Tracer:
         self.stores.append(Store(node, at, value.name, on_r))
 
     def value(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
-        """What `node` has at `index`."""
+        """What `node` has at `index`.
+
+        `conditions` say for which iterations the element exists. Along axes that `index` does not depend on
+        it is the same element for all of them.
+        """
+        conditions = tuple(one for one in conditions if _symbols(one) & _symbols(index))
         if is_created(node):
             return self._created(node, index)
         if node not in self.members:
@@ -200,7 +205,7 @@ class Tracer:
     def _inside(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         """The operand of a reduction, along the axes that are reduced."""
         if conditions:
-            raise CannotEmit(f"{node.name} is reduced inside of a part of a concatenation")
+            raise CannotEmit(f"{node.name} is reduced inside of a part of a concatenation of rows")
         if any(at.free_symbols & self.along for at in index):
             raise CannotEmit(f"{node.name} is needed along the axes that it is reduced over")
         if self._reduced_at.setdefault(node, index) != index:
