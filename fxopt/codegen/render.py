@@ -181,17 +181,8 @@ class _Renderer:
             self._line(depth, f"{one.name} = {self._value(one)}")
         for store in stores:
             mask = inside if store.on_r or not self.has_r else "inside_x"
-            where = f"{self.body.names[store.tensor]}_ptr + {self._offset(store.offset, store.on_r)}"
+            where = f"{self.body.names[store.tensor]}_ptr + {self._shaped(store.offset, True, store.on_r)}"
             self._line(depth, f"tl.store({where}, {store.source}, mask={mask})")
-
-    def _offset(self, expr: sympy.Expr, on_r: bool) -> str:
-        """An offset of the shape of its mask, also where it is the same for the whole tile."""
-        text = print_index(expr)
-        symbols = {str(one) for one in expr.free_symbols}
-        outer = {str(one.symbol) for one in self.body.outer}
-        if symbols & outer or (on_r and symbols):
-            return text
-        return f"{text} + 0 * x"
 
     def _value(self, one: Statement) -> str:
         if isinstance(one, Load):
@@ -208,19 +199,32 @@ class _Renderer:
         return _over_row(one.how, f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})")
 
     def _load(self, one: Load) -> str:
-        pointer = f"{self.body.names[one.tensor]}_ptr + {print_index(one.offset)}"
-        dtype = one.tensor.meta["val"].dtype
-        symbols = {str(s) for s in one.offset.free_symbols}
-        symbols |= {str(s) for c in one.conditions for s in (c.lhs.free_symbols | c.bound.free_symbols)}
         masks = [f"({_condition(c)})" for c in one.conditions]
-        outer = symbols & {str(axis.symbol) for axis in self.body.outer}
-        along = symbols & {str(axis.symbol) for axis in self.body.reduced}
+        limits = [part for c in one.conditions for part in (c.lhs, c.bound)]
+        outer, along = self._reads(one.offset, *limits)
         if outer or along:
-            masks.insert(0, _mask(bool(outer), bool(along), self.has_r))
+            masks.insert(0, _mask(outer, along, self.has_r))
+        pointer = f"{self.body.names[one.tensor]}_ptr + {self._shaped(one.offset, outer, along)}"
         loaded = f"tl.load({pointer}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({pointer})"
+        dtype = one.tensor.meta["val"].dtype
         if dtype is torch.bool:
             return f"{loaded} != 0"
         return loaded if one.dtype == dtype else f"{loaded}.to({TRITON_TYPES[one.dtype]})"
+
+    def _reads(self, *expressions: sympy.Expr) -> tuple[bool, bool]:
+        """Whether they differ along the outer and along the reduced axes."""
+        symbols = {symbol for expr in expressions for symbol in expr.free_symbols}
+        outer, along = ({axis.symbol for axis in axes} for axes in (self.body.outer, self.body.reduced))
+        return bool(symbols & outer), bool(symbols & along)
+
+    def _shaped(self, offset: sympy.Expr, outer: bool, along: bool) -> str:
+        """An offset as a block of the shape of its mask, also where it is the same along it."""
+        own_outer, own_along = self._reads(offset)
+        added = [" + 0 * x"] * (outer and not own_outer) + [" + 0 * r"] * (along and not own_along)
+        if not (outer or along):
+            added.append(" + tl.zeros([1], tl.int32)")
+        text = print_index(offset) + "".join(added)
+        return text.removeprefix("0 + ")
 
 
 def _identity(one: Reduce) -> str:

@@ -174,17 +174,21 @@ def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, 
         want = run(*inputs)
         graph = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
         graph.graph.eliminate_dead_code()
-        _, evidence = emit_kernels(graph, options, call=True)
-        got = graph(*inputs)
+        code = graph.code
+        text = "; ".join(name for name, _ in steps)
+        try:
+            _, evidence = emit_kernels(graph, options, call=True)
+            got = graph(*inputs)
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__}: {error}\n{text}\n{inputs}\n{code}") from error
         with InFloat64():
             exact = run(*(one.double() if one.is_floating_point() else one for one in inputs))
     counts["programs"] += 1
     counts["kernels"] += sum(entry.status is Status.APPLIED for entry in evidence)
-    text = "; ".join(name for name, _ in steps)
     for place, three in enumerate(zip(want, got, exact, strict=True)):
         found = difference(*three)
         shapes = [(tuple(one.shape), one.dtype, one.stride()) for one in inputs]
-        assert found is None, f"result {place}: {found}\n{text}\n{shapes}\n{graph.code}"
+        assert found is None, f"result {place}: {found}\n{text}\n{shapes}\n{code}"
 
 
 def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
