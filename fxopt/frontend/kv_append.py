@@ -6,7 +6,8 @@ the attribute that the input comes from. Then the input becomes one with room be
 output for it: the caller gets the tensor that was written to.
 
 A cache that begins, a concatenation of nothing with the first rows, is copied into such a tensor behind the
-run, where it is known that it will grow.
+run, where it is known that it will grow. What no token of the call has a part in, such as the keys of an
+encoder's output, has all its rows already.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from fxopt.frontend.kv_edit import append_instead
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.frontend.side_effects import source_of
 from fxopt.ir import facts
+from fxopt.ir.cone import cone
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import argument, is_call, location, val
 from fxopt.ir.graph_facts import Facts
+from fxopt.ir.linear import Unsupported
 from fxopt.ir.sizes import input_of
 from fxopt.runtime.kv_calls import Plan
 from fxopt.runtime.kv_growth import Append, Begin, Length
@@ -90,6 +93,15 @@ def _begins(cat: fx.Node) -> bool:
     return tuple(facts.shape(_operands(cat)[0])) == (0,)
 
 
+def _made_of_tokens(rows: fx.Node) -> bool:
+    """Integers among the inputs have a part in it; or too much has, to tell."""
+    try:
+        inputs = [node for node in cone(rows) if node.op == "placeholder"]
+    except Unsupported:
+        return True
+    return not all(facts.is_floating(node) for node in inputs)
+
+
 class _Search:
     """Looks at the concatenations of one graph, and rewrites those that were accepted."""
 
@@ -109,6 +121,8 @@ class _Search:
             _Refusal: it is to stay what it is.
         """
         self._check_value(cat)
+        if not _made_of_tokens(_operands(cat)[1]):
+            raise _Refusal("wanted rows of tokens, saw what is made of floating-point inputs alone")
         return Begin(place, _dim(cat), bounded=result is not cat)
 
     def append(self, place: int, result: fx.Node, cat: fx.Node) -> Append:
