@@ -65,7 +65,7 @@ class Loop:
         wanted = tuple(shape[dim] for dim in dims)
         if not same(product(wanted), product(one.size for one in reduced)):
             return None
-        symbols = tuple(one.symbol for one in reduced)
+        symbols = tuple(sympy.Integer(0) if one.size == 1 else one.symbol for one in reduced)
         along = dict(
             zip(dims, reshaped(symbols, tuple(one.size for one in reduced), wanted, ranges), strict=True)
         )

@@ -201,6 +201,7 @@ def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
         database=None,
         deadline=None,
         derandomize=True,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
