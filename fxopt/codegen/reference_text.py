@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,10 @@ class _Writer:
         arguments = [self.text(one) for one in node.args]
         arguments += [f"{key}={self.text(one)}" for key, one in node.kwargs.items()]
         name = f"{operator_name(node)}_{len(self.lines)}"
-        self.lines.append(f"{name} = {_callee(node)}({', '.join(arguments)})")
+        call = f"{_callee(node)}({', '.join(arguments)})"
+        if node.target is operator.getitem:
+            call = f"{arguments[0]}[{arguments[1]}]"
+        self.lines.append(f"{name} = {call}")
         self.named[node] = name
         return name
 
@@ -90,11 +94,13 @@ def example_text(parameters: Mapping[fx.Node, str], sizes: Mapping[str, int]) ->
 
 
 def _example(value: torch.Tensor) -> str:
-    shape, strides = ([_hint(one) for one in part] for part in (value.shape, value.stride()))
-    empty = f"torch.empty_strided({tuple(shape)}, {tuple(strides)}, dtype={value.dtype}, device=device)"
-    if value.dtype.is_floating_point:
-        return f"{empty}.normal_(generator=generator)"
-    return f"{empty}.random_(0, 2, generator=generator)"
+    shape, strides = (tuple(_hint(one) for one in part) for part in (value.shape, value.stride()))
+    # What is expanded is written once.
+    stored = tuple(1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True))
+    text = f"torch.empty_strided({stored}, {strides}, dtype={value.dtype}, device=device)"
+    fill = "normal_(" if value.dtype.is_floating_point else "random_(0, 2, "
+    text = f"{text}.{fill}generator=generator)"
+    return text if stored == shape else f"{text}.expand{shape}"
 
 
 def _hint(size: int | torch.SymInt) -> int:
