@@ -30,7 +30,6 @@ import fxopt.hosts
 from fxopt.hosts.host import Host
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import val
-from fxopt.options import Options
 from support.compiled import all_handled, compile_fxopt
 
 aten = torch.ops.aten
@@ -57,7 +56,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Step]]:
     """The graphs of all that is compiled, in order."""
     found: list[Step] = []
 
-    def compile_and_keep(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    def compile_and_keep(gm: fx.GraphModule, inputs: Sequence[Any], *_: Any) -> Callable[..., Any]:
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
 
         def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
