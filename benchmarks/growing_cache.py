@@ -1,7 +1,8 @@
 """Decoding over a cache that grows, beside eager and Inductor: `python -m benchmarks.growing_cache`.
 
 A decoder of random weights and transformers' `DynamicCache`, one token at a time, from several lengths on.
-Every backend has a cache of its own, and all of them grow alike.
+Every backend has a cache of its own, and all of them grow alike. With `--kv-dtypes int8,fp8` fxopt runs over
+quantized caches too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import fxopt
 from fxopt.measure.compiled import compile_with
 from fxopt.measure.machine import describe
 from fxopt.measure.timing import interleave
@@ -64,8 +66,13 @@ def measure(arguments: argparse.Namespace, batch: int, length: int) -> dict[str,
     """One line: a decoding step behind `length` tokens."""
     model = _model(arguments)
     torch._dynamo.reset()
-    calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
-    steps = {name: _step(call, model.config, batch, length) for name, call in calls.items()}
+    quantized = [f"fxopt {dtype}" for dtype in arguments.kv_dtypes.split(",") if dtype]
+    names = (*BACKENDS, *quantized)
+    calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in names}
+    steps = {
+        name: _step(call, model.config, batch, length, name.split()[1] if name in quantized else "")
+        for name, call in calls.items()
+    }
     with torch.no_grad():
         for _ in range(4):  # compiles: for the first length, and for all others
             for step in steps.values():
@@ -74,10 +81,11 @@ def measure(arguments: argparse.Namespace, batch: int, length: int) -> dict[str,
     return {
         "batch": batch,
         "length": length,
-        "seconds": {name: timings.median(name) for name in BACKENDS},
+        "seconds": {name: timings.median(name) for name in names},
         "over_inductor": timings.ratio("inductor", "fxopt").as_dict(),
         "over_eager": timings.ratio("eager", "fxopt").as_dict(),
         "noise": timings.ratio("inductor again", "inductor").as_dict(),
+        "over_unquantized": {name: timings.ratio("fxopt", name).as_dict() for name in quantized},
     }
 
 
@@ -95,12 +103,12 @@ def _model(arguments: argparse.Namespace) -> Any:
     return LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).eval()
 
 
-def _step(call: Any, config: Any, batch: int, length: int) -> Callable[[], torch.Tensor]:
+def _step(call: Any, config: Any, batch: int, length: int, kv_dtype: str = "") -> Callable[[], torch.Tensor]:
     """One more token each time, behind random keys and values."""
     from transformers import DynamicCache
 
     torch.manual_seed(0)
-    cache = DynamicCache()
+    cache = fxopt.QuantizedCache(dtype=kv_dtype) if kv_dtype else DynamicCache()
     for layer in range(config.num_hidden_layers):
         sizes = cached_sizes(config, length)
         cache.update(*(torch.randn(batch, *size, dtype=config.dtype) for size in sizes), layer)
@@ -115,11 +123,16 @@ def _step(call: Any, config: Any, batch: int, length: int) -> Callable[[], torch
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="one token over a growing cache, milliseconds")
-    for name in ("batch", "length", *BACKENDS[:2], "fxopt", "over Inductor", "over eager", "noise"):
+    quantized = list(rows[0]["over_unquantized"]) if rows else []
+    ratios_of = [f"{name} over fxopt" for name in quantized]
+    for name in (
+        "batch", "length", *BACKENDS[:2], "fxopt", "over Inductor", "over eager", "noise", *ratios_of
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     for row in rows:
         times = [f"{1000 * row['seconds'][name]:.1f}" for name in ("eager", "inductor", "fxopt")]
         ratios = [f"{row[name]['median']:.2f}" for name in ("over_inductor", "over_eager", "noise")]
+        ratios += [f"{row['over_unquantized'][name]['median']:.2f}" for name in quantized]
         table.add_row(str(row["batch"]), str(row["length"]), *times, *ratios)
     return table
 
@@ -130,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batches", default="1,8", help="by commas")
     parser.add_argument("--lengths", default="64,512,2048,4096", help="tokens that are there, by commas")
+    parser.add_argument("--kv-dtypes", default="", help="int8, fp8, by commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8.0, help="for the timing of one line")
     parser.add_argument("--out", type=Path, help="a JSON file")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxopt.errors import FxoptError
     from fxopt.integrations.cross_compile import cross_compile
     from fxopt.integrations.generate import compile_config
+    from fxopt.integrations.quantized_cache import QuantizedCache
     from fxopt.integrations.warmup import warmup
     from fxopt.options import Options
     from fxopt.report.explain import explain
@@ -27,6 +28,7 @@ _PUBLIC = {
     "cross_compile": "fxopt.integrations.cross_compile",
     "explain": "fxopt.report.explain",
     "warmup": "fxopt.integrations.warmup",
+    "QuantizedCache": "fxopt.integrations.quantized_cache",
     "Report": "fxopt.report.report",
     "Options": "fxopt.options",
     "FxoptError": "fxopt.errors",
@@ -35,6 +37,7 @@ _PUBLIC = {
 __all__ = [
     "FxoptError",
     "Options",
+    "QuantizedCache",
     "Report",
     "__version__",
     "backend",

@@ -28,6 +28,7 @@ VERIFY = ("nothing", "masks")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
 # Those of the fields that can change the compiled result.
 DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Options:
         generate: `generate` of the module that torch.compile returns runs compiled; otherwise torch hands it
             on to the original model, as it does with any other backend.
         fast_decode: steps of such a `generate` go past Dynamo's guards where it is known that they hold.
+        kv_cache_dtype: what the caches hold that `generate` of the compiled module makes: ``"int8"`` or
+            ``"fp8"`` rows with a scale for each head and token, half of the memory of bfloat16; ``"auto"`` is
+            what the model computes in. A cache that is passed to `generate` stays what it is; see
+            ``fxopt.QuantizedCache``.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
             is the GPU at hand.
@@ -65,6 +70,7 @@ class Options:
     fuel: int | None = None
     generate: bool = True
     fast_decode: bool = True
+    kv_cache_dtype: str = "auto"
     dump: str | None = None
     target: str | None = None
     interpret: bool = False
@@ -141,8 +147,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
     if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
         found["interpret"] = True
-    if environ.get("FXOPT_VERIFY"):
-        found["verify"] = environ["FXOPT_VERIFY"]
+    for name in ("verify", "kv_cache_dtype"):
+        if environ.get(f"FXOPT_{name.upper()}"):
+            found[name] = environ[f"FXOPT_{name.upper()}"]
     return found
 
 
@@ -153,6 +160,7 @@ def _integer(name: str, text: str) -> int:
         raise OptionTypeError(name=name, wanted="an integer", value=text, kind="str") from None
 
 
+_VALUES = {"host": HOSTS, "verify": VERIFY, "kv_cache_dtype": KV_CACHE_DTYPES}
 _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mode": ((str,), "a string"),
     "host": ((str,), "a string"),
@@ -162,6 +170,7 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "generate": ((bool,), "a bool"),
     "interpret": ((bool,), "a bool"),
     "fast_decode": ((bool,), "a bool"),
+    "kv_cache_dtype": ((str,), "a string"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
     "target": ((str, type(None)), "the name of a GPU or None"),
@@ -177,7 +186,7 @@ def _checked(name: str, value: Any, said: str) -> Any:
         raise OptionTypeError(name=said, wanted=wanted, value=value, kind=type(value).__name__)
     if name == "mode" and value not in MODES:
         raise UnsupportedMode(mode=value, nearest=nearest("", value, MODES), valid=", ".join(MODES))
-    for option, values in (("host", HOSTS), ("verify", VERIFY)):
+    for option, values in _VALUES.items():
         if name == option and value not in values:
             near = nearest("valid values", value, values)
             raise OptionValueError(name=said, value=value, nearest=near, valid=", ".join(values))

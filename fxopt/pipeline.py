@@ -66,8 +66,10 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
     # what is still masked by a tensor gets formulas of its mask
     ("recover-mask", "fxopt.passes.recover_mask:RecoverMask"),
-    # last: it takes the operands and attributes of attention as they are by now
+    # late: it takes the operands and attributes of attention as they are by now
     ("absorb-latent-attention", "fxopt.passes.absorb_latent_attention:AbsorbLatentAttention"),
+    # last: no pass above has to know the op that it makes of an attention
+    ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
 )
 
 

@@ -106,7 +106,7 @@ def _compiled(compiled: Any, found: Any) -> Any:
         paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
         try:
             with expected_length(_longest(model, args, kwargs)):
-                result = found.__func__(_stand_in(compiled, model), *args, **kwargs)
+                result = found.__func__(_stand_in(compiled, model, options), *args, **kwargs)
         finally:
             _called.reset(token)
             _paths.reset(paths)
@@ -155,16 +155,16 @@ def _innermost(callback: Any) -> Any:
     return callback
 
 
-def _stand_in(compiled: Any, model: Any) -> Any:
+def _stand_in(compiled: Any, model: Any, options: Options) -> Any:
     kind = _classes.get(compiled)
     if kind is None or kind.__bases__ != (type(model),):
-        kind = _classes[compiled] = _stand_in_class(weakref.ref(compiled), type(model))
+        kind = _classes[compiled] = _stand_in_class(weakref.ref(compiled), type(model), options)
     made: Any = object.__new__(kind)
     object.__setattr__(made, "__dict__", model.__dict__)
     return made
 
 
-def _stand_in_class(compiled: Callable[[], Any], kind: type) -> type:
+def _stand_in_class(compiled: Callable[[], Any], kind: Any, options: Options) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         called = _called.get()
         if called is not None:
@@ -176,6 +176,23 @@ def _stand_in_class(compiled: Callable[[], Any], kind: type) -> type:
         """transformers asks for this to compile decoding itself. It is compiled already."""
         return self.__call__
 
+    def prepare_cache(self: Any, config: Any, model_kwargs: dict[str, Any], *args: Any, **given: Any) -> Any:
+        passed = model_kwargs.get("past_key_values")
+        result = kind._prepare_cache_for_generation(self, config, model_kwargs, *args, **given)
+        _quantize(model_kwargs.get("past_key_values"), passed is not None, options.kv_cache_dtype)
+        return result
+
     body: dict[str, Any] = {"__call__": call, "get_compiled_call": get_compiled_call}
+    if options.kv_cache_dtype != "auto":
+        body["_prepare_cache_for_generation"] = prepare_cache
     body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), body)
+
+
+def _quantize(cache: Any, passed: bool, dtype: str) -> None:
+    """Have the cache of a call of `generate` quantized rows; a warning where it stays what it is."""
+    from fxopt.integrations.quantized_cache import quantize_made
+
+    obstacle = quantize_made(cache, passed, dtype)
+    if obstacle:
+        warnings.warn(f"fxopt: kv_cache_dtype={dtype!r} changes nothing: {obstacle}", stacklevel=2)

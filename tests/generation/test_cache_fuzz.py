@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import DynamicCache
 
+import fxopt
 from fxopt.runtime.kv_state import STATE
 from support.cache_fuzz import LAYERS, Differs, fuzz
 
@@ -15,9 +18,10 @@ def _afresh() -> None:
     torch.compiler.reset()
 
 
-def test_random_operations() -> None:
+@pytest.mark.parametrize(("make", "operations"), [(DynamicCache, 200), (fxopt.QuantizedCache, 60)])
+def test_random_operations(make: Callable[[], DynamicCache], operations: int) -> None:
     in_place, copied = STATE.in_place, STATE.copied
-    done = fuzz(seed=1, operations=200).done
+    done = fuzz(seed=1, operations=operations, make=make).done
     assert len(done) >= 12, f"too few kinds of operations to say anything: {done}"
     assert STATE.in_place - in_place > 4 * (STATE.copied - copied)
 

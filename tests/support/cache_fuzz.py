@@ -11,6 +11,7 @@ import io
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -37,11 +38,13 @@ class Fuzz:
     """Pairs of caches, and pairs of tensors taken from them, the first of each compiled.
 
     Attributes:
+        make: an empty cache.
         done: how often each operation ran.
     """
 
     compiled: Step
     random: random.Random
+    make: Callable[[], DynamicCache] = DynamicCache
     caches: list[tuple[DynamicCache, DynamicCache]] = field(default_factory=list)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     done: dict[str, int] = field(default_factory=dict)
@@ -58,13 +61,13 @@ class Fuzz:
     def check(self, where: str) -> None:
         for mine, eager in self.caches:
             for layer, twin in zip(mine.layers, eager.layers, strict=True):
-                if not torch.equal(layer.keys, twin.keys) or not torch.equal(layer.values, twin.values):
+                if not all(torch.equal(getattr(layer, name), getattr(twin, name)) for name in _names(twin)):
                     raise Differs(f"{where}: a cache")
         if not all(torch.equal(mine, eager) for mine, eager in self.kept):
             raise Differs(f"{where}: a tensor that was kept")
 
     def begin(self) -> None:
-        pair = (DynamicCache(), DynamicCache())
+        pair = (self.make(), self.make())
         self._step(pair, torch.randn(LAYERS, 2, self.random.choice((2, 3)), HEADS, 3, WIDTH))
         self.caches.append(pair)
 
@@ -155,7 +158,8 @@ class Fuzz:
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         mine, eager = self._pair()
-        layer, name = self.random.randrange(LAYERS), self.random.choice(("keys", "values"))
+        layer = self.random.randrange(LAYERS)
+        name = self.random.choice(_names(eager.layers[layer]))
         return getattr(mine.layers[layer], name), getattr(eager.layers[layer], name)
 
 
@@ -164,6 +168,11 @@ OPERATIONS = {
     "begin": 2, "append": 40, "decode": 10, "keep": 8, "forget": 8, "edit": 6, "edit_kept": 4, "crop": 8,
     "reorder": 3, "repeat": 1, "select": 1, "deepcopy": 3, "share": 4, "save": 1, "drop": 4, "limit": 3,
 }  # fmt: skip
+
+
+def _names(layer: Any) -> list[str]:
+    """The attributes that hold what a layer has."""
+    return [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
 
 
 def _sharing(cache: DynamicCache) -> DynamicCache:
@@ -180,10 +189,15 @@ def _saved(cache: DynamicCache) -> DynamicCache:
     return loaded
 
 
-def fuzz(seed: int, operations: int, compiled: Step | None = None) -> Fuzz:
+def fuzz(
+    seed: int,
+    operations: int,
+    compiled: Step | None = None,
+    make: Callable[[], DynamicCache] = DynamicCache,
+) -> Fuzz:
     """One run. Raises: Differs."""
     torch.manual_seed(seed)
-    run = Fuzz(compiled or compiled_step(), random.Random(seed))
+    run = Fuzz(compiled or compiled_step(), random.Random(seed), make)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
         run.run(operations)
     return run
@@ -197,14 +211,16 @@ def compiled_step() -> Step:
 if __name__ == "__main__":
     from rich.progress import track
 
+    import fxopt
     from fxopt.runtime.kv_state import STATE
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--operations", type=int, default=10_000)
+    parser.add_argument("--int8", action="store_true", help="caches of int8")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     runs = max(1, arguments.operations // 500)
     compiled = compiled_step()
     for each in track(range(runs), "fuzz"):
-        fuzz(arguments.seed + each, 500, compiled)
+        fuzz(arguments.seed + each, 500, compiled, fxopt.QuantizedCache if arguments.int8 else DynamicCache)
     print(f"{runs * 500} operations, no difference; rows {STATE.in_place} in place, {STATE.copied} copied")

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.contract import Verdict
-from fxopt.ir.ops.attention_attributes import Attributes, without_symbol
+from fxopt.ir.ops.attention_attributes import SCHEMA, Attributes, without_symbol
 from fxopt.ir.ops.attention_providers import (
     blocks_pay,
     decode_pays,
@@ -81,12 +81,8 @@ def attention(
 ATTENTION = SemanticOp(
     name="attention",
     schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-        "bool is_causal=False, *, Scalar? scale=None, bool enable_gqa=False, str dead_rows='zero', "
-        "bool mask_replaces=False, bool wide_scores=False, str score='', Tensor? sinks=None, "
-        "Tensor? query_rest=None, Tensor? key_rest=None, "
-        "str mask='', str bias='', bool? bias_replaced=None, Tensor[]? captures=None, "
-        "SymInt[]? sizes=None) -> Tensor"
+        f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, "
+        "Tensor? query_rest=None, Tensor? key_rest=None) -> Tensor"
     ),
     body=attention,
     providers=(

@@ -11,6 +11,14 @@ import torch
 from fxopt.ir.ops.masking import ZERO
 from fxopt.ir.ops.op import is_symbol
 
+# In the schema of an op, behind its operands.
+SCHEMA = (
+    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, *, Scalar? scale=None, "
+    "bool enable_gqa=False, str dead_rows='zero', bool mask_replaces=False, bool wide_scores=False, "
+    "str score='', Tensor? sinks=None, str mask='', str bias='', bool? bias_replaced=None, "
+    "Tensor[]? captures=None, SymInt[]? sizes=None"
+)
+
 
 @dataclass(frozen=True)
 class Attributes:

@@ -165,7 +165,7 @@ def _packed(
     """A key is read once for all heads of its group, whose queries stand one below the other."""
     heads, groups = query.shape[1], key.shape[1]
     if mask is not None:
-        mask = _per_group(mask, query.shape[:3], groups)
+        mask = mask_per_group(mask, query.shape[:3], groups)
     packed = scaled_dot_product_attention(per_group(query, groups), key, value, mask, scale=scale)
     return per_head(packed, heads)
 
@@ -179,7 +179,7 @@ def _fill_dead(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, dead
     return torch.where(alive, out, mean.repeat_interleave(out.shape[1] // value.shape[1], 1))
 
 
-def _per_group(mask: torch.Tensor, outer: tuple[int, ...], groups: int) -> torch.Tensor:
+def mask_per_group(mask: torch.Tensor, outer: tuple[int, ...], groups: int) -> torch.Tensor:
     """(B, Hq, Sq, N) as queries of a group stand one below the other; `outer` is (B, Hq, Sq)."""
     _, heads, rows = outer
     one, width = mask.shape[1], mask.shape[-1]

@@ -36,15 +36,7 @@ def decomposed(
         # Two products would be rounded, and their sum.
         query, key, value = (each.to(computed_in(narrow)) for each in (query, key, value))
     scores = _scores(query, key, given)
-    if given.score:
-        scored = _scored(scores, given)
-        # The lowest float16 number, as a mask, absorbs a score of float16, not one of float32.
-        scores = scored.half() if scores.dtype is torch.float16 else scored
-    scores = _masked(scores, attn_mask, is_causal, given.mask_replaces)
-    if given.sinks is not None:
-        weights = _with_sinks(scores, given.sinks).to(value.dtype)
-    else:
-        weights = _softmax(scores, given.dead_rows != ZERO or attn_mask is None).to(value.dtype)
+    weights = attention_weights(scores, given, attn_mask, is_causal).to(value.dtype)
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     if not grouped:
@@ -72,6 +64,20 @@ def _product_of_groups(
         return scaled_product(query, key, factor, given.wide_scores)
     packed = query.reshape(batch, key.shape[1], -1, depth)
     return scaled_product(packed, key, factor, given.wide_scores).reshape(batch, heads, rows, -1)
+
+
+def attention_weights(
+    scores: torch.Tensor, given: Attributes, attn_mask: torch.Tensor | None, is_causal: bool
+) -> torch.Tensor:
+    """(B, Hq, Sq, Skv), in float32 at least, of scores that are scaled."""
+    if given.score:
+        scored = _scored(scores, given)
+        # The lowest float16 number, as a mask, absorbs a score of float16, not one of float32.
+        scores = scored.half() if scores.dtype is torch.float16 else scored
+    scores = _masked(scores, attn_mask, is_causal, given.mask_replaces)
+    if given.sinks is not None:
+        return _with_sinks(scores, given.sinks)
+    return _softmax(scores, given.dead_rows != ZERO or attn_mask is None)
 
 
 def scaled_product(query: torch.Tensor, key: torch.Tensor, factor: float, wide: bool) -> torch.Tensor:

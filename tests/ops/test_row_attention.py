@@ -1,0 +1,154 @@
+"""Attention over rows of 8 bits: all masks and modes, against keys and values that are computed first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.ir.ops import register_ops, row_attention
+from fxopt.ir.ops.masking import MEAN, NAN, NONE, ZERO
+from fxopt.ir.ops.quantized_attention import in_rows, quantized_attention
+from support.numerics import assert_closer
+
+B, HQ, HKV, S, D = 2, 6, 2, 45, 8
+
+
+@pytest.fixture(autouse=True)
+def _in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 rows, the last of them not full."""
+    register_ops()
+    monkeypatch.setattr(row_attention, "BLOCK_NUMBERS", 1)
+
+
+def operands(
+    count: int = 1, dtype: torch.dtype = torch.float32, rows: torch.dtype = torch.int8, width: int = D
+) -> list[torch.Tensor]:
+    given = [torch.randn(B, HQ, count, D).to(dtype)]
+    for size in (D, width):
+        given.append(torch.randint(-127, 127, (B, HKV, S, size)).to(torch.int8).to(rows))
+        given.append(torch.rand(B, HKV, S, 1, dtype=torch.promote_types(dtype, torch.float32)) / 60)
+    return given
+
+
+def check(
+    given: list[torch.Tensor], mask: torch.Tensor | None = None, causal: bool = False, **how: Any
+) -> None:
+    wide = [
+        each.double() if each.dtype.is_floating_point and each.dtype.itemsize > 1 else each for each in given
+    ]
+    how = {"enable_gqa": True, **how}
+    doubled = {name: each.double() if name == "sinks" else each for name, each in how.items()}
+    widest = mask.double() if mask is not None and mask.is_floating_point() else mask
+    assert_closer(
+        quantized_attention(*wide, widest, 0.0, causal, **doubled),  # type: ignore[arg-type]
+        in_rows(*given, mask, 0.0, causal, **how),  # type: ignore[arg-type]
+        quantized_attention(*given, mask, 0.0, causal, **how),  # type: ignore[arg-type]
+        strides=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_without_a_mask(dtype: torch.dtype, rows: torch.dtype) -> None:
+    check(operands(3, dtype, rows))
+
+
+def padding(count: int) -> torch.Tensor:
+    """The first sequence has no key in a whole block."""
+    live = torch.ones(B, 1, count, S, dtype=torch.bool)
+    live[0, ..., :20] = False
+    return live
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (B, 1), (B, HQ)])
+def test_with_a_mask(count: int, shape: tuple[int, int]) -> None:
+    live = padding(count)[: shape[0]].repeat(1, shape[1], 1, 1)
+    if shape[1] > 1:
+        live = live & (torch.rand(live.shape) < 0.6)
+    check(operands(count), live)
+    check(operands(count, torch.bfloat16), live)
+
+
+@pytest.mark.parametrize("dead", [ZERO, NAN])
+def test_rows_without_a_live_key(dead: str) -> None:
+    live = padding(3)
+    live[1, :, 1] = False
+    check(operands(3), live, dead_rows=dead)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_of_numbers(dtype: torch.dtype) -> None:
+    lowest = torch.where(padding(3), 0.0, torch.finfo(dtype).min).to(dtype)
+    if dtype is not torch.float16:
+        lowest[1, :, 1] = torch.finfo(dtype).min
+    check(operands(3, dtype), lowest, dead_rows=NONE)
+    check(operands(3, dtype), lowest, dead_rows=MEAN)
+    check(operands(3, dtype), lowest, dead_rows=NONE, mask_replaces=True)
+    check(operands(3, dtype), torch.randn(B, HQ, 3, S).to(dtype))
+
+
+def test_a_row_of_the_lowest_float16_is_the_mean() -> None:
+    """Which absorbs a score of float16, as the model computes it, and would not absorb one of float32."""
+    given = operands(1, torch.float16)
+    lowest = torch.full((1, 1, 1, S), torch.finfo(torch.float16).min, dtype=torch.float16)
+    out = in_rows(*given, lowest, enable_gqa=True, dead_rows=NONE)  # type: ignore[misc]
+    mean = (given[3] * given[4]).mean(-2, keepdim=True).half()
+    torch.testing.assert_close(out, mean.repeat_interleave(HQ // HKV, 1))
+
+
+def test_float64() -> None:
+    given = operands(3, torch.float64)
+    torch.testing.assert_close(in_rows(*given, enable_gqa=True), quantized_attention(*given, enable_gqa=True))
+
+
+def test_modes() -> None:
+    check(operands(5), causal=True)
+    check(operands(3), padding(3), sinks=torch.randn(HQ))
+    check(operands(3), padding(3), score="5*tanh(s/5)")
+    check(operands(3, width=5), padding(3))
+    check(operands(3), scale=0.7)
+
+
+def test_scales_of_other_shapes() -> None:
+    given = operands(2)
+    given[2], given[4] = torch.tensor(0.01), torch.rand(1, HKV, 1, D) / 60
+    check(given)
+
+
+def test_layouts() -> None:
+    """Tokens outermost, as growing caches have them; sequences outermost."""
+    for order in ((2, 0, 1, 3), (0, 2, 1, 3)):
+        inverse = [order.index(each) for each in range(4)]
+        given = operands(2)
+        check(given[:1] + [each.permute(order).contiguous().permute(inverse) for each in given[1:]])
+
+
+def test_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_attention, "BLOCK_NUMBERS", 2**17)
+    check(operands(2))
+    check(operands(2), padding(2))
+
+
+def test_every_float8() -> None:
+    """As torch converts them, one by one."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = codes[~codes.float().isnan()]
+    assert len(finite) == 254
+    for rows in (finite, codes):
+        out = row_attention.widen(rows, torch.tensor([0.37]), torch.empty(len(rows)))
+        assert torch.equal(out.nan_to_num(), (rows.float() * 0.37).nan_to_num())
+        assert torch.equal(out.isnan(), rows.float().isnan())
+
+
+def test_the_keys_are_not_all_widened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    widen = row_attention.widen
+    monkeypatch.setattr(
+        row_attention, "widen", lambda rows, *others: seen.append(rows.shape[2]) or widen(rows, *others)
+    )
+    check(operands(2))
+    assert seen
+    assert max(seen) <= 16
