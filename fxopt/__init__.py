@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxopt.errors import FxoptError
     from fxopt.integrations.cross_compile import cross_compile
     from fxopt.integrations.generate import compile_config
+    from fxopt.integrations.loss_only import loss_only
     from fxopt.integrations.quantized_cache import QuantizedCache
     from fxopt.integrations.warmup import warmup
     from fxopt.options import Options
@@ -27,6 +28,7 @@ _PUBLIC = {
     "compile_config": "fxopt.integrations.generate",
     "cross_compile": "fxopt.integrations.cross_compile",
     "explain": "fxopt.report.explain",
+    "loss_only": "fxopt.integrations.loss_only",
     "warmup": "fxopt.integrations.warmup",
     "QuantizedCache": "fxopt.integrations.quantized_cache",
     "Report": "fxopt.report.report",
@@ -44,6 +46,7 @@ __all__ = [
     "compile_config",
     "cross_compile",
     "explain",
+    "loss_only",
     "warmup",
 ]
 

@@ -58,6 +58,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     # norms before the residual sums in front of them
     ("fuse-rms-norm", "fxopt.passes.fuse_rms_norm:FuseRmsNorm"),
     ("fuse-add-rms-norm", "fxopt.passes.fuse_rms_norm:FuseAddRmsNorm"),
+    # reads the hidden states in the place of the logits: after the norm that makes them
+    ("fuse-linear-cross-entropy", "fxopt.passes.fuse_linear_cross_entropy:FuseLinearCrossEntropy"),
     # spelled-out attention and scaled_dot_product_attention take one form, that the passes below anchor on
     ("rewrite-attention", "fxopt.passes.rewrite_attention:RewriteAttention"),
     # needs the attention op on whose mask it acts

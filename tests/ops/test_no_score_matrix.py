@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
-from fxopt.frontend.lower import lower
-from fxopt.frontend.normalize import normalize
-from fxopt.ir.ops import register_ops
 from fxopt.measure.models import build
 from fxopt.measure.shrink import Scale
-from fxopt.options import Options
-from fxopt.pipeline import rewrite
-from fxopt.report.record import GraphRecord
+from support.aot_graphs import graphs_of
 
 LENGTH = 804  # no other size of the models
-
-
-def graphs_of(model: Callable[..., Any], kwargs: dict[str, Any], *, training: bool) -> list[fx.GraphModule]:
-    """The forward and backward graphs of a call, after AOTAutograd."""
-    register_ops()
-    seen: list[fx.GraphModule] = []
-
-    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        seen.append(gm)
-        return make_boxed_func(gm.forward)
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        record = GraphRecord(index=0)
-        normal = normalize(gm, inputs)
-        rewrite(normal, Options(strict=True), record)
-        lowered = lower(normal, record)
-        return aot_module_simplified(lowered, inputs, fw_compiler=compiler, bw_compiler=compiler)
-
-    result = torch.compile(model, backend=backend)(**kwargs)
-    if training:
-        result[0].float().square().mean().backward()
-    return seen
 
 
 def score_matrices(gm: fx.GraphModule) -> list[str]:

@@ -7,14 +7,29 @@ import threading
 import torch
 from torch import fx
 
-from fxopt.ir.ops import block_attention, decode_attention, row_attention, shift_window, snapshot
+from fxopt.ir.ops import (
+    block_attention,
+    decode_attention,
+    linear_cross_entropy,
+    row_attention,
+    shift_window,
+    snapshot,
+)
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
+from fxopt.ir.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
 from fxopt.ir.ops.quantized_attention import QUANTIZED_ATTENTION
 from fxopt.ir.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 
-OPS: tuple[SemanticOp, ...] = (ATTENTION, QUANTIZED_ATTENTION, RMS_NORM, ADD_RMS_NORM, LAYER_NORM)
+OPS: tuple[SemanticOp, ...] = (
+    ATTENTION,
+    QUANTIZED_ATTENTION,
+    RMS_NORM,
+    ADD_RMS_NORM,
+    LAYER_NORM,
+    LINEAR_CROSS_ENTROPY,
+)
 
 _lock = threading.Lock()
 _library: torch.library.Library | None = None
@@ -32,6 +47,7 @@ def register_ops() -> None:
         block_attention.register(library)
         decode_attention.register(library)
         row_attention.register(library)
+        linear_cross_entropy.register(library)
         shift_window.register(library)
         snapshot.register(library)
         _library = library

@@ -1,0 +1,123 @@
+"""The loss over a large vocabulary, beside Inductor: `python -m benchmarks.cross_entropy`.
+
+A decoder of one layer and random weights that returns its loss alone, by vocabulary, tokens, dtype and phase:
+the ratio of times, and the peak of memory of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fxopt.integrations.loss_only import loss_only
+from fxopt.measure.compare import Comparison, compare
+from fxopt.measure.machine import describe
+from fxopt.measure.models import Subject
+
+PASS = "fuse-linear-cross-entropy"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line. `ignored`: the part of the labels that is -100, as those of a prompt are."""
+
+    vocabulary: int
+    tokens: int
+    dtype: str
+    ignored: float = 0.0
+
+    def subject(self, hidden: int) -> Subject:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, use_cache=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(getattr(torch, self.dtype)).train()
+        tokens = torch.randint(0, self.vocabulary, (1, self.tokens))
+        labels = tokens.clone()
+        labels[:, : int(self.ignored * self.tokens)] = -100
+        given = {"input_ids": tokens, "labels": labels}
+        return Subject("llama", loss_only(model), kwargs=given, training=True)
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    for text in arguments.cases.split(","):
+        vocabulary, tokens, dtype, *ignored = text.split(":")
+        yield Case(int(vocabulary), int(tokens), dtype, *map(float, ignored))
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in track(list(cases(arguments)), "cross-entropy", console=console, transient=True):
+            found = compare(
+                case.subject(arguments.hidden), memory=True, check=False, budget_seconds=arguments.seconds
+            )
+            rows.append(_row(case, found))
+    except KeyboardInterrupt:
+        console.print("stopped; what was measured is kept")
+    console.print(_table(rows))
+    if arguments.out:
+        plan = {"hidden": arguments.hidden, "threads": arguments.threads}
+        text = json.dumps({"machine": describe(), "plan": plan, "rows": rows}, indent=1, default=str)
+        arguments.out.write_text(text + "\n")
+        console.print(f"written to {arguments.out}")
+    return 0
+
+
+def _row(case: Case, found: Comparison) -> dict[str, Any]:
+    return {
+        **asdict(case),
+        "ratio": found.speed.as_dict(),
+        "noise": found.noise.as_dict(),
+        "seconds": {name: found.timings.median(name) for name in ("inductor", "fxopt")},
+        "peak_bytes": found.peaks,
+        "fused": found.sites.get(PASS, 0),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="a training step of a decoder with one layer: fxopt against Inductor")
+    for name in ("vocabulary", "tokens", "dtype", "ignored", "inductor ms", "fxopt ms", "faster", "noise",
+                 "inductor MB", "fxopt MB", "memory", "fused"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row in rows:
+        times = [f"{1000 * row['seconds'][name]:.0f}" for name in ("inductor", "fxopt")]
+        ratios = [f"{row[name]['median']:.2f}" for name in ("ratio", "noise")]
+        peaks = [row["peak_bytes"][name] for name in ("inductor", "fxopt")]
+        memory = [*(f"{peak / 2**20:.0f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}"]
+        case = [str(row["vocabulary"]), str(row["tokens"]), row["dtype"], f"{row['ignored']:.0%}"]
+        table.add_row(*case, *times, *ratios, *memory, str(row["fused"]))
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--cases",
+        default="32000:512:float32,32000:2048:float32,32000:2048:float32:0.5,128256:2048:float32,32000:512:bfloat16",
+        help="vocabulary:tokens:dtype, or vocabulary:tokens:dtype:part ignored; by commas",
+    )
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for the timing of one line")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
