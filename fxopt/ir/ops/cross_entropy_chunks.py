@@ -120,7 +120,8 @@ class _Chunks:
         self.size = max(1, min(count, max(FEWEST_ROWS, fitting)))
         self.product = product_dtype(given.hidden, loss)
         self.weight = given.weight.to(self.product)
-        self.logits, self.share = given.hidden.new_empty(2, self.size, vocabulary, dtype=loss.dtype)
+        buffers = given.hidden.new_empty(2, self.size, vocabulary, dtype=loss.dtype)
+        self.logits, self.share = buffers[0], buffers[1]
         self.losses = given.hidden.new_zeros(count, dtype=loss.dtype)
         self.of_hidden = self._zeros(given.hidden, asked=wanted.hidden)
         self.of_weight = self._zeros(given.weight, asked=wanted.weight)
