@@ -30,8 +30,8 @@ Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Measured on one core, float32, hidden sizes 256 and 768, vocabulary 32000: with 128 rows the products take
 # 1.07 times as long as with 256, with 32 rows 1.4 times. More than 256 gain nothing.
 CHUNK_BYTES, FEWEST_ROWS = 2**25, 128
-# Each chunk adds to the gradient of the weight: on a CPU it may take a quarter of that gradient's memory. With
-# a hidden size of 2048, 512 rows take 0.94 times as long as 256.
+# Each chunk adds to the gradient of the weight: on a CPU it may take a quarter of that gradient's memory.
+# With a hidden size of 2048, 512 rows take 0.94 times as long as 256.
 SHARE_OF_WEIGHT = 4
 # Shares of most words are too small for float16; the largest is 1.
 LIFT = 2.0**10
