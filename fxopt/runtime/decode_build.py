@@ -53,6 +53,11 @@ def _signature(function: FunctionType) -> inspect.Signature:
     return inspect.signature(bare)
 
 
+def _variables(function: FunctionType) -> list[str]:
+    """Parameters, and what the function has from around it."""
+    return [*_signature(function).parameters, *function.__code__.co_freevars]
+
+
 def site_of(source: str, scope: dict[str, Any]) -> Site:
     holder, _, name = source.rpartition(".")
     held = getattr(eval(holder, dict(scope)), "__dict__", {})
@@ -79,7 +84,9 @@ def step_of(
         raise Unknown("caches that grow in different ways")
     replaced = _replacements(frame, call, users, inputs)
     found = _inputs(call, users, frame, inputs, replaced)
-    steady = ("G[", f"L['{parameters[0].name}']")
+    given = {*(name for _, name in users), rest}
+    steady = ["G[", *(source for source, name in own.items() if name in roots)]
+    steady += [f"L['{name}']" for name in _variables(type(model).forward) if name not in given]
     names = [f"_tensor{number}" for number in range(len(users))]
     pasts = [held[name] for held, name in seen.sites]
     current = [*found.fixed, *pasts, *(kwargs[name] for _, name in users)]
@@ -88,7 +95,9 @@ def step_of(
     tensors = _tensor_guards(current, frame, places)
     if not tensors.check(*current) or graph.relied is None:
         raise Unknown("tensors that share objects")
-    sizes = size_checks(graph.guards, replaced, names, steady)
+    sizes = size_checks(
+        graph.guards, replaced, names, steady, [frame.sources[place] for place in call.places]
+    )
     return DecodeStep(
         call=call, inputs=found, tail=graph.tail, model=model, sites=seen.sites, dim=dim, same=roots,
         watched=seen.watched, relied=graph.relied, ambient=ambient(), sizes=sizes, tensors=tensors,

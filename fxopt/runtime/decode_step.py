@@ -29,6 +29,7 @@ from torch._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 from fxopt.runtime.kv_calls import GrowingCall
+from fxopt.runtime.relied import Unknown
 from fxopt.runtime.watched import Site, Watched
 
 # What `DecodeStep.take` gives where the step has to go the slow way.
@@ -163,17 +164,24 @@ def ambient() -> Callable[[], bool]:
     return holds
 
 
-def size_checks(guards: Any, replaced: Mapping[str, str], users: Sequence[str], steady: Sequence[str]) -> Any:
+def size_checks(
+    guards: Any,
+    replaced: Mapping[str, str],
+    users: Sequence[str],
+    steady: Sequence[str],
+    caches: Sequence[str],
+) -> Any:
     """The guards about sizes as a function of the number of rows, and of the arguments that are tensors.
 
     Args:
         guards: the `GuardManagerWrapper` of the frame.
         replaced: what to write in place of sources.
         users: the names of the parameters behind `rows`.
-        steady: what sources of things begin with that are checked otherwise.
+        steady: what sources of things begin with that are known not to have changed.
+        caches: sources of the tensors that grow.
 
     Raises:
-        ValueError: a guard is about something else.
+        Unknown: a guard is about something else.
     """
     clauses: set[str] = set()
     parameters = ["rows", *users]
@@ -185,9 +193,10 @@ def size_checks(guards: Any, replaced: Mapping[str, str], users: Sequence[str], 
             rest = text
             for prefix in steady:
                 rest = rest.replace(prefix, "")
-            if "L[" in rest or (rest != text and any(name in rest for name in parameters)):
-                raise ValueError(f"a guard: {text}")
-            if rest == text:
+            changes = any(name in rest for name in parameters)
+            if "L[" in rest or (rest != text and changes) or any(source in text for source in caches):
+                raise Unknown(f"a guard: {text}")
+            if changes:
                 clauses.add(f"({text})")
     code = f"lambda {', '.join(parameters)}: {' and '.join(sorted(clauses)) or 'True'}"
     return eval(code, dict(guards.closure_vars or {}))

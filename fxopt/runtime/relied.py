@@ -15,8 +15,7 @@ import gc
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -28,9 +27,6 @@ CONSTANT = (
     types.WrapperDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType, property,
     staticmethod, classmethod, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-
-
-_code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
 class Unknown(Exception):  # noqa: N818 - a reason to go the slow way
@@ -90,14 +86,13 @@ class Relied:
         dicts, objects = list(self.dicts.values()), list(self.objects.values())
         functions, cells = list(self.functions.values()), list(self.cells.values())
         lists = list(self.lists.values())
-        same_dicts = _same_versions(dicts, objects)
-        held, codes = [_content(cell) for cell in cells], _codes(functions)
+        unchanged = _unchanged(dicts, objects, functions)
+        held = [_content(cell) for cell in cells]
 
         def hold() -> bool:
             return (
-                same_dicts()
+                unchanged()
                 and all(same_items(now, then) for now, then in lists)
-                and same_items(_codes(functions), codes)
                 and same_items([_content(cell) for cell in cells], held)
             )
 
@@ -111,30 +106,44 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _codes(functions: Sequence[types.FunctionType]) -> list[Any]:
-    return list(chain.from_iterable(map(_code_of, functions)))
-
-
 def same_items(now: Sequence[Any], then: Sequence[Any]) -> bool:
     """Both hold the same objects."""
     return len(now) == len(then) and all(map(is_, now, then))
 
 
-def _same_versions(dicts: Sequence[dict[Any, Any]], objects: Sequence[Any]) -> Callable[[], bool]:
-    """Whether no dict was changed, and no object has got another class; checked in C++."""
+def _unchanged(
+    dicts: Sequence[dict[Any, Any]], objects: Sequence[Any], functions: Sequence[types.FunctionType]
+) -> Callable[[], bool]:
+    """Whether no dict was changed, no object has got another class, no function other code; in C++.
+
+    From Python, reading the code of a function raises an audit event, which takes longer than all the rest.
+    """
     from torch._C._dynamo.guards import RootGuardManager
     from torch._dynamo.guards import GuardManagerType
 
-    root, values = RootGuardManager(), (*dicts, *objects)
+    root, values = RootGuardManager(), (*dicts, *objects, *functions)
+    kind = GuardManagerType.GUARD_MANAGER
+
+    def below(make: Callable[..., Any], value: Any, **how: Any) -> Any:
+        return make(**how, source=f"{len(how)}", example_value=value, guard_manager_enum=kind)
+
     for place, value in enumerate(values):
-        child = root.tuple_getitem_manager(
-            key=place, source=f"[{place}]", example_value=value,
-            guard_manager_enum=GuardManagerType.GUARD_MANAGER,
-        )  # fmt: skip
+        child = below(root.tuple_getitem_manager, value, key=place)
         if place < len(dicts):
             _add_guard(child.add_dict_version_guard, value)
-        else:
+        elif place < len(dicts) + len(objects):
             _add_guard(child.add_type_match_guard, id(type(value)))
+        else:
+            code = below(child.code_manager, value.__code__)
+            _add_guard(code.add_id_match_guard, id(value.__code__))
+            if value.__defaults__ is not None:
+                defaults = below(child.func_defaults_manager, value.__defaults__)
+                _add_guard(defaults.add_id_match_guard, id(value.__defaults__))
+            if value.__kwdefaults__ is not None:
+                keywords = below(child.func_kwdefaults_manager, value.__kwdefaults__)
+                _add_guard(keywords.add_dict_version_guard, value.__kwdefaults__)
+    # What is known by its id is kept, so that nothing else gets that id.
+    values += tuple((value.__code__, value.__defaults__) for value in functions)
     return lambda: bool(root.check(values))
 
 
