@@ -12,9 +12,12 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fxopt.runtime.kv_state import expected_length
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from fxopt.runtime.decode_path import DecodePath
 
 _HOOKED = "_fxopt_original"
+# Prompt and decoding step, batches of one and of several, padded or not, windows that fill and are full: all
+# of these together are more graphs of one model than Dynamo compiles before it leaves the rest to eager.
+_MOST_GRAPHS = 64
 
 # Set to True by the first call of a stand-in within the current `generate`.
 _called: ContextVar[list[bool] | None] = ContextVar("fxopt_called", default=None)
@@ -105,7 +111,7 @@ def _compiled(compiled: Any, found: Any) -> Any:
         token = _called.set(called)
         paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
         try:
-            with expected_length(_longest(model, args, kwargs)):
+            with expected_length(_longest(model, args, kwargs)), _room_for_graphs():
                 result = found.__func__(_stand_in(compiled, model, options), *args, **kwargs)
         finally:
             _called.reset(token)
@@ -115,6 +121,15 @@ def _compiled(compiled: Any, found: Any) -> Any:
         return result
 
     return generate
+
+
+def _room_for_graphs() -> AbstractContextManager[Any]:
+    """Dynamo's limit of graphs for a function raised, in this thread, where the user has not set one."""
+    config = torch._dynamo.config
+    if config.recompile_limit != config._config["recompile_limit"].default:
+        return nullcontext()
+    raised: AbstractContextManager[Any] = config.patch(recompile_limit=_MOST_GRAPHS)
+    return raised
 
 
 def _longest(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

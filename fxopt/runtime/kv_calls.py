@@ -80,7 +80,11 @@ class GrowingCall:
             return outputs
         begun = list(outputs)
         for each, share in self._begins:
-            begun[each.output] = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
+            rows = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
+            # The step behind the prompt is compiled for all lengths at once. Dynamo does not guard on this
+            # mark: steps that were compiled for tensors without it fit.
+            rows._dynamo_propagated_dynamic_indices = {each.dim}  # type: ignore[attr-defined]
+            begun[each.output] = rows
         return tuple(begun)
 
 

@@ -142,9 +142,10 @@ def when_alone(is_view: bool) -> tuple[int, int]:
     return found.shared[0], found.held[0]
 
 
-def first_rows(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
-    """The memory of `tensor` from its first row along `dim` on: `rows` of them."""
-    return alias(tensor, (*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :]), tensor.stride())
+def first_rows(tensor: torch.Tensor, dim: int, rows: int, before: int = 0) -> torch.Tensor:
+    """The memory of `tensor` from its first row along `dim` on, or `before` rows later: `rows` of them."""
+    sizes, strides = (*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :]), tensor.stride()
+    return alias(tensor, sizes, strides, before * strides[dim])
 
 
 def _others(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
@@ -172,8 +173,8 @@ class KVState:
         self, tensor: torch.Tensor, dim: int, share: float = 1.0, *, bounded: bool = False
     ) -> torch.Tensor:
         """A copy of `tensor` with room behind its rows along `dim`. The arguments are those of `extend`."""
-        view = self._make(tensor, dim, capacity_for(tensor.shape[dim], share, bounded=bounded))
-        return first_rows(view, dim, tensor.shape[dim]).copy_(tensor)
+        rows = tensor.shape[dim]
+        return first_rows(self._with_room(tensor, dim, rows, share, bounded=bounded), dim, rows).copy_(tensor)
 
     def extend(
         self,
@@ -201,7 +202,7 @@ class KVState:
             self.in_place += 1
             return first_rows(past, dim, rows + new)
         self.copied += 1
-        whole = self._make(past, dim, capacity_for(rows + new, share, bounded=bounded))
+        whole = self._with_room(past, dim, rows + new, share, bounded=bounded)
         first_rows(whole, dim, rows).copy_(past)
         return first_rows(whole, dim, rows + new)
 
@@ -225,6 +226,18 @@ class KVState:
         first = buffer.first_row(past)
         fits = first is not None and first + past.shape[dim] + new <= buffer.capacity
         return first if fits else None
+
+    def _with_room(
+        self, like: torch.Tensor, dim: int, rows: int, share: float, *, bounded: bool
+    ) -> torch.Tensor:
+        """A new buffer from its first row on.
+
+        If bounded, there is a row in front of that: a window moves through its buffer, and for an offset of 0
+        Dynamo would compile a step of its own.
+        """
+        capacity, before = capacity_for(rows, share, bounded=bounded), int(bounded)
+        whole = self._make(like, dim, before + capacity)
+        return first_rows(whole, dim, capacity, before)
 
     def _make(self, like: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:
         """All of a new buffer: `like` with another size along `dim`."""
