@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.equality_models import MODELS, WINDOW
+
 Row = dict[str, Any]
 
 _HEAD = """# Tokens of compiled models
@@ -12,7 +14,7 @@ _HEAD = """# Tokens of compiled models
 architecture and way of generating. Written by `python -m benchmarks.generate_equality` (torch {torch},
 transformers {transformers}); with `--page-only` the committed results are rendered again.
 
-**{equal} of {tokens} tokens are equal.**
+**{equal} of {tokens} tokens are equal.**{missing}
 """
 
 _METHOD = """## How it is counted
@@ -36,14 +38,17 @@ _METHOD = """## How it is counted
 
 def render(machine: Row, rows: list[Row]) -> str:
     """The whole page."""
-    from benchmarks.equality_models import WINDOW
-
     ways = [row for row in rows if row["kind"] == "scenario"]
     growth = [row for row in rows if row["kind"] == "growth"]
     total = {key: sum(row[key] for row in ways) for key in ("equal", "tokens")}
     long = max((row["tokens"] for row in growth), default=0)
+    missing = [name for name in MODELS if name not in {row["model"] for row in rows}]
     parts = [
-        _HEAD.format(**{name: machine[name] for name in ("torch", "transformers")}, **total),
+        _HEAD.format(
+            **{name: machine[name] for name in ("torch", "transformers")},
+            **total,
+            missing=f" Not compared, and in no figure of this page: {', '.join(missing)}." if missing else "",
+        ),
         _tokens(ways),
         "## Graphs, and appends in place\n\n" + _growth(growth, ways),
         _METHOD.format(window=WINDOW, long=long),

@@ -31,7 +31,7 @@ from fxopt.runtime.kv_state import STATE
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "generate-equality.jsonl"
 PAGE = ROOT / "docs" / "generate_equality.md"
-NEW = 220
+NEW = 200
 # Tokens of the text whose appends are counted.
 LONG = 2000
 # Prompts by turns; the first one is the first call.

@@ -10,77 +10,39 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
+from benchmarks.decoding import Row, Step, add_common, compared, compile_all, numbers, run
+from benchmarks.latent_model import cached_sizes, latent_model
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
-from fxopt.measure.compiled import compile_with
-from fxopt.measure.machine import describe
-from fxopt.measure.timing import interleave
-
-from .latent_model import cached_sizes, latent_model
-
-BACKENDS = ("eager", "inductor", "inductor again", "fxopt")
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    rooms = [int(room) for room in arguments.rooms.split(",")]
     cases = [
-        (room, filled) for room in rooms for filled in _fillings(arguments.filled, room, arguments.sliding)
+        (room, filled)
+        for room in numbers(arguments.rooms)
+        for filled in ([room] if arguments.sliding else numbers(arguments.filled))
+        if arguments.sliding or filled < room
     ]
-    try:
-        for room, filled in track(cases, "static caches", console=console, transient=True):
-            rows.append(measure(arguments, room, filled))
-    except KeyboardInterrupt:
-        console.print("stopped; what was measured is kept")
-    console.print(_table(rows))
-    if arguments.out:
-        text = json.dumps(
-            {"machine": describe(), "plan": vars(arguments), "rows": rows}, indent=1, default=str
-        )
-        arguments.out.write_text(text + "\n")
-        console.print(f"written to {arguments.out}")
-    return 0
+    return run(arguments, cases, measure, "a static cache")
 
 
-def _fillings(text: str, room: int, sliding: bool) -> list[int]:
-    return [room] if sliding else [filled for filled in map(int, text.split(",")) if filled < room]
-
-
-def measure(arguments: argparse.Namespace, room: int, filled: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, room: int, filled: int) -> Row:
     """One line: a decoding step at one filling of a cache."""
     model = _model(arguments, room)
     config = model.config
     entries = [torch.randn(arguments.batch, *size) for size in cached_sizes(config, room)]
-    torch._dynamo.reset()
-    calls = {name: model if name == "eager" else compile_with(model, name.split()[0]) for name in BACKENDS}
-    steps = {name: _step(call, config, entries, filled) for name, call in calls.items()}
+    steps = {name: _step(call, config, entries, filled) for name, call in compile_all(model).items()}
     with torch.no_grad():
         logits = {name: step() for name, step in steps.items()}
         with float64_everywhere():
             exact = _step(copy.deepcopy(model).double(), config, entries, filled)()
         _judge(logits, exact)
-        timings = interleave(steps, budget_seconds=arguments.seconds)
-    return {
-        "batch": arguments.batch,
-        "room": room,
-        "filled": filled,
-        "seconds": {name: timings.median(name) for name in BACKENDS},
-        "over_inductor": timings.ratio("inductor", "fxopt").as_dict(),
-        "over_eager": timings.ratio("eager", "fxopt").as_dict(),
-        "noise": timings.ratio("inductor again", "inductor").as_dict(),
-    }
+        case = {"batch": arguments.batch, "room": room, "filled": filled}
+        return {**case, **compared(steps, arguments.seconds)}
 
 
 def _judge(logits: dict[str, torch.Tensor], exact: torch.Tensor) -> None:
@@ -114,7 +76,7 @@ def _model(arguments: argparse.Namespace, room: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**shapes)).eval()
 
 
-def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> Callable[[], torch.Tensor]:
+def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> Step:
     """Decode the same token again and again: each call writes its key behind the filled part.
 
     `entries` are the keys and values of each layer, (B, Hkv, room, D) each.
@@ -142,17 +104,6 @@ def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> C
     return step
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="one token over a static cache, milliseconds")
-    for name in ("batch", "room", "filled", *BACKENDS[:2], "fxopt", "over Inductor", "over eager", "noise"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        times = [f"{1000 * row['seconds'][name]:.1f}" for name in ("eager", "inductor", "fxopt")]
-        ratios = [f"{row[name]['median']:.2f}" for name in ("over_inductor", "over_eager", "noise")]
-        table.add_row(str(row["batch"]), str(row["room"]), str(row["filled"]), *times, *ratios)
-    return table
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rooms", default="512,2048,8192", help="capacities of the cache, by commas")
@@ -163,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--latent", action="store_true", help="multi-head latent attention, as DeepSeek has it"
     )
     parser.add_argument("--sliding", action="store_true", help="windows of sliding layers, which are full")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=6.0, help="for the timing of one line")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    add_common(parser, seconds=6.0)
     return parser
 
 
