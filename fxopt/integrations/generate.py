@@ -125,7 +125,7 @@ def _compiled(compiled: Any, found: Any) -> Any:
 
 def _room_for_graphs() -> AbstractContextManager[Any]:
     """Dynamo's limit of graphs for a function raised, in this thread, where the user has not set one."""
-    config = torch._dynamo.config
+    config: Any = torch._dynamo.config
     if config.recompile_limit != config._config["recompile_limit"].default:
         return nullcontext()
     raised: AbstractContextManager[Any] = config.patch(recompile_limit=_MOST_GRAPHS)
