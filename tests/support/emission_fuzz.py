@@ -156,10 +156,10 @@ def difference(want: Value, got: Value, exact: Value) -> str | None:
     finite = want.isfinite() & exact.isfinite()
     if not finite.any():
         return None
+    unit = float(exact[finite].abs().max()) * torch.finfo(want.dtype).eps
     exact, want, got = exact[finite], want[finite].double(), got[finite].double()
-    unit = float(exact.abs().max()) * torch.finfo(torch.float32).eps
     mine, theirs = float((got - exact).abs().max()), float((want - exact).abs().max())
-    return None if mine <= 2 * theirs + 2 * unit else f"error {mine:.3g}, eager {theirs:.3g}"
+    return None if mine <= 2 * theirs + unit else f"error {mine:.3g}, eager {theirs:.3g}"
 
 
 def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, counts: Counter[str]) -> None:
