@@ -30,7 +30,7 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Hosted:
     """What the host was given: the module, and its code at that time."""
     given: Hosted = []
 
-    def take(gm: fx.GraphModule, inputs: Any, options: Any) -> Callable[..., Any]:
+    def take(gm: fx.GraphModule, inputs: Any, options: Any, notes: Any) -> Callable[..., Any]:
         given.append((gm, gm.code))
         return gm.forward
 

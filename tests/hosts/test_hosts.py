@@ -84,7 +84,7 @@ def test_a_host_that_rejects_the_rewritten_graph_gets_the_untouched_one(
 
     seen: list[int] = []
 
-    def picky(gm: torch.fx.GraphModule, inputs: object, options: object) -> object:
+    def picky(gm: torch.fx.GraphModule, inputs: object, options: object, notes: object) -> object:
         seen.append(len(seen))
         if len(seen) == 1:
             raise RuntimeError("cannot compile this")

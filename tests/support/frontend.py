@@ -44,7 +44,7 @@ def capture(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found.dynamo.append(gm)
         found.graphs.append(normalize(gm, example_inputs))
-        return EAGER.compile(copy.deepcopy(found.graphs[-1]), example_inputs, Options())
+        return EAGER.compile(copy.deepcopy(found.graphs[-1]), example_inputs, Options(), GraphRecord(0))
 
     torch._dynamo.reset()
     found.result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=fullgraph)(*inputs)
