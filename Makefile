@@ -1,6 +1,7 @@
 # Each target sets up all it needs: a virtual environment in .venv, made by the `python3` that is found.
 #   make demo     the main job on real input, beside eager and TorchInductor, in about three minutes
-#   make test     all tests that need no GPU; ARGS="-k attention" selects, JOBS=8 uses more processes
+#   make test     the tests that need no GPU; ARGS="-k attention" selects, JOBS=8 uses more processes
+#   make test-slow  those that take minutes
 #   make check    lint, layout, types and architecture
 #   make format   rewrite the sources in the layout that `make check` asks for
 #   make bench    side by side with TorchInductor
@@ -26,7 +27,7 @@ test check: export TORCHINDUCTOR_CACHE_DIR := $(TORCHINDUCTOR_CACHE_DIR)
 test check: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
 test check: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test test-slow check format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,7 +40,10 @@ demo: venv
 	$(BIN)/fxopt demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: venv
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 check: venv
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "gemma2": _MIXED,
     "gemma3_text": _MIXED,
-    "phi3": _SLIDING,
+    "phi3": {},
     "gpt2": {},
     "opt": {},
     "gpt_oss": _MIXED,

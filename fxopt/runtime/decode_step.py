@@ -126,15 +126,13 @@ def _is_same(value: Any, other: Any) -> bool:
 
 @functools.cache
 def held_once() -> int:
-    """What `take` counts for a tensor that only the cache holds."""
-    return _counted(torch.zeros(1)) if _counts_are_exact() else 0
+    """What `take` counts for a tensor that only the cache holds; 0 where references are not counted exactly.
 
-
-def _counted(tensor: torch.Tensor) -> int:
-    held = {"tensor": tensor}
-    del tensor
+    Measured without a call: how long a caller keeps an argument depends on who evaluates frames.
+    """
+    held = {"tensor": torch.zeros(1)}
     pasts = [held["tensor"]]
-    return list(map(getrefcount, pasts))[0]
+    return list(map(getrefcount, pasts))[0] if _counts_are_exact() else 0
 
 
 def _counts_are_exact() -> bool:

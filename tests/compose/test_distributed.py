@@ -95,7 +95,6 @@ FAMILIES: dict[str, dict[Way, dict[str, int]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes(family: str, tmp_path: Path) -> None:
     wanted = FAMILIES[family]

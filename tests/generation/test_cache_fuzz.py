@@ -32,15 +32,14 @@ def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "holders":
         monkeypatch.setattr("fxopt.runtime.kv_growth.references_of_a_call", lambda measured: 10**6)
     else:
-        monkeypatch.setattr("fxopt.runtime.kv_state.references_to_storage", lambda tensor: None)
-        monkeypatch.setattr("fxopt.runtime.kv_state.when_alone", lambda is_view: None)
-        monkeypatch.setattr("fxopt.runtime.kv_growth.Tip.is_what", lambda tip, pasts: True)
+        monkeypatch.setattr("fxopt.runtime.kv_state.Storages.are_alone", lambda storages, is_view: True)
+        monkeypatch.setattr("fxopt.runtime.kv_growth.Tip.is_what", lambda *given: True)
     run = fuzz(seed=1, operations=1)
     with torch.no_grad():
         for _ in range(4):
             run._step(run.caches[0], _rows(run.caches[0][0]))
         keys = [cache.layers[0].keys for cache in run.caches[0]]
-        run.kept.append(tuple(keys if fault == "holders" else [each[:, :, :3] for each in keys]))  # type: ignore[arg-type]
+        run.kept.append(tuple(keys if fault == "holders" else [each.data for each in keys]))  # type: ignore[arg-type]
         del keys
         run._step(run.caches[0], _rows(run.caches[0][0]))
         for cache in run.caches[0]:
