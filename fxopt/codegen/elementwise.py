@@ -16,6 +16,8 @@ from torch import fx
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
+from fxopt.ir.facts import is_tensor
+
 aten, prims = torch.ops.aten, torch.ops.prims
 
 TRITON_TYPES = {
@@ -166,11 +168,7 @@ def supported(node: fx.Node, found: Pointwise) -> bool:
 
 
 def _values(node: fx.Node) -> list[torch.Tensor]:
-    return [one.meta["val"] for one in operands_of(node) if isinstance(one, fx.Node) and _is_tensor(one)]
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+    return [one.meta["val"] for one in operands_of(node) if is_tensor(one)]
 
 
 def computation_type(node: fx.Node, found: Pointwise) -> torch.dtype:
@@ -182,11 +180,6 @@ def computation_type(node: fx.Node, found: Pointwise) -> torch.dtype:
         values = values[1:]
     compute, _ = elementwise_dtypes(*values, type_promotion_kind=found.kind)
     return register_type(compute)
-
-
-def triton_type(dtype: torch.dtype) -> str:
-    """The name of a dtype in Triton."""
-    return TRITON_TYPES[dtype]
 
 
 def _number(argument: Any, dtype: torch.dtype) -> Any:

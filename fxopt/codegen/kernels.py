@@ -12,11 +12,11 @@ from fxopt.codegen.indexing import product, size_of
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
-from fxopt.codegen.regions import Region, tensors
+from fxopt.codegen.regions import Region
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.statements import Body
 from fxopt.codegen.trace import operator_name
-from fxopt.ir.cost import hint
+from fxopt.ir.cost import numel, tensors_of
 from fxopt.ir.facts import location
 from fxopt.ir.target import Target
 
@@ -195,15 +195,8 @@ def flops_of(region: Region) -> int:
     """One operation for each element of each operator."""
     total = 0
     for node in region.members:
-        values = [value for one in (node, *node.all_input_nodes) for value in tensors(one)]
-        total += max((_count(value.shape) for value in values), default=0)
-    return total
-
-
-def _count(shape: Sequence[int | torch.SymInt]) -> int:
-    total = 1
-    for size in shape:
-        total *= hint(size)
+        values = [value for one in (node, *node.all_input_nodes) for value in tensors_of(one)]
+        total += max(map(numel, values), default=0)
     return total
 
 

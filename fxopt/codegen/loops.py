@@ -12,8 +12,9 @@ from torch import fx
 
 from fxopt.codegen.elementwise import formula_of
 from fxopt.codegen.homes import homes_from
-from fxopt.codegen.indexing import Axis, Index, Ranges, Sizes, axis, product, ranges_of, reshaped, same
+from fxopt.codegen.indexing import Axis, Index, Sizes, axis, product, ranges_of, reshaped, same
 from fxopt.codegen.view_index import shape_of
+from fxopt.ir.cost import hint, numel
 
 aten = torch.ops.aten
 
@@ -57,7 +58,7 @@ class Loop:
             return reshaped(self.rows, self.row_sizes, shape, ranges)
         return None
 
-    def inside(self, node: fx.Node, index: Index, ranges: Ranges) -> Index | None:
+    def inside(self, node: fx.Node, index: Index) -> Index | None:
         """The index of the operand of the reduction `node` whose result is wanted at `index`."""
         source: Any = node.args[0]
         shape, dims = shape_of(source), reduced_dims(node)
@@ -66,6 +67,7 @@ class Loop:
         if not same(product(wanted), product(one.size for one in reduced)):
             return None
         symbols = tuple(sympy.Integer(0) if one.size == 1 else one.symbol for one in reduced)
+        ranges = ranges_of(self.axes)
         along = dict(
             zip(dims, reshaped(symbols, tuple(one.size for one in reduced), wanted, ranges), strict=True)
         )
@@ -103,7 +105,7 @@ def loop_of(members: Sequence[fx.Node], outputs: Iterable[fx.Node]) -> Loop:
     reductions = [node for node in members if node.target in REDUCTIONS]
     pointwise = frozenset(node for node in members if formula_of(node) is not None)
     if not reductions:
-        start = max(outputs, key=lambda node: _numel(node.meta["val"]))
+        start = max(outputs, key=lambda node: numel(node.meta["val"]))
         loop = pointwise_loop(start)
         return replace(loop, homes=homes_from(start, loop.index, pointwise, ranges_of(loop.axes)))
     loop = reduction_loop(reductions[0])
@@ -139,7 +141,7 @@ def pointwise_loop(node: fx.Node) -> Loop:
     value, sizes = node.meta["val"], shape_of(node)
     axes = [axis(f"x{dim}", size) for dim, size in enumerate(sizes)]
     index = tuple(sympy.Integer(0) if one.size == 1 else one.symbol for one in axes)
-    order = sorted(range(len(axes)), key=lambda dim: (-_hint(value.stride(dim)), dim))
+    order = sorted(range(len(axes)), key=lambda dim: (-hint(value.stride(dim)), dim))
     ordered = tuple(axes[dim] for dim in order if axes[dim].size != 1)
     return Loop(ordered, index, sizes, (), (sympy.Integer(-1),))
 
@@ -147,16 +149,3 @@ def pointwise_loop(node: fx.Node) -> Loop:
 def _outer_first(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     real = [one for one in axes if one.size != 1 or one.reduced]
     return tuple(one for one in real if not one.reduced) + tuple(one for one in real if one.reduced)
-
-
-def _numel(value: torch.Tensor) -> int:
-    total = 1
-    for size in value.shape:
-        total *= _hint(size)
-    return total
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, torch.SymInt):
-        return size.node.hint if size.node.has_hint() else 1
-    return size

@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.codegen.indexing import size_of
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.trace import operator_name
+from fxopt.ir.cost import hint
 
 
 def reference_text(
@@ -88,22 +89,16 @@ def example_text(parameters: Mapping[fx.Node, str], sizes: Mapping[str, int]) ->
     for node, name in parameters.items():
         lines.append(f"{name} = {_example(node.meta['val'])}")
         names.append(name)
-    names += [str(hint) for hint in sizes.values()]
+    names += map(str, sizes.values())
     lines.append(f"return {', '.join(names)}{',' if len(names) == 1 else ''}")
     return "\n".join(["def example_inputs(device):", *(f"    {line}" for line in lines)])
 
 
 def _example(value: torch.Tensor) -> str:
-    shape, strides = (tuple(_hint(one) for one in part) for part in (value.shape, value.stride()))
+    shape, strides = (tuple(hint(one) for one in part) for part in (value.shape, value.stride()))
     # What is expanded is written once.
     stored = tuple(1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True))
     text = f"torch.empty_strided({stored}, {strides}, dtype={value.dtype}, device=device)"
     fill = "normal_(" if value.dtype.is_floating_point else "random_(0, 2, "
     text = f"{text}.{fill}generator=generator)"
     return text if stored == shape else f"{text}.expand{shape}"
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, torch.SymInt):
-        return size.node.hint if size.node.has_hint() else 1
-    return size

@@ -21,7 +21,7 @@ from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
 from fxopt.codegen.statements import Body, merged
 from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
 from fxopt.codegen.view_index import is_view
-from fxopt.ir.cost import hint
+from fxopt.ir.cost import bytes_of, hint, tensors_of
 
 aten = torch.ops.aten
 
@@ -68,21 +68,14 @@ def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
     """Whether `node` alone could be a kernel."""
     if node.op != "call_function" or is_view(node) or is_created(node):
         return False
-    values = tensors(node)
-    read = [value for arg in node.all_input_nodes for value in tensors(arg)]
+    values = tensors_of(node)
+    read = [value for arg in node.all_input_nodes for value in tensors_of(arg)]
     if not values or not all(value.device.type in devices and _plain(value) for value in values + read):
         return False
     if is_moment(node) or node.target in REDUCTIONS or node.target is aten.cat.default:
         return True
     found = formula_of(node)
     return found is not None and supported(node, found)
-
-
-def tensors(node: fx.Node) -> list[torch.Tensor]:
-    """What `node` makes."""
-    value = node.meta.get("val")
-    several = value if isinstance(value, (tuple, list)) else (value,)
-    return [one for one in several if isinstance(one, torch.Tensor)]
 
 
 def _plain(value: torch.Tensor) -> bool:
@@ -158,7 +151,7 @@ class _Grower:
             for arg in consumer.all_input_nodes:
                 base = view_base(arg)
                 if base in self.group:
-                    found[(base, consumer)] = sum(map(_bytes, tensors(base)))
+                    found[(base, consumer)] = sum(map(bytes_of, tensors_of(base)))
 
         def rank(pair: Edge) -> tuple[int, int, int]:
             return (-found[pair], self.order[pair[0]], self.order[pair[1]])
@@ -190,7 +183,7 @@ class _Grower:
         members = self.groups[first] + self.groups[second]
         if len({self.epoch[node] for node in members}) > 1:
             raise CannotEmit("a write, a collective or random numbers lie between them")
-        if len({tensors(node)[0].device for node in members}) > 1:
+        if len({tensors_of(node)[0].device for node in members}) > 1:
             raise CannotEmit("they are on different devices")
         if len(members) > MAX_MEMBERS:
             raise CannotEmit(f"wanted at most {MAX_MEMBERS} operators in one kernel, saw {len(members)}")
@@ -246,7 +239,7 @@ def make_region(members: Iterable[fx.Node]) -> Region:
     body = body_of(own)
     outputs = outputs_of(own)
     read = {one.tensor for one in body.loads}
-    fused = sum(_bytes(node.meta["val"]) for node in (*read, *outputs))
+    fused = sum(bytes_of(node.meta["val"]) for node in (*read, *outputs))
     return Region(own, outputs, body, sum(map(_bytes_apart, own)), fused)
 
 
@@ -289,15 +282,6 @@ def leads_outside(user: fx.Node, members: frozenset[fx.Node]) -> bool:
     return not is_view(user) or any(leads_outside(one, members) for one in user.users)
 
 
-def _bytes(value: object) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    count = value.element_size()
-    for size, stride in zip(value.shape, value.stride(), strict=True):
-        count *= hint(size) if hint(stride) else 1
-    return count
-
-
 def _bytes_apart(node: fx.Node) -> int:
     read = {view_base(arg) for arg in node.all_input_nodes}
-    return sum(_bytes(value) for one in (node, *read) for value in tensors(one))
+    return sum(bytes_of(value) for one in (node, *read) for value in tensors_of(one))

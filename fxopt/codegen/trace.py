@@ -15,13 +15,13 @@ import torch
 from torch import fx
 
 from fxopt.codegen.elementwise import (
+    TRITON_TYPES,
     cast,
     expression,
     formula_of,
     literal,
     operands_of,
     register_type,
-    triton_type,
 )
 from fxopt.codegen.helpers import HELPERS
 from fxopt.codegen.indexing import Index, offset, ranges_of, size_of, sizes_of
@@ -200,7 +200,7 @@ class Tracer:
         fill: Any = node.args[FILLS[node.target]]
         dtype = register_type(node.meta["val"].dtype)
         fill = bool(fill) if dtype is torch.bool else fill
-        return self.compute(node, (), f"tl.full([1], {literal(fill)}, {triton_type(dtype)})")
+        return self.compute(node, (), f"tl.full([1], {literal(fill)}, {TRITON_TYPES[dtype]})")
 
     def _inside(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         """The operand of a reduction, along the axes that are reduced."""
@@ -210,7 +210,7 @@ class Tracer:
             raise CannotEmit(f"{node.name} is needed along the axes that it is reduced over")
         if self._reduced_at.setdefault(node, index) != index:
             raise CannotEmit(f"{node.name} is needed at two places of the loop")
-        inner = self.loop.inside(node, index, self.ranges)
+        inner = self.loop.inside(node, index)
         if inner is None:
             raise CannotEmit(f"{node.name} is reduced over other axes than the loop's")
         source: Any = node.args[0]

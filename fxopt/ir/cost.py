@@ -23,16 +23,18 @@ def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """Sum over `nodes`. Views and metadata ops are free."""
     total_bytes = total_flops = launches = 0
     for node in nodes:
-        results = _results(node)
+        results = tensors_of(node)
         if node.op != "call_function" or not results or _is_free(node):
             continue
         launches += 1
-        total_bytes += sum(map(_bytes, results)) + sum(_bytes(val(arg)) for arg in set(node.all_input_nodes))
+        total_bytes += sum(map(bytes_of, results)) + sum(
+            bytes_of(val(arg)) for arg in set(node.all_input_nodes)
+        )
         total_flops += _flops(node)
     return Cost(total_bytes, total_flops, launches)
 
 
-def _results(node: fx.Node) -> list[torch.Tensor]:
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The tensors that a node makes: one, or those of an op with several results."""
     value = node.meta.get("val")
     several = value if isinstance(value, (tuple, list)) else (value,)
@@ -59,7 +61,7 @@ def numel(value: torch.Tensor) -> int:
     return math.prod(hint(size) for size in value.shape)
 
 
-def _bytes(value: object) -> int:
+def bytes_of(value: object) -> int:
     """Bytes of memory behind a value: an expanded dimension is stored once."""
     if not isinstance(value, torch.Tensor):
         return 0
@@ -78,7 +80,7 @@ _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 def _flops(node: fx.Node) -> int:
     """Two per multiply-add of a matrix product; one per output element of anything else."""
-    out = sum(numel(result) for result in _results(node))
+    out = sum(numel(result) for result in tensors_of(node))
     if node.target in _MATMULS:
         return 2 * out * hint(val(node.args[0]).shape[-1])
     if node.target is aten.linear.default:

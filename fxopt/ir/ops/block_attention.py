@@ -22,7 +22,7 @@ import torch
 
 from fxopt.ir.formula import numbered
 from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
-from fxopt.ir.ops.op import NAMESPACE, without_autocast
+from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
 from fxopt.ir.ops.tile_attention import Rows, forward
 from fxopt.ir.ops.tile_gradients import backward, empty_like_heads_last
 from fxopt.ir.ops.tiles import Problem
@@ -184,10 +184,7 @@ def register(library: torch.library.Library) -> None:
         (FORWARD, block_attention, _fake),
         (BACKWARD, block_attention_backward, _fake_backward),
     ):
-        name = schema.partition("(")[0]
-        library.define(schema)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        define_op(library, schema, body, fake)
     torch.library.register_autograd(
         f"{NAMESPACE}::block_attention", _gradients, setup_context=_save, lib=library
     )

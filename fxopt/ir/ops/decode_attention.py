@@ -26,7 +26,7 @@ from fxopt.ir.formula import numbered
 from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
 from fxopt.ir.ops.decomposed_attention import absorbs, decomposed
 from fxopt.ir.ops.masking import MEAN, NAN, NONE
-from fxopt.ir.ops.op import NAMESPACE, without_autocast
+from fxopt.ir.ops.op import define_op, without_autocast
 from fxopt.ir.ops.tile_attention import per_group, per_head
 from fxopt.ir.program import MaskProgram
 from fxopt.ir.tile_values import TileValues
@@ -189,13 +189,16 @@ def mask_per_group(mask: torch.Tensor, outer: tuple[int, ...], groups: int) -> t
     return mask.reshape(mask.shape[0], min(one, groups), heads // groups * rows, width)
 
 
-def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def sequences_first(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Memory for a result (B, Hq, Sq, Dv), sequences before heads."""
     batch, heads, rows, width = *query.shape[:3], value.shape[-1]
     return query.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return sequences_first(query, value)
+
+
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
-    library.define(SCHEMA)
-    library.impl("decode_attention", decode_attention, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::decode_attention", _fake, lib=library)
+    define_op(library, SCHEMA, decode_attention, _fake, "CPU")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.ops.cross_entropy_chunks import Loss, Operands, Wanted, in_chunks
-from fxopt.ir.ops.op import NAMESPACE, SemanticOp, without_autocast
+from fxopt.ir.ops.op import NAMESPACE, SemanticOp, define_op, without_autocast
 
 NONE, MEAN, SUM = range(3)  # as ATen numbers reductions
 
@@ -215,10 +215,7 @@ def register(library: torch.library.Library) -> None:
         (ROWS, cross_entropy_rows, _fake_rows),
         (ROWS_BACKWARD, cross_entropy_rows_backward, _fake_rows_backward),
     ):
-        name = schema.partition("(")[0]
-        library.define(schema)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        define_op(library, schema, body, fake)
     for name, gradients, save in (
         ("cross_entropy_with_gradients", _scaled, _save_gradients),
         ("cross_entropy_rows", _recomputed, _save_operands),

@@ -25,6 +25,20 @@ from fxopt.ir.graph_facts import Facts
 NAMESPACE = "fxopt"
 
 
+def define_op(
+    library: torch.library.Library,
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    dispatch: str = "CompositeExplicitAutograd",
+) -> None:
+    """Make an op that is no composite known to torch's dispatcher; `schema` begins with its name."""
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, body, dispatch)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a semantic op.

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from fxopt.ir.ops.attention_attributes import Attributes, computed_in
-from fxopt.ir.ops.decode_attention import mask_per_group
+from fxopt.ir.ops.decode_attention import mask_per_group, sequences_first
 from fxopt.ir.ops.decomposed_attention import attention_weights
 from fxopt.ir.ops.masking import ZERO
-from fxopt.ir.ops.op import NAMESPACE, without_autocast
+from fxopt.ir.ops.op import define_op, without_autocast
 from fxopt.ir.ops.tile_attention import per_group, per_head
 
 aten = torch.ops.aten
@@ -168,12 +168,9 @@ def _fake(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
-    batch, heads, count, width = *query.shape[:3], value.shape[-1]
-    return query.new_empty(batch, count, heads, width).transpose(1, 2)
+    return sequences_first(query, value)
 
 
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
-    library.define(SCHEMA)
-    library.impl("row_attention", row_attention, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::row_attention", _fake, lib=library)
+    define_op(library, SCHEMA, row_attention, _fake, "CPU")

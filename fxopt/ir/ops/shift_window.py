@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.ir.ops.op import NAMESPACE
+from fxopt.ir.ops.op import define_op
 
 SCHEMA = "shift_window(Tensor(a!) window, Tensor new, int dim, int width) -> ()"
 
@@ -32,6 +32,4 @@ def _fake(window: torch.Tensor, new: torch.Tensor, dim: int, width: int) -> None
 
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
-    library.define(SCHEMA)
-    library.impl("shift_window", shift_window, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::shift_window", _fake, lib=library)
+    define_op(library, SCHEMA, shift_window, _fake, "CPU")

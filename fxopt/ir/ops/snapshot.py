@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.ir.ops.op import NAMESPACE
+from fxopt.ir.ops.op import define_op
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:
@@ -18,6 +18,4 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
 
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
-    library.define("snapshot(Tensor tensor) -> Tensor")
-    library.impl("snapshot", snapshot, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::snapshot", snapshot, lib=library)
+    define_op(library, "snapshot(Tensor tensor) -> Tensor", snapshot, snapshot)
