@@ -40,10 +40,10 @@ demo: venv
 	$(BIN)/fxopt demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-slow: venv
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not gpu" $(ARGS)
 
 check: venv
 	$(BIN)/ruff check .

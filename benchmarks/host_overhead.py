@@ -24,6 +24,7 @@ from rich.table import Table
 from fxopt.measure.machine import describe
 from fxopt.runtime.decode_path import DecodePath
 from fxopt.runtime.kv_calls import GrowingCall, noted
+from fxopt.runtime.step_loops import CURRENT
 
 # Steps before those that are counted: the last of the graphs is compiled, and its steps are learned.
 _WARM = 8
@@ -33,6 +34,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
     console = Console()
+    if not arguments.python:
+        CURRENT.build(wait=True)
     layers = [int(number) for number in arguments.layers.split(",")]
     rows = [measure(number, arguments.steps) for number in track(layers, "host overhead", console=console)]
     console.print(_table(rows))
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead", description=__doc__)
     parser.add_argument("--layers", default="8,32", help="numbers of layers")
     parser.add_argument("--steps", type=int, default=400, help="tokens that are timed")
+    parser.add_argument("--python", action="store_true", help="as where there is no compiler")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     return parser
 

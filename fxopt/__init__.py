@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxopt.integrations.generate import compile_config
     from fxopt.integrations.loss_only import loss_only
     from fxopt.integrations.quantized_cache import QuantizedCache
+    from fxopt.integrations.static_quantized_cache import StaticQuantizedCache
     from fxopt.integrations.warmup import warmup
     from fxopt.options import Options
     from fxopt.report.explain import explain
@@ -31,6 +32,7 @@ _PUBLIC = {
     "loss_only": "fxopt.integrations.loss_only",
     "warmup": "fxopt.integrations.warmup",
     "QuantizedCache": "fxopt.integrations.quantized_cache",
+    "StaticQuantizedCache": "fxopt.integrations.static_quantized_cache",
     "Report": "fxopt.report.report",
     "Options": "fxopt.options",
     "FxoptError": "fxopt.errors",
@@ -41,6 +43,7 @@ __all__ = [
     "Options",
     "QuantizedCache",
     "Report",
+    "StaticQuantizedCache",
     "__version__",
     "backend",
     "compile_config",

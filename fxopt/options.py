@@ -8,6 +8,7 @@ Inductor.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -25,10 +26,12 @@ from fxopt.errors import (
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 HOSTS = ("auto", "inductor", "eager")
 VERIFY = ("nothing", "masks")
+KERNELS = ("auto", "always", "never")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
 # Those of the fields that can change the compiled result.
-DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret")
+DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret", "kernels", "tune_seconds", "replay")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+REPLAY = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Options:
         generate: `generate` of the module that torch.compile returns runs compiled; otherwise torch hands it
             on to the original model, as it does with any other backend.
         fast_decode: steps of such a `generate` go past Dynamo's guards where it is known that they hold.
+        replay: steps over a key-value cache are launched as a whole, as CUDA graphs, where they come back
+            with the same memory: ``"auto"`` on CUDA in modes that ask for CUDA graphs (``"reduce-overhead"``,
+            ``"max-autotune"``). ``"always"`` is in all modes, and makes graphs of that form on other devices,
+            too, where nothing is replayed.
         kv_cache_dtype: what the caches hold that `generate` of the compiled module makes: ``"int8"`` or
             ``"fp8"`` rows with a scale for each head and token, half of the memory of bfloat16; ``"auto"`` is
             what the model computes in. A cache that is passed to `generate` stays what it is; see
@@ -55,6 +62,10 @@ class Options:
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
             is the GPU at hand.
+        kernels: whether fxopt's own kernels take their regions where TorchInductor hosts a graph on a GPU:
+            ``"always"``, ``"never"``, or ``"auto"``: those that were measured there and were faster.
+        tune_seconds: for how long kernels may be measured in the compilation of one graph, on a GPU. None is
+            no limit with ``mode="max-autotune"`` (or its kin), and 0, nothing is measured, with other modes.
         interpret: run emitted kernels in Triton's interpreter, on tensors of any device, with the eager host.
             Follows the variable ``TRITON_INTERPRET``, which Triton itself reads.
         cache_dir: directory of the kernels' files. None is ``fxopt/kernels`` in the user's cache directory.
@@ -70,9 +81,12 @@ class Options:
     fuel: int | None = None
     generate: bool = True
     fast_decode: bool = True
+    replay: str = "auto"
     kv_cache_dtype: str = "auto"
     dump: str | None = None
     target: str | None = None
+    kernels: str = "auto"
+    tune_seconds: float | None = None
     interpret: bool = False
     cache_dir: str | None = None
     cache_mib: int = 1024
@@ -111,6 +125,13 @@ class Options:
         return Options(**chosen, host_config=MappingProxyType(_host_config(rest, own)))
 
     @property
+    def measuring_seconds(self) -> float:
+        """For how long kernels may be measured in the compilation of one graph."""
+        if self.tune_seconds is not None:
+            return self.tune_seconds
+        return math.inf if self.mode.startswith("max-autotune") else 0.0
+
+    @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:
         """Everything that can change the compiled result, as plain text, for cache keys."""
         return tuple((name, repr(getattr(self, name))) for name in DECISIVE)
@@ -147,7 +168,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
     if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
         found["interpret"] = True
-    for name in ("verify", "kv_cache_dtype"):
+    if environ.get("FXOPT_TUNE_SECONDS"):
+        found["tune_seconds"] = _number(
+            "environment variable FXOPT_TUNE_SECONDS", environ["FXOPT_TUNE_SECONDS"]
+        )
+    for name in ("verify", "kv_cache_dtype", "kernels", "replay"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"]
     return found
@@ -160,7 +185,20 @@ def _integer(name: str, text: str) -> int:
         raise OptionTypeError(name=name, wanted="an integer", value=text, kind="str") from None
 
 
-_VALUES = {"host": HOSTS, "verify": VERIFY, "kv_cache_dtype": KV_CACHE_DTYPES}
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionTypeError(name=name, wanted="a number", value=text, kind="str") from None
+
+
+_VALUES = {
+    "host": HOSTS,
+    "verify": VERIFY,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+    "replay": REPLAY,
+    "kernels": KERNELS,
+}
 _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mode": ((str,), "a string"),
     "host": ((str,), "a string"),
@@ -171,6 +209,9 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "interpret": ((bool,), "a bool"),
     "fast_decode": ((bool,), "a bool"),
     "kv_cache_dtype": ((str,), "a string"),
+    "kernels": ((str,), "a string"),
+    "replay": ((str,), "a string"),
+    "tune_seconds": ((int, float, type(None)), "a number or None"),
     "fuel": ((int, type(None)), "an integer or None"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
     "target": ((str, type(None)), "the name of a GPU or None"),
@@ -192,6 +233,8 @@ def _checked(name: str, value: Any, said: str) -> Any:
             raise OptionValueError(name=said, value=value, nearest=near, valid=", ".join(values))
     if name == "fuel" and value is not None and value < 0:
         raise OptionValueError(name=said, value=value, nearest="", valid="integers from 0 on, or None")
+    if name == "tune_seconds" and value is not None and not value >= 0:
+        raise OptionValueError(name=said, value=value, nearest="", valid="numbers from 0 on, or None")
     if name == "cache_mib" and value < 1:
         raise OptionValueError(name=said, value=value, nearest="", valid="integers from 1 on")
     if name == "disable":

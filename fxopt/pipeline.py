@@ -24,11 +24,14 @@ from fxopt.frontend.kv_append import insert_appends
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.frontend.replays import NAME as REPLAY
+from fxopt.frontend.replays import Step, find_step, is_wanted
 from fxopt.frontend.retrace import CannotNormalize
 from fxopt.frontend.side_effects import stored_attributes
 from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
+from fxopt.hosts.inductor import without_graphs
 from fxopt.hosts.kernels import EMIT_KERNELS
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
@@ -116,8 +119,9 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             return _host(host, gm, example_inputs, options, record)
         try:
             inputs = _inputs(optimized, example_inputs)
-            compiled = _host(host, optimized.gm, inputs, options, record)
-            return _around(compiled, optimized, gm.forward)
+            alone = options if optimized.step is None else without_graphs(options)
+            compiled = _host(host, optimized.gm, inputs, alone, record)
+            return _around(compiled, optimized, gm.forward, record)
         except CONTROL_FLOW:
             raise
         except Exception as error:
@@ -135,22 +139,26 @@ class _Optimized:
     known: list[KnownBuffer]
     growing: Plan
     frame: Frame | None
+    step: Step | None
 
 
 def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
-    """Examples of what the host's callable takes: caches come with room for new rows."""
+    """Examples of what the host's callable takes: caches come with room for new rows, lengths in a tensor."""
     placeholders = optimized.gm.graph.find_nodes(op="placeholder")
-    given = list(inputs)
+    given = [*inputs, *(val(node) for node in placeholders[len(inputs) :])]
     for append in optimized.growing.appends:
         given[append.source] = val(placeholders[append.source])
     return given
 
 
 def _around(
-    compiled: Callable[..., Any], optimized: _Optimized, captured: Callable[..., Any]
+    compiled: Callable[..., Any], optimized: _Optimized, captured: Callable[..., Any], record: GraphRecord
 ) -> Callable[..., Any]:
     """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
-    instead = when_changed(optimized.known, captured)
+    instead, step = when_changed(optimized.known, captured), optimized.step
+    if step is not None:
+        compiled = step.around(compiled, lambda reason: record.note_refusal(REPLAY, reason))
+        instead = step.unless_fit(instead, captured)
     if optimized.growing:
         return with_growing_caches(compiled, optimized.growing, instead, optimized.frame)
     return checked(compiled, instead) if optimized.known else compiled
@@ -176,11 +184,14 @@ def _optimize(
             off = {KNOWN_BUFFERS, "all"} & set(options.disable)
             known = [] if off else compute_known_buffers(normal, example_inputs)
             growing = _growing(gm, normal, example_inputs, options, record)
+            growing.together = is_wanted(normal, options)
             frame = captured_frame(normal) if growing.appends else None
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
             rewrite(normal, options, record, dump)
+            step, notes = find_step(normal, growing, options)
+            record.evidence += notes
         with record.timed("lower"):
             lowered = lower(normal, record)
             known, notes = settle(lowered, known)
@@ -196,7 +207,7 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return _Optimized(lowered, known, growing, frame)
+    return _Optimized(lowered, known, growing, frame, step)
 
 
 def _growing(

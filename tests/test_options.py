@@ -76,6 +76,12 @@ def test_wrong_values_name_the_nearest() -> None:
         parse(options={"fuel": -1})
 
 
+def test_replay() -> None:
+    assert Options.parse(environ={"FXOPT_REPLAY": "never"}).replay == "never"
+    with pytest.raises(OptionValueError, match="auto, never, always"):
+        Options.parse(options={"replay": "sometimes"}, environ={})
+
+
 def test_pass_names_may_be_written_with_underscores() -> None:
     assert parse(options={"disable": "rewrite_attention"}).disable == ("rewrite-attention",)
 
@@ -93,7 +99,8 @@ def test_environment_is_overridden_by_options() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"), [("FXOPT_FUEL", "many"), ("FXOPT_FUEL", "-1"), ("FXOPT_HOST", "xyz"),
-                        ("FXOPT_DISABLE", "no-such-pass")]
+                        ("FXOPT_DISABLE", "no-such-pass"), ("FXOPT_KERNELS", "sometimes"),
+                        ("FXOPT_TUNE_SECONDS", "nan"), ("FXOPT_TUNE_SECONDS", "a while")]
 )  # fmt: skip
 def test_an_error_in_the_environment_names_the_variable(name: str, value: str) -> None:
     with pytest.raises((OptionTypeError, OptionValueError), match=f"environment variable {name} "):
@@ -126,3 +133,18 @@ def test_errors_survive_pickling() -> None:
     copy = pickle.loads(pickle.dumps(caught.value))
     assert type(copy) is UnknownOption
     assert str(copy) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "seconds"),
+    [
+        ("default", {}, 0.0),
+        ("reduce-overhead", {}, 0.0),
+        ("max-autotune", {}, float("inf")),
+        ("max-autotune-no-cudagraphs", {}, float("inf")),
+        ("max-autotune", {"tune_seconds": 5}, 5),
+        ("default", {"tune_seconds": 2.5}, 2.5),
+    ],
+)
+def test_kernels_are_measured_on_request_alone(mode: str, given: dict[str, float], seconds: float) -> None:
+    assert parse(mode, given).measuring_seconds == seconds

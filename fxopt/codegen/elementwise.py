@@ -17,6 +17,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
 from fxopt.ir.facts import is_tensor
+from fxopt.ir.ops.uniform import is_uniform
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -102,6 +103,7 @@ _POWERS = {
     -0.5: "tl.rsqrt({0})",
     -1: "tl.div_rn(tl.full([], 1, {0}.dtype), {0})",
 }
+_DEAR = (aten.sin, aten.cos, aten.exp, aten.log, aten.tanh, aten.erf, aten.sigmoid, aten.pow)
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default)
 _CHOICES = (aten.where.self, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
@@ -148,6 +150,13 @@ def _with_alpha(node: fx.Node, found: Pointwise) -> Pointwise | None:
     if isinstance(alpha, fx.Node):
         return None
     return Pointwise(found.formula.replace("{1}", f"({literal(alpha)} * {{1}})"), found.kind)
+
+
+def operations_of(node: fx.Node) -> int:
+    """How many instructions the operator takes for an element, roughly."""
+    if is_uniform(node.target):
+        return 64  # the ten rounds of Philox
+    return 8 if getattr(node.target, "overloadpacket", None) in _DEAR else 1
 
 
 def operands_of(node: fx.Node) -> tuple[Any, ...]:

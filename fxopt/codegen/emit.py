@@ -11,9 +11,11 @@ from torch import fx
 
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
-from fxopt.codegen.regions import Partition, Region, leads_outside, partition
+from fxopt.codegen.price import hinted
+from fxopt.codegen.regions import Partition, Region, can_emit, leads_outside, make_region, partition
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import location
+from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import can_compute, size_node
 from fxopt.ir.target import Target
 from fxopt.options import Options
@@ -31,11 +33,27 @@ class Emitted:
     kernel: KernelFile
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a region: `kernel` computes it, or with None the host does. `reason` says why."""
+
+    kernel: KernelFile | None
+    reason: str = ""
+
+
+Decide = Callable[[Sequence[KernelFile]], Sequence[Decision]]
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on tensors of any device (``TRITON_INTERPRET=1``)."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def target_of(options: Options) -> Target | None:
+    """What kernels are made for: the GPU that is named, else the one at hand."""
+    return Target.named(options.target) if options.target else Target.detect()
 
 
 def kernels_for(
@@ -47,45 +65,83 @@ def kernels_for(
 
 
 def emit_kernels(
-    gm: fx.GraphModule, options: Options, *, call: bool
+    gm: fx.GraphModule, options: Options, *, call: bool, decide: Decide | None = None
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of the regions of `gm`, and what was done and why not more.
 
     Args:
         call: put calls of the kernels in the place of the regions. Without, `gm` stays as it is.
+        decide: which of them are used. None: all.
     """
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
-    target = Target.named(options.target) if options.target else Target.detect()
+    target = target_of(options)
     emitted, found = kernels_for(gm.graph, devices, target)
-    evidence: list[Evidence] = []
     kernels: list[KernelFile] = []
     instead: dict[fx.Node, fx.Node] = {}
-    for one in emitted:
-        missing = [symbol for symbol in symbol_inputs(one.region) if not can_compute(symbol, gm.graph)]
-        if missing:
-            reason = f"no input of the graph has the size {missing[0]}"
-            evidence.append(_evidence(one.region.members[0], Status.ILLEGAL, reason))
-            continue
+
+    def use(one: Emitted) -> None:
         kernels.append(one.kernel)
-        evidence.append(_applied(one))
         if call:
             _call(gm.graph, one, as_op(one.kernel, cache=cache_of(options)), instead)
+
+    usable, evidence = _usable(emitted, gm.graph)
+    for one, decision in zip(usable, _decisions(usable, decide), strict=True):
+        if decision.kernel is None:
+            evidence.append(_evidence(one.region.members[0], Status.UNPROFITABLE, decision.reason))
+            continue
+        chosen = Emitted(one.region, decision.kernel)
+        evidence.append(_applied(chosen, target, decision.reason))
+        use(chosen)
+    if call:
+        for drawn in _usable(_draws(gm.graph, devices, target), gm.graph)[0]:
+            use(drawn)
     evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence
 
 
-def _applied(one: Emitted) -> Evidence:
-    region = one.region
+def _draws(graph: fx.Graph, devices: frozenset[str], target: Target | None) -> list[Emitted]:
+    """Kernels for random numbers whose regions were left to the host, which cannot draw the same ones."""
+    drawn = [node for node in graph.nodes if is_uniform(node.target) and can_emit(node, devices)]
+    regions = [make_region([node]) for node in drawn]
+    return [Emitted(region, kernel_of(region, target)) for region in regions]
+
+
+def _usable(emitted: Sequence[Emitted], graph: fx.Graph) -> tuple[list[Emitted], list[Evidence]]:
+    """Those that can be called in the graph, and why others cannot."""
+    usable, evidence = [], []
+    for one in emitted:
+        missing = [symbol for symbol in symbol_inputs(one.region) if not can_compute(symbol, graph)]
+        if missing:
+            reason = f"no input of the graph has the size {missing[0]}"
+            evidence.append(_evidence(one.region.members[0], Status.ILLEGAL, reason))
+        else:
+            usable.append(one)
+    return usable, evidence
+
+
+def _decisions(emitted: Sequence[Emitted], decide: Decide | None) -> Sequence[Decision]:
+    kernels = [one.kernel for one in emitted]
+    return [Decision(kernel) for kernel in kernels] if decide is None else decide(kernels)
+
+
+def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
+    region, about = one.region, one.kernel.about
+    moved, flops = about.seen
+    least = ""
+    if target is not None:
+        seconds = target.time(float(moved), float(flops), region.outputs[0].meta["val"].dtype)
+        least = f", not below {seconds * 1e6:.2f} us on {target.name}"
     return Evidence(
         rewrite=NAME,
         anchor=region.members[0].name,
         location=location(region.members[0]),
         status=Status.APPLIED,
-        reason=f"{len(region.members)} operators become the kernel {one.kernel.name}",
-        before=Cost(region.bytes_apart, 0, len(region.members)),
-        after=Cost(region.bytes_fused, 0, 1),
+        reason=f"{len(region.members)} operators become the kernel {one.kernel.name}: "
+        f"bytes {region.apart.bytes} -> {region.fused.bytes}{least}{why and '; '}{why}",
+        before=Cost(hinted(region.apart.bytes, region.members), flops, region.apart.launches),
+        after=Cost(moved, flops, len(one.kernel.launches)),
     )
 
 
@@ -99,8 +155,11 @@ def _call(graph: fx.Graph, one: Emitted, op: Callable[..., object], instead: dic
     `instead`: what earlier calls have put in the place of nodes that are gone.
     """
     region = one.region
+    own = frozenset(region.members)
+    # Earlier calls may have moved members, so that their order is another one now.
+    ordered = [node for node in graph.nodes if node in own]
     read = [instead.get(node, node) for node in dict.fromkeys(load.tensor for load in region.body.loads)]
-    with graph.inserting_after(region.members[-1]):
+    with graph.inserting_after(ordered[-1]):
         anchor = graph.call_function(torch.ops.aten.alias.default, (read[0],))
     with graph.inserting_before(anchor):
         sizes = [size_node(symbol, graph) for symbol in symbol_inputs(region)]
@@ -110,13 +169,13 @@ def _call(graph: fx.Graph, one: Emitted, op: Callable[..., object], instead: dic
             results = [graph.call_function(operator.getitem, (call, at)) for at in range(len(region.outputs))]
     values = [node.meta["val"] for node in region.outputs]
     call.meta["val"] = values[0] if len(values) == 1 else tuple(values)
-    _move_readers(region, anchor)
+    _move_readers(ordered, anchor)
     for node, result in zip(region.outputs, results, strict=True):
         result.meta |= node.meta
         instead[node] = result
         node.replace_all_uses_with(result, delete_user_cb=_read_outside(region.members))
     graph.erase_node(anchor)
-    _erase(graph, region.members)
+    _erase(graph, ordered)
 
 
 def _read_outside(members: Iterable[fx.Node]) -> Callable[[fx.Node], bool]:
@@ -124,10 +183,10 @@ def _read_outside(members: Iterable[fx.Node]) -> Callable[[fx.Node], bool]:
     return lambda user: leads_outside(user, own)
 
 
-def _move_readers(region: Region, anchor: fx.Node) -> None:
+def _move_readers(members: Sequence[fx.Node], anchor: fx.Node) -> None:
     """What lies between the members and depends on them goes behind the kernel, in its order."""
-    own, moved = frozenset(region.members), dict[fx.Node, None]()
-    node = region.members[0]
+    own, moved = frozenset(members), dict[fx.Node, None]()
+    node = members[0]
     while node is not anchor:
         after = node.next
         if node not in own and any(arg in own or arg in moved for arg in node.all_input_nodes):

@@ -44,9 +44,9 @@ def _neighbours(
         if source is not None:
             yield source
     if node in pointwise:
-        yield from ((arg, index) for arg in node.all_input_nodes if _same_shape(arg, node))
+        yield from ((arg, index) for arg in node.all_input_nodes if same_shape(arg, node))
     for user in node.users:
-        if user in pointwise and _same_shape(user, node):
+        if user in pointwise and same_shape(user, node):
             yield user, index
         elif is_view(user) and user.target not in _LOSES_ELEMENTS:
             through = _through(user, node, index, ranges)
@@ -54,8 +54,9 @@ def _neighbours(
                 yield user, through
 
 
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    if not isinstance(a.meta.get("val"), torch.Tensor):
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether both are tensors of the same sizes."""
+    if not all(isinstance(one.meta.get("val"), torch.Tensor) for one in (a, b)):
         return False
     first, second = shape_of(a), shape_of(b)
     return len(first) == len(second) and all(map(same, first, second))

@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from fxopt.ir.sizes import size_of
+
 Index = tuple[sympy.Expr, ...]
 Sizes = tuple[sympy.Expr, ...]
 
@@ -34,11 +36,6 @@ class Axis:
 def axis(name: str, size: sympy.Expr, reduced: bool = False) -> Axis:
     """An axis whose symbol sympy knows to be a non-negative integer."""
     return Axis(sympy.Symbol(name, integer=True, nonnegative=True), sympy.sympify(size), reduced)
-
-
-def size_of(value: int | torch.SymInt) -> sympy.Expr:
-    """A size as sympy has it."""
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
 
 
 def sizes_of(values: Iterable[int | torch.SymInt]) -> Sizes:
@@ -128,7 +125,17 @@ def flatten(index: Index, sizes: Sizes) -> sympy.Expr:
     flat = sympy.Integer(0)
     for at, size in zip(index, sizes, strict=True):
         flat = flat * size + at
-    return sympy.expand(flat)
+    return _recombined(sympy.expand(flat))
+
+
+def _recombined(expr: sympy.Expr) -> sympy.Expr:
+    """With ``a // b * b + a % b`` written as ``a``, which a view and its inverse leave."""
+    for rest in sorted(expr.atoms(Mod), key=str):
+        dividend, divisor = rest.args
+        factor, quotient = expr.coeff(rest), FloorDiv(dividend, divisor)
+        if factor != 0 and sympy.expand(expr.coeff(quotient) - factor * divisor) == 0:
+            expr = sympy.expand(expr - factor * rest - factor * divisor * quotient + factor * dividend)
+    return expr
 
 
 def unflatten(flat: sympy.Expr, sizes: Sizes, ranges: Ranges) -> Index:
@@ -190,6 +197,5 @@ def broadcast(index: Index, sizes: Sizes) -> Index:
 
 def offset(index: Sequence[sympy.Expr], strides: Sizes) -> sympy.Expr:
     """The distance from a tensor's first element, in elements."""
-    return sympy.expand(
-        sum((at * stride for at, stride in zip(index, strides, strict=True)), sympy.Integer(0))
-    )
+    total = sum((at * stride for at, stride in zip(index, strides, strict=True)), sympy.Integer(0))
+    return _recombined(sympy.expand(total))

@@ -69,7 +69,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a jit function of the file. `grid` holds expressions, in which constants may be used."""
+    """One launch of a jit function of the file. `grid` holds expressions, in which constants may be used.
+
+    Attributes:
+        adjustable: constants that may be any power of two, which changes speed alone, and the extent that
+            each divides, as seen while compiling. Those that are not in `grid` are steps of a loop.
+    """
 
     entry: str
     arguments: tuple[Argument, ...]
@@ -77,6 +82,7 @@ class Launch:
     constants: tuple[tuple[str, int | float | bool], ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    adjustable: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class About:
         summary: one line. lines: the user's source lines, "file.py:12: text". replaces: names of ATen ops.
         shapes: one text per tensor, "x: bf16[B, 4096]". configuration: what was chosen, and why.
         moved: bytes, flops: operations; expressions, with which `main` computes what was achieved.
+        seen: both, at the sizes seen while tracing.
     """
 
     summary: str = ""
@@ -96,6 +103,7 @@ class About:
     configuration: tuple[str, ...] = ()
     moved: str = "0"
     flops: str = "0"
+    seen: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class KernelFile:
         example_inputs: text of `def example_inputs(device)`, which returns a tuple of arguments of `launch`.
         sizes: names and the expressions that they stand for; later ones may use earlier ones.
         mutates: names of those tensor parameters that the kernel writes to.
+        scratch: tensors that launches hand to each other, allocated by `launch` and not returned.
     """
 
     name: str
@@ -121,6 +130,7 @@ class KernelFile:
     example_inputs: str
     sizes: tuple[tuple[str, str], ...] = ()
     mutates: tuple[str, ...] = ()
+    scratch: tuple[Output, ...] = ()
     about: About = field(default_factory=About)
 
     @property
@@ -146,6 +156,7 @@ def _render(kernel: KernelFile) -> str:
         _code(kernel.jit),
         _outputs(kernel),
         _launch(kernel),
+        *([_PHILOX + _inlined("ir/ops/philox.py")] if "philox_uniform(" in kernel.reference else []),
         _code(kernel.reference),
         _code(kernel.example_inputs),
         _cost(kernel),
@@ -217,17 +228,20 @@ def _sizes(kernel: KernelFile) -> list[str]:
 
 def _outputs(kernel: KernelFile) -> str:
     """`outputs`: all that a fake implementation needs."""
-    device = next((one.name for one in kernel.parameters if one.kind == "Tensor"), None)
-    where = f"{device}.device" if device else '"cuda"'
-    lines = [*_sizes(kernel), *(f"{one.name} = {_allocated(one, where)}" for one in kernel.outputs)]
+    lines = [*_sizes(kernel), *(f"{one.name} = {_allocated(one, kernel)}" for one in kernel.outputs)]
     end = f"return {_results(kernel)}" if kernel.outputs else "return None"
     return f"def outputs({_signature(kernel)}) -> {_returns(kernel)}:\n{_body([*lines, end])}"
 
 
-def _allocated(output: Output, where: str) -> str:
+def _allocated(output: Output, kernel: KernelFile) -> str:
+    device = next((one.name for one in kernel.parameters if one.kind == "Tensor"), None)
+    where = f"{device}.device" if device else '"cuda"'
     shape = _tuple(output.shape)
     options = f"dtype={output.dtype}, device={where}"
-    if output.strides is None:
+    if not output.shape:
+        # Inductor fills a tensor without dimensions, by a launch; one of one element it only allocates.
+        call = f"torch.empty((1,), {options}).view(())"
+    elif output.strides is None:
         call = f"torch.empty({shape}, {options})"
     else:
         call = f"torch.empty_strided({shape}, {_tuple(output.strides)}, {options})"
@@ -242,6 +256,7 @@ def _launch(kernel: KernelFile) -> str:
     names = ", ".join(one.name for one in kernel.parameters)
     lines = [f"{_results(kernel)} = outputs({names})"] if kernel.outputs else []
     lines += _sizes(kernel)
+    lines += [f"{one.name} = {_allocated(one, kernel)}" for one in kernel.scratch]
     for launch in kernel.launches:
         lines += _one_launch(launch)
     if kernel.outputs:
@@ -292,4 +307,5 @@ def _checks(kernel: KernelFile) -> Iterator[str]:
 
 
 _BFLOAT16 = "# Triton's interpreter computes on the bits of a bfloat16; this makes it use the value.\n"
+_PHILOX = "# The kernel's random numbers in plain torch.\n"
 _CHECK = "# The check of this file: the kernel, and eager, against the reference in float64.\n"

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import fx
 
-from fxopt.codegen.indexing import product, size_of
+from fxopt.codegen.indexing import product
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
+from fxopt.codegen.matmul import MatmulBody
+from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, piece_of
+from fxopt.codegen.price import Price, hinted
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
 from fxopt.codegen.regions import Region
 from fxopt.codegen.render import Rendered, Tile, render
+from fxopt.codegen.render_matmul import render_matmul
+from fxopt.codegen.split import can_split, split
+from fxopt.codegen.split_products import split_products
 from fxopt.codegen.statements import Body
+from fxopt.codegen.tile_sizes import power_of_two, sms_of
 from fxopt.codegen.trace import operator_name
-from fxopt.ir.cost import numel, tensors_of
 from fxopt.ir.facts import location
+from fxopt.ir.sizes import size_of
 from fxopt.ir.target import Target
 
 POINTERS = {
@@ -33,29 +41,111 @@ POINTERS = {
     torch.bool: "*i1",
 }
 LONGEST_ROW = 8192  # elements of a row that one program holds in registers
+PIECE = 8192  # elements that make a program of their own worth while
+FEWEST_PIECES = 4  # that make the second launch worth while
+REGISTERS = 64  # of a thread, for elements and their addresses while a column is summed
 TILE = 1024  # elements that a program computes at once, for 128 threads with 8 each
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One launch of a kernel: its name, what it does, and its tile, with the reason for it."""
+
+    name: str
+    body: Body
+    rendered: Rendered
+    grid: tuple[str, ...]
+    constants: tuple[tuple[str, int], ...]
+    warps: int
+    why: str
+    adjustable: tuple[tuple[str, int], ...] = ()
 
 
 def kernel_of(region: Region, target: Target | None) -> KernelFile:
     """The kernel of `region`, for `target`."""
-    tile = choose_tile(region.body, target)
-    name = _name(region)
-    rendered = render(name, region.body, tile, is_wide(region))
+    passes, scratch = _passes(region, target)
     read = list(dict.fromkeys(one.tensor for one in region.body.loads))
-    given = {str(symbol): _hint_of(symbol, region.outputs) for symbol in symbol_inputs(region)}
+    given = {str(symbol): hinted(symbol, region.outputs) for symbol in symbol_inputs(region)}
     names = region.body.names
-    sizes = _sizes_of_tensors(rendered.sizes, read, names)
+    symbols = dict.fromkeys(symbol for one in passes for symbol in one.rendered.sizes)
+    symbols |= dict.fromkeys(region.fused.bytes.free_symbols | region.fused.flops.free_symbols)
+    sizes = _sizes_of_tensors(tuple(symbols), read, names)
     return KernelFile(
-        name=name,
+        name=passes[-1].name,
         parameters=(*(Parameter(names[node]) for node in read), *(Parameter(one, "int") for one in given)),
-        jit=rendered.text,
-        launches=(_launch(name, region, rendered, read, tile),),
+        jit="\n\n".join(one.rendered.text for one in passes),
+        launches=tuple(map(_launch, passes)),
         outputs=tuple(_output(node, names[node]) for node in region.outputs),
-        reference=reference_text(region.members, region.outputs, {n: names[n] for n in read}, sizes, given),
+        reference=reference_text(region.members, region.outputs, _parameters(read, names), sizes, given),
         example_inputs=example_text({node: names[node] for node in read}, given),
         sizes=tuple(sizes.items()),
-        about=_about(region, tile, read, target),
+        scratch=scratch,
+        about=_about(region, passes, read, target),
     )
+
+
+def _parameters(read: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
+    """The tensors that are read, also as views that are alike, by name."""
+    own = {names[node] for node in read}
+    return {node: name for node, name in names.items() if name in own}
+
+
+def _passes(region: Region, target: Target | None) -> tuple[list[Pass], tuple[Output, ...]]:
+    """What is launched, in order, and what the launches hand on."""
+    name, body, wide = _name(region), region.body, is_wide(region)
+    if isinstance(body, MatmulBody):
+        matmul = choose_matmul_tile(body, target)
+        length = piece_of(body, matmul, target)
+        if length is None:
+            return [_product_pass(name, body, matmul, wide)], ()
+        cut = split_products(body, length)
+        first = _product_pass(f"{name}_pieces", cut.partial, matmul, wide)
+    else:
+        tile = choose_tile(body, target)
+        length = _piece(region, tile, target)
+        if length is None:
+            return [_loop_pass(name, body, tile, wide)], ()
+        cut = split(body, length)
+        first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+    tile = choose_tile(cut.total, target)
+    shape = tuple(map(print_index, cut.shape))
+    scratch = tuple(Output(node.name, shape, str(node.meta["val"].dtype)) for node in cut.scratch)
+    return [first, _loop_pass(name, cut.total, tile, wide)], scratch
+
+
+def _loop_pass(name: str, body: Body, tile: Tile, wide: bool) -> Pass:
+    rows = print_index(product(axis.size for axis in body.outer))
+    constants = (("ROWS", tile.rows), *((("COLUMNS", tile.columns),) if body.reduced else ()))
+    elements = tile.rows * max(1, tile.columns)
+    warps = 16 if elements >= 8192 else 8 if elements >= 4096 else 4
+    grid, rendered = (f"triton.cdiv({rows}, ROWS)",), render(name, body, tile, wide)
+    return Pass(name, body, rendered, grid, constants, warps, _why_tile(body, tile), _adjustable(body, tile))
+
+
+def _adjustable(body: Body, tile: Tile) -> tuple[tuple[str, int], ...]:
+    """The constants that may have other values, with the sizes that they divide."""
+    nodes = [*(load.tensor for load in body.loads), *(store.tensor for store in body.stores)]
+    sizes = {"ROWS": body.outer} | ({"COLUMNS": body.reduced} if tile.looped else {})
+    return tuple((name, hinted(product(a.size for a in axes), nodes)) for name, axes in sizes.items())
+
+
+def _product_pass(name: str, body: Body, tile: MatmulTile, wide: bool) -> Pass:
+    assert isinstance(body, MatmulBody)
+    rendered = render_matmul(name, body, tile, wide)
+    return Pass(name, body, rendered, tile.grid(body), tile.constants, 4, tile.why)
+
+
+def _piece(region: Region, tile: Tile, target: Target | None) -> int | None:
+    """How much of the slowest reduced axis a program reduces, where whole columns would leave SMs idle."""
+    body = region.body
+    if not tile.looped or not can_split(body):
+        return None
+    nodes = (*region.outputs, *(one.tensor for one in body.loads))
+    rows, columns = (hinted(product(a.size for a in axes), nodes) for axes in (body.outer, body.reduced))
+    pieces = 2 * sms_of(target) * tile.rows // max(1, rows)
+    inner = columns // hinted(body.reduced[0].size, nodes)
+    length = power_of_two(max(PIECE // tile.rows, columns // max(1, pieces)) // inner)
+    return length if FEWEST_PIECES * length * inner <= columns and pieces >= FEWEST_PIECES else None
 
 
 def symbol_inputs(region: Region) -> tuple[sympy.Symbol, ...]:
@@ -63,6 +153,7 @@ def symbol_inputs(region: Region) -> tuple[sympy.Symbol, ...]:
     axes = {one.symbol for one in region.body.axes}
     found = {s for expr in region.body.expressions() for s in expr.free_symbols} - axes
     found |= {s for one in region.body.axes for s in one.size.free_symbols}
+    found |= region.fused.bytes.free_symbols | region.fused.flops.free_symbols
     for node in region.outputs:
         found |= {s for part in _extents(node) for s in part.free_symbols}
     known = _sizes_of_tensors(tuple(found), [one.tensor for one in region.body.loads], region.body.names)
@@ -88,7 +179,7 @@ def _sizes_of_tensors(
 
 
 def _name(region: Region) -> str:
-    """Of the operators that say most."""
+    """After the operators that say most."""
     kinds = dict.fromkeys(operator_name(node) for node in region.members)
     told = [one for one in kinds if one not in ("add", "mul", "sub", "neg", "convert_element_type", "clone")]
     return "_".join(["fused", *(told or list(kinds))[:4]])
@@ -97,16 +188,18 @@ def _name(region: Region) -> str:
 def choose_tile(body: Body, target: Target | None) -> Tile:
     """How much a program computes at once: whole rows while they fit into registers, several short ones."""
     rows = _number(product(one.size for one in body.outer))
-    sms = target.sms if target is not None else 128
+    sms = sms_of(target)
     if not body.reduced:
-        return Tile(_power_of_two(min(TILE, max(128, rows // sms))))
+        return Tile(power_of_two(min(TILE, max(128, rows // sms))))
     columns = product(one.size for one in body.reduced)
     if columns.is_number and columns <= LONGEST_ROW and _is_contiguous_along_rows(body):
-        width = _power_of_two(int(columns))
-        return Tile(max(1, min(TILE // width, _power_of_two(max(1, rows // sms)))), width)
+        width = power_of_two(int(columns))
+        return Tile(max(1, min(TILE // width, power_of_two(max(1, rows // sms)))), width)
     if _is_contiguous_along_rows(body):
         return Tile(1, 2048, looped=True)
-    return Tile(64, 32, looped=True)
+    # Where a load is not contiguous, each of its elements takes registers for its address, too.
+    deep = 2 * REGISTERS // (3 * max(1, len(body.loads)))
+    return Tile(64, max(8, min(32, power_of_two(deep + 1) // 2)), looped=True)
 
 
 def _is_contiguous_along_rows(body: Body) -> bool:
@@ -119,10 +212,6 @@ def _is_contiguous_along_rows(body: Body) -> bool:
         votes += any(steps.get(symbol) == 1 for symbol in along)
         votes -= any(steps.get(symbol) == 1 for symbol in outer)
     return votes >= 0
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
 
 
 def _number(size: sympy.Expr) -> int:
@@ -143,18 +232,20 @@ def is_wide(region: Region) -> bool:
     return False
 
 
-def _launch(name: str, region: Region, rendered: Rendered, read: Sequence[fx.Node], tile: Tile) -> Launch:
-    types = {
-        f"{region.body.names[node]}_ptr": POINTERS[node.meta["val"].dtype]
-        for node in (*read, *region.outputs)
-    }
-    arguments = [Argument(pointer, types[pointer]) for pointer in rendered.pointers]
-    arguments += [Argument(str(symbol), "i64") for symbol in rendered.sizes]
-    constants = (("ROWS", tile.rows), *((("COLUMNS", tile.columns),) if region.body.reduced else ()))
-    rows = print_index(product(one.size for one in region.body.outer))
-    elements = tile.rows * max(1, tile.columns)
-    warps = 8 if elements >= 4096 else 4
-    return Launch(name, tuple(arguments), (f"triton.cdiv({rows}, ROWS)",), constants, num_warps=warps)
+def _launch(one: Pass) -> Launch:
+    body = one.body
+    tensors = (*(load.tensor for load in body.loads), *(store.tensor for store in body.stores))
+    types = {f"{body.names[node]}_ptr": POINTERS[node.meta["val"].dtype] for node in tensors}
+    arguments = [Argument(pointer, types[pointer]) for pointer in one.rendered.pointers]
+    arguments += [Argument(str(symbol), "i64") for symbol in one.rendered.sizes]
+    return Launch(
+        one.name,
+        tuple(arguments),
+        one.grid,
+        one.constants,
+        num_warps=one.warps,
+        adjustable=one.adjustable,
+    )
 
 
 def _output(node: fx.Node, name: str) -> Output:
@@ -165,25 +256,25 @@ def _output(node: fx.Node, name: str) -> Output:
     return Output(name, shape, str(value.dtype), strides)
 
 
-def _hint_of(symbol: sympy.Symbol, nodes: Sequence[fx.Node]) -> int:
-    for node in nodes:
-        for size in node.meta["val"].shape:
-            if isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols:
-                return int(size.node.shape_env.size_hint(symbol))
-    return 1
-
-
-def _about(region: Region, tile: Tile, read: Sequence[fx.Node], target: Target | None) -> About:
+def _about(region: Region, passes: Sequence[Pass], read: Sequence[fx.Node], target: Target | None) -> About:
+    fused = region.fused
     lines = dict.fromkeys(line for node in region.members if (line := location(node)))
     return About(
         summary=f"{len(region.members)} operators in one pass over memory",
         lines=tuple(lines),
         replaces=tuple(dict.fromkeys(str(node.target) for node in region.members)),
         shapes=tuple(f"{region.body.names[node]}: {_shape(node)}" for node in (*read, *region.outputs)),
-        configuration=_why(region, tile, target),
-        moved=str(region.bytes_fused),
-        flops=str(flops_of(region)),
+        configuration=_why(region, passes, target),
+        moved=print_index(fused.bytes),
+        flops=print_index(fused.flops),
+        seen=_seen(fused, region),
     )
+
+
+def _seen(price: Price, region: Region) -> tuple[int, int]:
+    """Bytes and operations at the sizes of tracing."""
+    nodes = (*region.outputs, *(one.tensor for one in region.body.loads))
+    return hinted(price.bytes, nodes), hinted(price.flops, nodes)
 
 
 def _shape(node: fx.Node) -> str:
@@ -191,23 +282,19 @@ def _shape(node: fx.Node) -> str:
     return f"{POINTERS[value.dtype][1:]}{list(value.shape)}, strides {list(value.stride())}"
 
 
-def flops_of(region: Region) -> int:
-    """One operation for each element of each operator."""
-    total = 0
-    for node in region.members:
-        values = [value for one in (node, *node.all_input_nodes) for value in tensors_of(one)]
-        total += max(map(numel, values), default=0)
-    return total
-
-
-def _why(region: Region, tile: Tile, target: Target | None) -> tuple[str, ...]:
-    saved = f"moves {region.bytes_fused} bytes where the operators apart move {region.bytes_apart}"
+def _why(region: Region, passes: Sequence[Pass], target: Target | None) -> tuple[str, ...]:
+    (fused, _), (apart, _) = (_seen(one, region) for one in (region.fused, region.apart))
+    saved = f"moves {fused} bytes where the operators apart move {apart}"
     where = f"chosen for {target.name} ({target.sms} SMs)" if target is not None else "chosen for any target"
-    if not region.body.reduced:
-        return (f"ROWS={tile.rows}: elements a program computes, {where}", saved)
+    return (*(f"{one.why}, {where}" for one in passes), saved)
+
+
+def _why_tile(body: Body, tile: Tile) -> str:
+    if not body.reduced:
+        return f"ROWS={tile.rows}: elements a program computes"
+    sizes = f"ROWS={tile.rows}, COLUMNS={tile.columns}"
+    if any(axis.symbol.name == "piece" for axis in body.outer):
+        return f"{sizes}: too few rows for all SMs, so that pieces of them are reduced first"
     if tile.looped:
-        return (
-            f"ROWS={tile.rows}, COLUMNS={tile.columns}: a row does not fit and is read in pieces, {where}",
-            saved,
-        )
-    return (f"ROWS={tile.rows}, COLUMNS={tile.columns}: {tile.rows} whole rows in registers, {where}", saved)
+        return f"{sizes}: a row does not fit and is read in pieces"
+    return f"{sizes}: {tile.rows} whole rows in registers"

@@ -10,10 +10,11 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.codegen.indexing import size_of
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.trace import operator_name
 from fxopt.ir.cost import hint
+from fxopt.ir.ops.uniform import is_uniform
+from fxopt.ir.sizes import size_of
 
 
 def reference_text(
@@ -31,7 +32,7 @@ def reference_text(
     for node in members:
         writer.write(node)
     arguments = [
-        *(f"{name}: torch.Tensor" for name in parameters.values()),
+        *(f"{name}: torch.Tensor" for name in dict.fromkeys(parameters.values())),
         *(f"{one}: int" for one in given),
     ]
     results = ", ".join(writer.named[node] for node in outputs)
@@ -77,6 +78,8 @@ class _Writer:
 
 def _callee(node: fx.Node) -> str:
     target = node.target
+    if is_uniform(target):
+        return "philox_uniform"
     if isinstance(target, torch._ops.OpOverload):
         return f"torch.ops.{target}"
     return f"{target.__module__.lstrip('_')}.{target.__name__}"  # type: ignore[union-attr]

@@ -8,7 +8,8 @@ region: they are index arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -16,21 +17,24 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, supported
+from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, operations_of, supported
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
+from fxopt.codegen.matmul import is_skinny, matmul_body
+from fxopt.codegen.price import Price, prices_of
 from fxopt.codegen.statements import Body, merged
 from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
 from fxopt.codegen.view_index import is_view
-from fxopt.ir.cost import bytes_of, hint, tensors_of
+from fxopt.ir.cost import bytes_of, hint, numel, tensors_of
+from fxopt.ir.ops.uniform import is_uniform
 
 aten = torch.ops.aten
 
 MAX_POINTERS = 24  # more arguments cost more to launch than a second kernel
 MAX_MEMBERS = 96
-# operators that take many instructions: not worth computing again for every element of a broadcast
-_DEAR = (aten.sin, aten.cos, aten.exp, aten.log, aten.tanh, aten.erf, aten.sigmoid, aten.pow)
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional")
 
+
+_JOINTS = (aten.cat.default, aten.slice_scatter.default)
 
 Edge = tuple[fx.Node, fx.Node]
 
@@ -41,14 +45,14 @@ class Region:
 
     Attributes:
         members: its operators, in order. outputs: those whose results are read elsewhere. body: its loop.
-        bytes_apart: what the operators would move each for itself. bytes_fused: what the kernel moves.
+        apart: what the operators cost each for itself. fused: what the kernel costs.
     """
 
     members: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     body: Body
-    bytes_apart: int
-    bytes_fused: int
+    apart: Price
+    fused: Price
 
 
 @dataclass
@@ -72,10 +76,12 @@ def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
     read = [value for arg in node.all_input_nodes for value in tensors_of(arg)]
     if not values or not all(value.device.type in devices and _plain(value) for value in values + read):
         return False
-    if is_moment(node) or node.target in REDUCTIONS or node.target is aten.cat.default:
+    if is_moment(node) or node.target in REDUCTIONS or node.target in _JOINTS:
+        return True
+    if is_uniform(node.target):
         return True
     found = formula_of(node)
-    return found is not None and supported(node, found)
+    return supported(node, found) if found is not None else is_skinny(node)
 
 
 def _plain(value: torch.Tensor) -> bool:
@@ -125,14 +131,31 @@ class _Grower:
         return paths
 
     def grow(self) -> Partition:
-        """Join until nothing can be joined, first what only one group reads: it leaves no result behind."""
+        """Join until nothing can be joined, first what only one group reads: it leaves no result behind.
+
+        What follows a product belongs to it before what is in front of it does, which programs compute again.
+        """
         edges = self._edges()
-        while self._join_some(edges, only_reader=True) or self._join_some(edges, only_reader=False):
-            pass
+        behind = [pair for pair in edges if not is_skinny(pair[1])]
+        loops = [pair for pair in behind if not is_skinny(pair[0])]
+        self._join_all(behind, loops)
+        siblings = self._siblings()
+        self._join_siblings(pair for pair in siblings if all(map(is_skinny, pair)))
+        self._join_all(edges, edges)
+        self._join_siblings(siblings)
         found = [region for key in sorted(self.groups) if (region := self._region(key)) is not None]
         apart = [pair for pair in edges if self.group[pair[0]] != self.group[pair[1]]]
         refused = [(pair[1], f"not joined with {pair[0].name}: {self.reasons[pair]}") for pair in apart]
         return Partition(found, self.refused + refused)
+
+    def _join_all(self, only_readers: Sequence[Edge], others: Sequence[Edge]) -> None:
+        while self._join_some(only_readers, only_reader=True) or self._join_some(others, only_reader=False):
+            pass
+
+    def _join_siblings(self, pairs: Iterable[Edge]) -> None:
+        for pair in pairs:
+            if not self._ordered(*pair):
+                self._try(pair, only_reader=False)
 
     def _join_some(self, edges: Iterable[Edge], *, only_reader: bool) -> bool:
         """All joins of results that nobody else reads, or the first of the others."""
@@ -153,10 +176,28 @@ class _Grower:
                 if base in self.group:
                     found[(base, consumer)] = sum(map(bytes_of, tensors_of(base)))
 
-        def rank(pair: Edge) -> tuple[int, int, int]:
-            return (-found[pair], self.order[pair[0]], self.order[pair[1]])
+        def rank(pair: Edge) -> tuple[bool, int, int, int]:
+            return (not is_skinny(pair[0]), -found[pair], self.order[pair[0]], self.order[pair[1]])
 
         return sorted(found, key=rank)
+
+    def _siblings(self) -> list[Edge]:
+        """Pairs of operators that read the same tensor, the largest first."""
+        readers: dict[fx.Node, dict[fx.Node, None]] = {}
+        for consumer in self.members:
+            for arg in consumer.all_input_nodes:
+                readers.setdefault(view_base(arg), {})[consumer] = None
+        large = sorted(readers, key=lambda read: (-sum(map(bytes_of, tensors_of(read))), self.order[read]))
+        pairs = [pair for read in large for pair in itertools.pairwise(readers[read])]
+        return list(dict.fromkeys(pairs))
+
+    def _ordered(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether the group of one needs that of the other, on any way."""
+        a, b = self.group[first], self.group[second]
+        return a == b or self._needs(a, b) or self._needs(b, a)
+
+    def _needs(self, first: int, second: int) -> bool:
+        return self.paths.has_edge(first, second) or self._path_outside(first, second)
 
     def _try(self, pair: Edge, only_reader: bool) -> bool:
         """Join the groups of a pair; what was refused once is refused until one of them has grown."""
@@ -220,13 +261,28 @@ class _Grower:
 
     def _region(self, key: int) -> Region | None:
         members = self.groups[key]
-        if len(members) == 1 and members[0].target not in REDUCTIONS:
+        if len(members) == 1 and not _stands_alone(members[0]):
             return None  # nothing is saved
+        if _are_numbers(members):
+            self.refused.append((members[0], "a single number, which the host computes where it is used"))
+            return None
         try:
             return make_region(members)
         except CannotEmit as refusal:
             self.refused.append((members[0], refusal.reason))
             return None
+
+
+def _stands_alone(node: fx.Node) -> bool:
+    """Whether a kernel for `node` alone is worth while, or has to be: the host cannot draw our numbers."""
+    return node.target in REDUCTIONS or is_uniform(node.target)
+
+
+def _are_numbers(members: Iterable[fx.Node]) -> bool:
+    """Whether tensors of one element are all that `members` read and make, such as a counter of tokens."""
+    nodes = {one for node in members for one in (node, *node.all_input_nodes)}
+    values = [value for node in nodes for value in tensors_of(node)]
+    return all(numel(value) == 1 for value in values) and not any(is_uniform(node.target) for node in nodes)
 
 
 def make_region(members: Iterable[fx.Node]) -> Region:
@@ -238,9 +294,7 @@ def make_region(members: Iterable[fx.Node]) -> Region:
     own = tuple(members)
     body = body_of(own)
     outputs = outputs_of(own)
-    read = {one.tensor for one in body.loads}
-    fused = sum(bytes_of(node.meta["val"]) for node in (*read, *outputs))
-    return Region(own, outputs, body, sum(map(_bytes_apart, own)), fused)
+    return Region(own, outputs, body, *prices_of(own, outputs, body))
 
 
 def body_of(members: Iterable[fx.Node]) -> Body:
@@ -251,9 +305,9 @@ def body_of(members: Iterable[fx.Node]) -> Body:
     """
     own = tuple(members)
     outputs = outputs_of(own)
-    loop = loop_of(own, outputs)
-    _refuse_repetition(own, loop)
-    body = merged(trace(own, outputs, loop))
+    if not outputs:
+        raise CannotEmit("nothing reads its results")
+    body = matmul_body(own, outputs) if any(map(is_skinny, own)) else _loop_body(own, outputs)
     pointers = len({one.tensor for one in body.loads}) + len(outputs)
     if not body.loads:
         raise CannotEmit("it reads nothing: a constant, which the host folds")
@@ -262,10 +316,15 @@ def body_of(members: Iterable[fx.Node]) -> Body:
     return body
 
 
+def _loop_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Body:
+    loop = loop_of(members, outputs)
+    _refuse_repetition(members, loop)
+    return merged(trace(members, outputs, loop))
+
+
 def _refuse_repetition(members: Iterable[fx.Node], loop: Loop) -> None:
     for node in members:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in _DEAR and loop.home(node) is None:
+        if operations_of(node) > 1 and loop.home(node) is None:
             raise CannotEmit(f"{node.name} would be computed again for every element that it is broadcast to")
 
 
@@ -280,8 +339,3 @@ def leads_outside(user: fx.Node, members: frozenset[fx.Node]) -> bool:
     if user in members:
         return False
     return not is_view(user) or any(leads_outside(one, members) for one in user.users)
-
-
-def _bytes_apart(node: fx.Node) -> int:
-    read = {view_base(arg) for arg in node.all_input_nodes}
-    return sum(bytes_of(value) for one in (node, *read) for value in tensors_of(one))

@@ -8,7 +8,7 @@ reads again what it needs, and a last loop stores what differs along the row.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import sympy
@@ -29,9 +29,10 @@ from fxopt.codegen.statements import (
     Reduce,
     Statement,
     Store,
+    identity_of,
 )
 
-_COMBINE = {"sum": "{0} + {1}", "max": "maximum({0}, {1})", "min": "minimum({0}, {1})"}
+COMBINE = {"sum": "{0} + {1}", "max": "maximum({0}, {1})", "min": "minimum({0}, {1})"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,10 @@ class _Renderer:
         sizes = self._sizes()
         arguments = [*pointers, *(str(one) for one in sizes), "ROWS: tl.constexpr"]
         arguments += ["COLUMNS: tl.constexpr"] if self.has_r else []
-        text = "\n".join([*self._helpers(), "@triton.jit", *_signature(self.name, arguments), *self.lines])
+        head = signature(self.name, arguments)
+        text = "\n".join([*helpers_of(self.lines), "@triton.jit", *head, *self.lines])
         programs = FloorDiv(self.rows + self.tile.rows - 1, sympy.Integer(self.tile.rows))
         return Rendered(text + "\n", tuple(pointers), sizes, programs)
-
-    def _helpers(self) -> list[str]:
-        joined = "\n".join(self.lines)
-        return [text + "\n" for name, text in HELPERS.items() if re.search(rf"(?<![\w.]){name}\b", joined)]
 
     def _pointers(self) -> list[str]:
         read = dict.fromkeys(f"{self.body.names[one.tensor]}_ptr" for one in self.body.loads)
@@ -147,7 +145,6 @@ class _Renderer:
 
     def _passes(self) -> None:
         """One loop for each level of reductions, and one for what is stored along the row."""
-        by_name = {one.name: one for one in self.body.statements}
         highest = max((one.level for one in self.body.statements), default=0)
         for level in range(highest + 1):
             own = [one for one in self.body.statements if one.level == level and not one.on_r]
@@ -157,22 +154,23 @@ class _Renderer:
             ]
             stores = [one for one in self.body.stores if one.on_r] if level == highest else []
             if reduces or stores:
-                needed = _along(by_name, [*(r.uses[0] for r in reduces), *(s.source for s in stores)])
+                wanted = [*(r.uses[0] for r in reduces), *(s.source for s in stores)]
+                needed = self.body.needed_along(wanted)
                 self._one_pass([one for one in self.body.statements if one.name in needed], reduces, stores)
         self._emit([], [one for one in self.body.stores if not one.on_r], "inside_x", 1)
 
     def _one_pass(self, needed: list[Statement], reduces: list[Reduce], stores: list[Store]) -> None:
         for one in reduces:
-            zero = f"tl.full([ROWS, COLUMNS], {_identity(one)}, {TRITON_TYPES[one.dtype]})"
+            zero = f"tl.full([ROWS, COLUMNS], {identity_of(one)}, {TRITON_TYPES[one.dtype]})"
             self._line(1, f"{one.name}_partial = {zero}")
         self._line(1, f"for start in range(0, {print_index(self.columns)}, COLUMNS):")
         self._columns("start + ", 2)
         self._emit(needed, stores, "inside", 2)
         for one in reduces:
-            value = f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})"
-            self._line(2, f"{one.name}_partial = {_COMBINE[one.how].format(f'{one.name}_partial', value)}")
+            value = f"tl.where(inside_r, {one.uses[0]}, {identity_of(one)})"
+            self._line(2, f"{one.name}_partial = {COMBINE[one.how].format(f'{one.name}_partial', value)}")
         for one in reduces:
-            self._line(1, f"{one.name} = {_over_row(one.how, f'{one.name}_partial')}")
+            self._line(1, f"{one.name} = {over_row(one.how, f'{one.name}_partial')}")
 
     def _emit(
         self, statements: Iterable[Statement], stores: Iterable[Store], inside: str, depth: int
@@ -192,14 +190,14 @@ class _Renderer:
         if isinstance(one, Position):
             return f"({print_index(one.expr)} + tl.full([1], 0, tl.int64))"
         if isinstance(one, Choose):
-            return f"tl.where({_condition(one.condition)}, {one.uses[0]}, {one.uses[1]})"
+            return f"tl.where({condition_text(one.condition)}, {one.uses[0]}, {one.uses[1]})"
         assert isinstance(one, Reduce)
         if self.columns == self.tile.columns and one.uses[0] in self.along:
-            return _over_row(one.how, one.uses[0])
-        return _over_row(one.how, f"tl.where(inside_r, {one.uses[0]}, {_identity(one)})")
+            return over_row(one.how, one.uses[0])
+        return over_row(one.how, f"tl.where(inside_r, {one.uses[0]}, {identity_of(one)})")
 
     def _load(self, one: Load) -> str:
-        masks = [f"({_condition(c)})" for c in one.conditions]
+        masks = [f"({condition_text(c)})" for c in one.conditions]
         limits = [part for c in one.conditions for part in (c.lhs, c.bound)]
         outer, along = self._reads(one.offset, *limits)
         if outer or along:
@@ -227,14 +225,10 @@ class _Renderer:
         return text.removeprefix("0 + ")
 
 
-def _identity(one: Reduce) -> str:
-    """What changes nothing when it is combined."""
-    if one.how == "sum":
-        return "0"
-    if one.dtype.is_floating_point:
-        return "float('-inf')" if one.how == "max" else "float('inf')"
-    limits = torch.iinfo(one.dtype)
-    return str(limits.min if one.how == "max" else limits.max)
+def helpers_of(lines: Iterable[str]) -> list[str]:
+    """The texts of the device functions that `lines` call."""
+    joined = "\n".join(lines)
+    return [text + "\n" for name, text in HELPERS.items() if re.search(rf"(?<![\w.]){name}\b", joined)]
 
 
 def _mask(outer: bool, along: bool, has_r: bool) -> str:
@@ -243,30 +237,21 @@ def _mask(outer: bool, along: bool, has_r: bool) -> str:
     return "inside_r" if along else "inside_x"
 
 
-def _signature(name: str, arguments: list[str]) -> list[str]:
+def signature(name: str, arguments: list[str]) -> list[str]:
+    """The head of a function, on several lines where it is long."""
     one_line = f"def {name}({', '.join(arguments)}):"
     if len(one_line) <= 110:
         return [one_line]
     return [f"def {name}(", *(f"    {one}," for one in arguments), "):"]
 
 
-def _condition(one: Condition) -> str:
+def condition_text(one: Condition) -> str:
+    """As Triton reads it."""
     return f"{print_index(one.lhs)} < {print_index(one.bound)}"
 
 
-def _over_row(how: str, text: str) -> str:
+def over_row(how: str, text: str) -> str:
+    """A block reduced along its second axis, which stays."""
     if how == "sum":
         return f"tl.sum({text}, axis=1, keep_dims=True)"
     return f"tl.reduce({text}, 1, {how}imum, keep_dims=True)"
-
-
-def _along(by_name: Mapping[str, Statement], wanted: Iterable[str]) -> set[str]:
-    """The statements along the row that `wanted` need, themselves included."""
-    found: set[str] = set()
-    todo = [by_name[name] for name in wanted]
-    while todo:
-        one = todo.pop()
-        if one.on_r and one.name not in found:
-            found.add(one.name)
-            todo += [by_name[name] for name in one.uses]
-    return found

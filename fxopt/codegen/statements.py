@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -37,6 +37,10 @@ class Statement:
     on_r: bool
     origin: fx.Node
 
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        """The index expressions that it depends on by itself."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Load(Statement):
@@ -45,6 +49,9 @@ class Load(Statement):
     tensor: fx.Node
     offset: sympy.Expr
     conditions: tuple[Condition, ...] = ()
+
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return (self.offset, *(part for one in self.conditions for part in (one.lhs, one.bound)))
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Position(Statement):
 
     expr: sympy.Expr
 
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return (self.expr,)
+
 
 @dataclass(frozen=True)
 class Choose(Statement):
@@ -67,12 +77,37 @@ class Choose(Statement):
 
     condition: Condition
 
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return (self.condition.lhs, self.condition.bound)
+
 
 @dataclass(frozen=True)
 class Reduce(Statement):
     """Over all reduced axes, by ``"sum"``, ``"max"`` or ``"min"``."""
 
     how: str
+
+
+def identity_of(one: Reduce) -> str:
+    """What changes nothing when it is combined, as Triton text."""
+    if one.how == "sum":
+        return "0"
+    if one.dtype.is_floating_point:
+        return "float('-inf')" if one.how == "max" else "float('inf')"
+    limits = torch.iinfo(one.dtype)
+    return str(limits.min if one.how == "max" else limits.max)
+
+
+@dataclass(frozen=True)
+class Product(Statement):
+    """One element of a matrix product in float32: its two operands multiplied, over the reduced axis."""
+
+
+@dataclass(frozen=True)
+class Exchange(Statement):
+    """The value `distance` columns further in the first half of a pair of that width, back in the second."""
+
+    distance: int
 
 
 @dataclass(frozen=True)
@@ -113,17 +148,27 @@ class Body:
     def loads(self) -> list[Load]:
         return [one for one in self.statements if isinstance(one, Load)]
 
+    def needed_for(self, wanted: Iterable[str], known: Collection[str] = ()) -> set[str]:
+        """The values that `wanted` are computed from, themselves included, up to those that are known."""
+        by_name = {one.name: one for one in self.statements}
+        found: set[str] = set()
+        todo = list(wanted)
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += () if name in known else by_name[name].uses
+        return found
+
+    def needed_along(self, wanted: Iterable[str]) -> set[str]:
+        """Those of `needed_for` that differ along the reduced axes, up to the first that do not."""
+        along = {one.name for one in self.statements if one.on_r}
+        return self.needed_for(wanted, {one.name for one in self.statements} - along) & along
+
     def expressions(self) -> list[sympy.Expr]:
         """Every index expression."""
-        found: list[sympy.Expr] = [store.offset for store in self.stores]
-        for one in self.statements:
-            if isinstance(one, Load):
-                found += [one.offset, *(part for c in one.conditions for part in (c.lhs, c.bound))]
-            elif isinstance(one, Position):
-                found.append(one.expr)
-            elif isinstance(one, Choose):
-                found += [one.condition.lhs, one.condition.bound]
-        return found
+        stored = [store.offset for store in self.stores]
+        return stored + [expr for one in self.statements for expr in one.indices()]
 
     def with_indices(self, change: Callable[[sympy.Expr], sympy.Expr], axes: tuple[Axis, ...]) -> Body:
         """The same body over other axes."""

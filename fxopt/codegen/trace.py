@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import keyword
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -24,11 +25,24 @@ from fxopt.codegen.elementwise import (
     register_type,
 )
 from fxopt.codegen.helpers import HELPERS
-from fxopt.codegen.indexing import Index, offset, ranges_of, size_of, sizes_of
+from fxopt.codegen.indexing import Index, flatten, offset, ranges_of, sizes_of
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment
 from fxopt.codegen.reduce import moments, reduced
-from fxopt.codegen.statements import Body, Choose, Compute, Condition, Load, Position, Statement, Store
+from fxopt.codegen.statements import (
+    Body,
+    Choose,
+    Compute,
+    Condition,
+    Load,
+    Position,
+    Product,
+    Reduce,
+    Statement,
+    Store,
+)
 from fxopt.codegen.view_index import broadcast_to, is_view, keeps_strides, shape_of, view_source
+from fxopt.ir.ops.uniform import is_uniform
+from fxopt.ir.sizes import size_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -38,7 +52,21 @@ FILLS: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.s
 
 
 # names that kernels use for other things
-_OWN = {"x", "r", "tl", "triton", "torch", "start", "inside", "inside_x", "inside_r", *HELPERS}
+_OWN = {
+    "x",
+    "r",
+    "piece",
+    "tile",
+    "column",
+    "tl",
+    "triton",
+    "torch",
+    "start",
+    "inside",
+    "inside_x",
+    "inside_r",
+    *HELPERS,
+}
 _RESERVED = frozenset({*_OWN, *dir(builtins), *keyword.kwlist})
 
 
@@ -82,6 +110,33 @@ def is_created(node: fx.Node) -> bool:
     return node.target in FILLS and not isinstance(node.args[FILLS[node.target]], fx.Node)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """From `begin` to `end` along a dimension a result is `source`, further back by `shift`."""
+
+    source: fx.Node
+    shift: sympy.Expr
+    begin: sympy.Expr
+    end: sympy.Expr
+
+
+def scattered_slice(node: fx.Node) -> tuple[fx.Node, fx.Node, int, sympy.Expr]:
+    """Base, source, dimension and first index of a ``slice_scatter``.
+
+    Raises:
+        CannotEmit: its elements are not side by side, or where they begin depends on a size.
+    """
+    given = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    named: dict[str, Any] = dict(zip(given, node.args, strict=False)) | node.kwargs
+    base, source, start = named["self"], named["src"], named.get("start")
+    if named.get("step", 1) != 1 or not isinstance(start, int | None):
+        raise CannotEmit("wanted a slice of neighbours from a known index on")
+    dim = named.get("dim", 0) % len(shape_of(base))
+    size = shape_of(base)[dim]
+    begin = sympy.Integer(start or 0)
+    return base, source, dim, begin if begin >= 0 else size + begin
+
+
 class Tracer:
     """Collects the statements of one body, each value once."""
 
@@ -93,6 +148,7 @@ class Tracer:
         self.stores: list[Store] = []
         self._known: dict[tuple[Any, ...], Statement] = {}
         self._reduced_at: dict[fx.Node, Index] = {}
+        self._spelled: dict[tuple[Any, ...], fx.Node] = {}
         self.names: dict[fx.Node, str] = {}
         self._named: dict[str, Statement] = {}
 
@@ -129,30 +185,37 @@ class Tracer:
             return self._load(node, index, conditions)
         key = (node, index, conditions)
         if key not in self._known:
-            self._known[key] = self._member(node, index, conditions)
+            self._known[key] = self.member(node, index, conditions)
         return self._known[key]
 
     def _load(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             return self.add(Position, node, (), torch.int64, expr=size_of(value))
+        alike, node = node, self._spelled.setdefault(_spelling(node), node)
         at = offset(index, sizes_of(value.stride()))
         key = ("load", node, at, conditions)
         if key not in self._known:
             self.names.setdefault(node, f"in_{len(self.names)}")
             dtype = register_type(value.dtype)
             self._known[key] = self.add(Load, node, (), dtype, tensor=node, offset=at, conditions=conditions)
+        self.names[alike] = self.names[node]
         return self._known[key]
 
-    def _member(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+    def member(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """What one operator of the region computes."""
         if formula_of(node) is not None:
             return self._pointwise(node, index, conditions)
         if node.target is aten.cat.default:
             return self._cat(node, index, conditions)
+        if node.target is aten.slice_scatter.default:
+            return self._slice_scatter(node, index, conditions)
         if node.target in REDUCTIONS:
             return reduced(self, node, self._inside(node, index, conditions))
         if is_moment(node):
             return self._moment(node, index, conditions)
+        if is_uniform(node.target):
+            return self._uniform(node, index)
         raise CannotEmit(f"{node.target} is not emitted")
 
     def _pointwise(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
@@ -174,23 +237,53 @@ class Tracer:
     def _cat(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         parts: Any = node.args[0]
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        at = index[dim % len(index)]
-        ends = [sympy.Integer(0)]
+        dim %= len(index)
+        pieces, begin = [], sympy.Integer(0)
         for part in parts:
-            ends.append(sympy.expand(ends[-1] + shape_of(part)[dim % len(index)]))
+            end = sympy.expand(begin + shape_of(part)[dim])
+            pieces.append(Piece(part, begin, begin, end))
+            begin = end
+        return self._joined(node, index, dim, pieces, conditions)
+
+    def _slice_scatter(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """The base with `source` in the place of one of its slices: the gradient of a slice, for one."""
+        base, source, dim, begin = scattered_slice(node)
+        size, end = shape_of(base)[dim], sympy.expand(begin + shape_of(source)[dim])
+        zero = sympy.Integer(0)
+        pieces = [
+            Piece(base, zero, zero, begin),
+            Piece(source, begin, begin, end),
+            Piece(base, zero, end, size),
+        ]
+        own = [one for one in pieces if one.begin != one.end]
+        return self._joined(node, index, dim, own, conditions)
+
+    def _joined(
+        self, node: fx.Node, index: Index, dim: int, pieces: Sequence[Piece], conditions: Conditions
+    ) -> Statement:
+        """What lies side by side along a dimension."""
+        at = index[dim]
         chosen: Statement | None = None
-        for part, begin, end in reversed(list(zip(parts, ends, ends[1:], strict=False))):
-            here: Conditions = (Condition(begin - 1, at),) if begin != 0 else ()
-            here += (Condition(at, end),) if chosen is not None else ()
-            inner = tuple(one - begin if one is at else one for one in index)
-            value = self.converted(node, self.value(part, inner, conditions + here))
+        for one in reversed(pieces):
+            here: Conditions = (Condition(one.begin - 1, at),) if one.begin != 0 else ()
+            here += (Condition(at, one.end),) if chosen is not None else ()
+            inner = (*index[:dim], at - one.shift, *index[dim + 1 :])
+            value = self.converted(node, self.value(one.source, inner, conditions + here))
             if chosen is None:
                 chosen = value
             else:
                 uses = (value.name, chosen.name)
-                chosen = self.add(Choose, node, uses, value.dtype, condition=Condition(at, end))
+                chosen = self.add(Choose, node, uses, value.dtype, condition=Condition(at, one.end))
         assert chosen is not None
         return chosen
+
+    def _uniform(self, node: fx.Node, index: Index) -> Statement:
+        source: Any = node.args[1]
+        seed = self.value(source, (), ())
+        place = self.add(Position, node, (), torch.int64, expr=flatten(index, shape_of(node)))
+        return self.compute(
+            node, (seed.name, place.name), f"uniform({seed.name}, {place.name}, {node.args[2]})"
+        )
 
     def _created(self, node: fx.Node, index: Index) -> Statement:
         if node.target is prims.iota.default:
@@ -249,7 +342,7 @@ class Tracer:
         symbols = {symbol for part in rest.values() for symbol in _symbols(part)}
         on_r = bool(symbols & self.along) or any(one.on_r for one in used)
         level = max((one.level for one in used), default=0)
-        if "how" in rest:
+        if issubclass(kind, (Product, Reduce)):
             on_r, level = False, level + 1
         base = self.names[node] if kind is Load else operator_name(node)
         name = f"{base}_{rest['how']}" if "how" in rest else base
@@ -264,6 +357,13 @@ class Tracer:
             count += 1
             name = f"{wanted}_{count}"
         return name
+
+
+def _spelling(node: fx.Node) -> tuple[Any, ...]:
+    """The same for views of one tensor that are made alike."""
+    if not is_view(node) or not isinstance(node.args[0], fx.Node):
+        return (node,)
+    return (node.target, *_spelling(node.args[0]), repr(node.args[1:]), repr(node.kwargs))
 
 
 def _symbols(part: Any) -> set[Any]:

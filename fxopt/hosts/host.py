@@ -43,6 +43,9 @@ class Notes(Protocol):
     evidence: list[Evidence]
     kernels: list[KernelFile]
 
+    def fail(self, stage: str, error: BaseException) -> None:
+        """A fault of fxopt that the host has survived."""
+
 
 @dataclass(frozen=True)
 class Host:

@@ -5,13 +5,17 @@ Uses private torch APIs, listed in docs/torch_apis.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
 
 from fxopt.errors import NoHost
 from fxopt.hosts.host import Host, Notes
+from fxopt.hosts.inductor_kernels import emitter
+from fxopt.hosts.kernels import own_random_numbers
 from fxopt.options import Options
 from fxopt.runtime.fingerprint import source_fingerprint
 
@@ -28,35 +32,54 @@ def missing_compiler() -> str | None:
     return None
 
 
-def config_patches(options: Options) -> dict[str, Any]:
-    """The Inductor configuration of one compilation."""
+def config_patches(options: Options, emit: Callable[[fx.Graph], None] | None = None) -> dict[str, Any]:
+    """The Inductor configuration of one compilation.
+
+    Its passes go into the keys of Inductor's caches, with fxopt's version and options. With `emit`, random
+    numbers become functions of seeds before forward and backward are apart, for kernels to draw, and `emit`
+    runs before Inductor fuses anything. The last pass changes nothing.
+    """
     from torch._inductor import list_mode_options
 
     patches: dict[str, Any] = {}
     if options.mode != "default":
         patches |= list_mode_options(options.mode)
     patches |= options.host_config
-    patches["post_grad_custom_post_pass"] = _fingerprinted(patches, options)
-    return patches
+    own: dict[str, Callable[[fx.Graph], object]] = {"post_grad_custom_post_pass": _nothing}
+    if emit is not None:
+        own |= {"joint_custom_pre_pass": own_random_numbers, "post_grad_custom_pre_pass": emit}
+    return patches | {name: _graph_pass(name, patches, one, options) for name, one in own.items()}
 
 
-def _fingerprinted(patches: dict[str, Any], options: Options) -> Any:
-    """A post-grad pass that changes nothing but carries fxopt's version into the keys of the caches."""
+def without_graphs(options: Options) -> Options:
+    """`options` for a graph that somebody else records: one recording cannot be made within another."""
+    return replace(options, host_config=MappingProxyType({**options.host_config, "triton.cudagraphs": False}))
+
+
+def _nothing(graph: fx.Graph) -> None:
+    pass
+
+
+def _graph_pass(
+    name: str, patches: Mapping[str, Any], own: Callable[[fx.Graph], object], options: Options
+) -> Any:
+    """The pass of the configuration's `name`: what is configured already, and then `own`."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    inner = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    given = patches.get(name, getattr(config, name))
+    theirs = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
 
-    class Fingerprint(CustomGraphPass):
+    class GraphPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if inner is not None:
-                inner(graph)
+            for one in (*theirs, own):
+                one(graph)
 
         def uuid(self) -> Any:
-            theirs = inner.uuid() if isinstance(inner, CustomGraphPass) else repr(inner)
-            return (source_fingerprint(), options.fingerprint, theirs)
+            names = [one.uuid() if isinstance(one, CustomGraphPass) else repr(one) for one in theirs]
+            return (source_fingerprint(), options.fingerprint, *names)
 
-    return Fingerprint()
+    return GraphPass()
 
 
 def _compile(
@@ -64,13 +87,14 @@ def _compile(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    devices = {getattr(value, "device", None) for value in example_inputs}
-    if any(device is not None and device.type == "cpu" for device in devices):
+    devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
+    if "cpu" in devices:
         reason = missing_compiler()
         if reason is not None:
             raise NoHost(host="inductor", reason=reason, remedy="Install g++ (Debian: apt-get install g++).")
+    emit = emitter(options, notes) if "cuda" in devices else None
     compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
-        gm, example_inputs, config_patches=config_patches(options)
+        gm, example_inputs, config_patches=config_patches(options, emit)
     )
     return compiled
 

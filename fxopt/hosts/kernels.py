@@ -19,11 +19,14 @@ from fxopt.options import Options
 EMIT_KERNELS = "emit-kernels"
 
 
+def wants_kernels(options: Options) -> bool:
+    """Whether the options leave a place for kernels at all."""
+    return options.kernels != "never" and not {EMIT_KERNELS, "all"} & set(options.disable)
+
+
 def makes_kernels(options: Options, example_inputs: Sequence[Any]) -> bool:
     """Whether the eager host has a use for kernels: it can interpret them, or a target was named."""
-    if {EMIT_KERNELS, "all"} & set(options.disable):
-        return False
-    return options.interpret or for_target(options, example_inputs)
+    return wants_kernels(options) and (options.interpret or for_target(options, example_inputs))
 
 
 def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
@@ -37,11 +40,18 @@ def compile_with_kernels(
 ) -> Callable[..., Any]:
     """Forward and backward of `gm`, with kernels for their regions."""
     from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import default_partition
     from torch._inductor.decomposition import select_decomp_table
 
     from fxopt.codegen.emit import emit_kernels, interpreted
 
+    def partition_fn(joint: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
+        own_random_numbers(joint.graph)
+        joint.recompile()
+        return default_partition(joint, *arguments, **options)
+
     def compile_part(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        own_random_numbers(gm.graph)
         kernels, evidence = emit_kernels(gm, options, call=interpreted())
         notes.kernels += kernels
         notes.evidence += evidence
@@ -52,9 +62,22 @@ def compile_with_kernels(
         example_inputs,
         fw_compiler=compile_part,
         bw_compiler=compile_part,
+        partition_fn=partition_fn,
         decompositions=select_decomp_table(),
     )
     return compiled
+
+
+def own_random_numbers(graph: fx.Graph) -> int:
+    """Before the split into forward and backward: both then draw the same numbers. How many draws there are.
+
+    As Inductor's they are not eager's, unless the user has asked Inductor for those.
+    """
+    from torch._inductor import config
+
+    from fxopt.codegen.random_numbers import seed_random_numbers
+
+    return 0 if config.fallback_random else seed_random_numbers(graph)
 
 
 def _boxed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -107,7 +107,8 @@ def cross_compile(model: Callable[..., Any], *args: Any, target: str, **kwargs: 
 
 def _cross(kernel: KernelFile, card: Target, done: Any, kernels: list[KernelFile]) -> CrossKernel:
     compiled = tuple(next(done) for _ in kernel.launches)
-    seconds = card.time(float(kernel.about.moved), float(kernel.about.flops), torch.float32)
+    moved, flops = kernel.about.seen
+    seconds = card.time(float(moved), float(flops), torch.float32)
     count = sum(one.digest == kernel.digest for one in kernels)
     return CrossKernel(f"{kernel.name}_{kernel.digest[:8]}", kernel.render(), compiled, seconds, count)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.runtime.kv_state import expected_length
+from fxopt.runtime.step_loops import CURRENT
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
@@ -107,6 +108,8 @@ def _compiled(compiled: Any, found: Any) -> Any:
     def generate(*args: Any, **kwargs: Any) -> Any:
         from fxopt.runtime.decode_path import DecodePath  # needs more of torch than there is at its import
 
+        if options.fast_decode:
+            CURRENT.build()
         called = [False]
         token = _called.set(called)
         paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
@@ -206,7 +209,7 @@ def _stand_in_class(compiled: Callable[[], Any], kind: Any, options: Options) ->
 
 def _quantize(cache: Any, passed: bool, dtype: str) -> None:
     """Have the cache of a call of `generate` quantized rows; a warning where it stays what it is."""
-    from fxopt.integrations.quantized_cache import quantize_made
+    from fxopt.integrations.quantize_made import quantize_made
 
     obstacle = quantize_made(cache, passed, dtype)
     if obstacle:

@@ -51,12 +51,33 @@ def _behind(past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([past, new], dim=-2)
 
 
-class QuantizedLayer(DynamicLayer):
-    """A growing layer: rows in `keys` and `values`, (B, H, S, D), and their scales, (B, H, S, 1)."""
+class QuantizedRows:
+    """Of a layer: rows of `stored` in `keys` and `values`, (B, H, S, D), and their scales, (B, H, S, 1)."""
 
     stored: ClassVar[torch.dtype]
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
+
+    def _change_scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.key_scales is not None and self.value_scales is not None:
+            self.key_scales, self.value_scales = change(self.key_scales), change(self.value_scales)
+
+    def offload(self) -> None:
+        super().offload()  # type: ignore[misc]
+        self._change_scales(lambda scales: scales.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()  # type: ignore[misc]
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        self._change_scales(lambda scales: scales.to(device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change_scales(lambda scales: scales.index_select(0, beam_idx.to(scales.device)))
+
+
+class QuantizedLayer(QuantizedRows, DynamicLayer):
+    """A growing layer."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -83,10 +104,6 @@ class QuantizedLayer(DynamicLayer):
             dequantized(self.values, self.value_scales, value_states.dtype),
         )
 
-    def _change_scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.key_scales is not None and self.value_scales is not None:
-            self.key_scales, self.value_scales = change(self.key_scales), change(self.value_scales)
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         rows = self.get_seq_length()
@@ -95,18 +112,6 @@ class QuantizedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.key_scales = self.value_scales = None
-
-    def offload(self) -> None:
-        super().offload()
-        self._change_scales(lambda scales: scales.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        self._change_scales(lambda scales: scales.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change_scales(lambda scales: scales.index_select(0, beam_idx.to(scales.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -157,10 +162,15 @@ class QuantizedCache(DynamicCache):
 
 def layer_class(dtype: str) -> type[QuantizedLayer]:
     """The layer that stores rows of `dtype`."""
+    check_dtype(dtype)
+    return LAYERS[dtype]
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises OptionValueError where rows of `dtype` are not known."""
     if dtype not in LAYERS:
         near = nearest("valid values", dtype, KV_CACHE_DTYPES)
         raise OptionValueError(name="dtype", value=dtype, nearest=near, valid=", ".join(LAYERS))
-    return LAYERS[dtype]
 
 
 def quantize_layers(cache: DynamicCache, kind: type[QuantizedLayer]) -> int:
@@ -173,20 +183,3 @@ def quantize_layers(cache: DynamicCache, kind: type[QuantizedLayer]) -> int:
     for place in places:
         cache.layers[place] = kind()
     return len(places)
-
-
-def quantize_made(cache: Any, passed: bool, dtype: str) -> str:
-    """Have the cache that `generate` has made quantized layers. Returns what stands against it, or nothing.
-
-    Args:
-        passed: the caller of `generate` made it.
-    """
-    if passed:
-        kept = any(isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ()))
-        return "" if kept else "the cache was passed by the caller; fxopt.QuantizedCache makes quantized ones"
-    if type(cache) is not DynamicCache or cache.offloading:
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-        return f"wanted a DynamicCache in memory, saw {kind}"
-    if not quantize_layers(cache, layer_class(dtype)):
-        return "wanted layers of full attention, saw none"
-    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -16,6 +16,11 @@ from torch.utils._sympy.functions import FloorDiv
 aten = torch.ops.aten
 
 Size = int | torch.SymInt
+
+
+def size_of(value: Size) -> sympy.Expr:
+    """A size as sympy has it."""
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
 
 
 def same_size(a: Size, b: Size) -> bool:
@@ -82,10 +87,14 @@ def size_node(size: sympy.Expr, graph: fx.Graph) -> fx.Node | int:
 
 def input_of(size: sympy.Expr, graph: fx.Graph) -> tuple[fx.Node, int | None] | None:
     """An input that is `size`, and None, or one of whose sizes is, and its dimension; None without any."""
+    return next(inputs_of(size, graph), None)
+
+
+def inputs_of(size: sympy.Expr, graph: fx.Graph) -> Iterator[tuple[fx.Node, int | None]]:
+    """All that `input_of` chooses from, in the order of the inputs."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for dim, each in enumerate(sizes):
             if isinstance(each, torch.SymInt) and each.node.expr == size:
-                return node, dim if isinstance(value, torch.Tensor) else None
-    return None
+                yield node, dim if isinstance(value, torch.Tensor) else None

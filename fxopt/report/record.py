@@ -98,6 +98,10 @@ class GraphRecord:
     def refuse(self, stage: str, reason: str) -> None:
         self.refusals.append((stage, reason))
 
+    def note_refusal(self, rewrite: str, reason: str) -> None:
+        """What turned out to be impossible when the graph ran."""
+        self.evidence.append(Evidence(rewrite, "-", self.location, Status.ILLEGAL, reason))
+
     def fail(self, stage: str, error: BaseException) -> None:
         """A fault of fxopt, survived: the graph goes to the host as Dynamo gave it."""
         text = describe_error(error)

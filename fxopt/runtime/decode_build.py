@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from fxopt.runtime.decode_step import DecodeStep, Inputs, ambient, held_once, size_checks
+from fxopt.runtime.decode_step import DecodeStep, Inputs, ambient, counts_are_exact, size_checks
 from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import GrowingCall
 from fxopt.runtime.relied import Unknown
+from fxopt.runtime.step_loops import Loops
 from fxopt.runtime.watched import Site, Watched
 
 
@@ -24,6 +25,7 @@ class Graph:
     call: GrowingCall
     guards: Any
     tail: Callable[..., Any]
+    loops: Loops
     relied: Callable[[], bool] | None = None
 
 
@@ -80,7 +82,7 @@ def step_of(
     users = [(sources[source], name) for source, name in own.items() if source in sources]
     if len(users) != len(kwargs) - len(roots):
         raise Unknown("an argument is no input of the graph")
-    if len({(append.dim, append.new) for append in call.appends}) != 1 or not held_once():
+    if len({(append.dim, append.new) for append in call.appends}) != 1 or not counts_are_exact():
         raise Unknown("caches that grow in different ways")
     replaced = _replacements(frame, call, users, inputs)
     found = _inputs(call, users, frame, inputs, replaced)
@@ -89,19 +91,32 @@ def step_of(
     steady += [f"L['{name}']" for name in _variables(type(model).forward) if name not in given]
     names = [f"_tensor{number}" for number in range(len(users))]
     pasts = [held[name] for held, name in seen.sites]
-    current = [*found.fixed, *pasts, *(kwargs[name] for _, name in users)]
-    places = [place for place, value in enumerate(found.template) if isinstance(value, torch.Tensor)]
-    places += [*call.places, *(place for place, _ in users)]
-    tensors = _tensor_guards(current, frame, places)
-    if not tensors.check(*current) or graph.relied is None:
-        raise Unknown("tensors that share objects")
+    tensors = _checked(pasts, call, [kwargs[name] for _, name in users], users, frame, found.ids)
+    if graph.relied is None:
+        raise Unknown("what the guards look at")
     sizes = size_checks(
         graph.guards, replaced, names, steady, [frame.sources[place] for place in call.places]
     )
+    loops = graph.loops
+    forms = loops.forms(found.fixed, -1), loops.forms(pasts, dim)
     return DecodeStep(
-        call=call, inputs=found, tail=graph.tail, model=model, sites=seen.sites, dim=dim, same=roots,
+        call=call, inputs=found, tail=graph.tail, model=model, dim=dim, same=roots,
+        dicts=[held for held, _ in seen.sites], names=[name for _, name in seen.sites],
         watched=seen.watched, relied=graph.relied, ambient=ambient(), sizes=sizes, tensors=tensors,
+        loops=loops, forms=forms,
     )  # fmt: skip
+
+
+def _checked(
+    pasts: Sequence[torch.Tensor], call: GrowingCall, given: Sequence[torch.Tensor],
+    users: Sequence[tuple[int, str]], frame: Frame, fixed: frozenset[int],
+) -> Any:  # fmt: skip
+    """Guards of the arguments that are tensors, if these and the caches are as the graph was compiled for."""
+    current, places = [*pasts, *given], [place for place, _ in users]
+    holds = _tensor_guards(current, frame, [*call.places, *places]).check(*current)
+    if not holds or not fixed.isdisjoint(map(id, current)):
+        raise Unknown("tensors that share objects")
+    return _tensor_guards(given, frame, places)
 
 
 def _tensor_guards(tensors: Sequence[torch.Tensor], frame: Frame, places: Sequence[int]) -> Any:
@@ -150,7 +165,7 @@ def _inputs(
     for place in dynamic:
         template[place] = None
     fixed = [value for value in template if isinstance(value, torch.Tensor)]
-    return Inputs(template, fixed, list(users), lengths, sizes)
+    return Inputs(template, fixed, list(users), lengths, sizes, frozenset(map(id, fixed)))
 
 
 def _size_of(source: str, users: Sequence[tuple[int, str]], frame: Frame) -> tuple[int, int]:

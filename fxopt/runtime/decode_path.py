@@ -19,6 +19,7 @@ from fxopt.runtime.decode_step import SLOW, DecodeStep
 from fxopt.runtime.frames import entry_of, tail_of
 from fxopt.runtime.kv_calls import GrowingCall, noted
 from fxopt.runtime.relied import CONSTANT, Relied, Unknown, relied_on
+from fxopt.runtime.step_loops import CURRENT
 from fxopt.runtime.watched import Watched
 
 log = logging.getLogger("fxopt")
@@ -114,13 +115,14 @@ class DecodePath:
 
     def _graph(self, call: GrowingCall, function: FunctionType) -> Graph:
         graphs = DecodePath._graphs.setdefault(self._compiled, {})
-        if id(call) not in graphs:
+        loops = CURRENT.loops
+        if id(call) not in graphs or graphs[id(call)].loops is not loops:
             wanted = lambda found: getattr(found, "growing", None) is call  # noqa: E731
             entry = entry_of(function.__code__, function, wanted)
-            tail = None if entry is None else tail_of(entry.code, function)
+            tail = None if entry is None else tail_of(entry.code, function, getattr(loops, "store", None))
             if tail is None:
                 raise Unknown("the compiled frame does more than call one graph")
-            graphs[id(call)] = Graph(call, entry.guard_manager, tail)
+            graphs[id(call)] = Graph(call, entry.guard_manager, tail, loops)
         return graphs[id(call)]
 
     def _relied(

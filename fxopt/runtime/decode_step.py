@@ -14,11 +14,9 @@ Where any of these cannot be told, the step goes the slow way, which is always r
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from sys import getrefcount
 from typing import Any
 
 import torch
@@ -30,7 +28,8 @@ from torch.autograd import forward_ad
 
 from fxopt.runtime.kv_calls import GrowingCall
 from fxopt.runtime.relied import Unknown
-from fxopt.runtime.watched import Site, Watched
+from fxopt.runtime.step_loops import Loops
+from fxopt.runtime.watched import Watched
 
 # What `DecodeStep.take` gives where the step has to go the slow way.
 SLOW = object()
@@ -42,7 +41,7 @@ class Inputs:
 
     Attributes:
         template: all that stay the same, at their places.
-        fixed: those of them that are tensors.
+        fixed: those of them that are tensors. ids: theirs.
         users: place and name of an argument that is a tensor.
         lengths: places of the number of rows of the caches.
         sizes: place, index in `users`, and dimension, of other sizes.
@@ -53,6 +52,7 @@ class Inputs:
     users: list[tuple[int, str]]
     lengths: list[int]
     sizes: list[tuple[int, int, int]]
+    ids: frozenset[int]
 
 
 @dataclass
@@ -62,16 +62,18 @@ class DecodeStep:
     Attributes:
         call: the graph. inputs: of it. tail: what is done with its outputs.
         model: of which `tail` is a call.
-        sites: where the caches live. dim: that grows.
+        dicts, names: where the caches live. dim: that grows.
         same: arguments that are no tensors.
-        watched, relied, ambient, sizes, tensors: the checks, see above.
+        watched, relied, ambient, sizes, tensors: the checks, see above; `tensors` of arguments.
+        loops, forms: what `loops` gives for the tensors that stay, and for the caches.
     """
 
     call: GrowingCall
     inputs: Inputs
     tail: Callable[..., Any]
     model: Any
-    sites: list[Site]
+    dicts: list[dict[str, Any]]
+    names: list[str]
     dim: int
     same: dict[str, Any]
     watched: Watched
@@ -79,6 +81,8 @@ class DecodeStep:
     ambient: Callable[[], bool]
     sizes: Callable[..., bool]
     tensors: Any
+    loops: Loops
+    forms: tuple[Any, Any]
 
     def take(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of the model for these arguments; `SLOW` where it has to be called for it."""
@@ -90,10 +94,13 @@ class DecodeStep:
         users = [kwargs.get(name) for _, name in inputs.users]
         if not self.watched.untouched() or not self.relied():
             return SLOW
-        pasts = [held[name] for held, name in self.sites]
-        if list(map(getrefcount, pasts)).count(held_once()) != len(pasts):
+        loops = self.loops
+        pasts = loops.held_once(self.dicts, self.names)
+        if pasts is None or not loops.forms_are(pasts, self.forms[1]):
             return SLOW
-        if not self.tensors.check(*inputs.fixed, *pasts, *users):
+        if not loops.forms_are(inputs.fixed, self.forms[0]) or not self.tensors.check(*users):
+            return SLOW
+        if not inputs.ids.isdisjoint(map(id, users)):
             return SLOW
         rows = pasts[0].shape[self.dim]
         given = self._given(rows, users)
@@ -124,18 +131,8 @@ def _is_same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and isinstance(value, (int, float, str)) and value == other
 
 
-@functools.cache
-def held_once() -> int:
-    """What `take` counts for a tensor that only the cache holds; 0 where references are not counted exactly.
-
-    Measured without a call: how long a caller keeps an argument depends on who evaluates frames.
-    """
-    held = {"tensor": torch.zeros(1)}
-    pasts = [held["tensor"]]
-    return list(map(getrefcount, pasts))[0] if _counts_are_exact() else 0
-
-
-def _counts_are_exact() -> bool:
+def counts_are_exact() -> bool:
+    """References can be counted: not without the interpreter's lock."""
     return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 log = logging.getLogger("fxopt")
 
 _COMPILED, _RESUME, _RESULT = "__compiled_fn", "__resume_at", "graph_out"
+_STORE = "object_setattr_ignore_descriptor"
 _PROLOGUE = {"COPY_FREE_VARS", "MAKE_CELL", "RESUME", "NOP", "PUSH_NULL"}
 
 
@@ -59,20 +60,27 @@ def innermost(function: Any) -> Any:
     return function
 
 
-def tail_of(code: CodeType, function: FunctionType) -> Callable[..., Any] | None:
+def tail_of(
+    code: CodeType, function: FunctionType, store: Callable[..., Any] | None = None
+) -> Callable[..., Any] | None:
     """What the compiled `code` of `function` does behind the call of its graph.
+
+    Args:
+        store: to be called in place of Dynamo's own function that stores an attribute.
 
     Returns:
         A function of the outputs of the graph, and of the arguments of `function`.
     """
     try:
-        return _tail_of(code, function)
+        return _tail_of(code, function, store)
     except Exception as error:
         log.debug("the end of a compiled frame is not known: %s: %s", type(error).__name__, error)
         return None
 
 
-def _tail_of(code: CodeType, function: FunctionType) -> Callable[..., Any] | None:
+def _tail_of(
+    code: CodeType, function: FunctionType, store: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
     from torch._dynamo.bytecode_transformation import (
         clean_and_assemble_instructions,
         cleaned_instructions,
@@ -95,10 +103,21 @@ def _tail_of(code: CodeType, function: FunctionType) -> Callable[..., Any] | Non
     options = {key: getattr(code, key) for key in keys}
     options["co_varnames"] = (result, *(name for name in code.co_varnames if name != result))
     options["co_argcount"] += 1
+    if store is not None:
+        rest = [each for found in rest for each in _storing(found, store)]
     _, made = clean_and_assemble_instructions(instructions[:start] + rest, keys, options)
     tail = FunctionType(made, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     tail.__kwdefaults__ = function.__kwdefaults__
     return tail
+
+
+def _storing(found: Any, store: Callable[..., Any]) -> list[Any]:
+    """`found`, or what leaves `store` in place of Dynamo's own function."""
+    from torch._dynamo.bytecode_transformation import create_instruction, create_load_const
+
+    if found.opname != "LOAD_ATTR" or found.argval != _STORE:
+        return [found]
+    return [create_instruction("POP_TOP"), create_load_const(store, checked=False)]
 
 
 def _split(instructions: Sequence[Any]) -> tuple[int, int] | None:

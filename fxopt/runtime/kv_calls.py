@@ -12,7 +12,7 @@ import torch
 
 from fxopt.runtime.frames import Frame
 from fxopt.runtime.holders import references
-from fxopt.runtime.kv_growth import Append, Begin, Growth
+from fxopt.runtime.kv_growth import Append, Begin, Growth, shares
 from fxopt.runtime.kv_state import STATE, will_grow
 
 # Where calls are noted while somebody wants to know about them: the call, and its inputs.
@@ -21,10 +21,16 @@ noted: ContextVar[list[tuple[GrowingCall, Sequence[Any]]] | None] = ContextVar("
 
 @dataclass
 class Plan:
-    """What is to be done around the calls of one graph."""
+    """What is to be done around the calls of one graph.
+
+    Attributes:
+        appends, begins: tensors that grow, and that are going to.
+        together: they get more room at one step, not each at another.
+    """
 
     appends: list[Append] = field(default_factory=list)
     begins: list[Begin] = field(default_factory=list)
+    together: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.appends or self.begins)
@@ -49,11 +55,10 @@ class GrowingCall:
         self.compiled = compiled
         self.appends = sorted(plan.appends, key=lambda each: each.output)
         self.places = [each.source for each in self.appends]
-        self.growth = Growth(self.appends)
+        self.growth = Growth(self.appends, plan.together)
         self.instead = instead
         self.frame = frame
-        shares = [number / max(len(plan.begins) - 1, 1) for number in range(len(plan.begins))]
-        self._begins = list(zip(plan.begins, shares, strict=True))
+        self._begins = list(zip(plan.begins, shares(len(plan.begins), plan.together), strict=True))
         self._in_order: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
@@ -79,6 +84,7 @@ class GrowingCall:
         if not self._begins or not will_grow():
             return outputs
         begun = list(outputs)
+        del results, outputs  # so that each tensor that was copied goes before the next one is
         for each, share in self._begins:
             rows = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
             # The step behind the prompt is compiled for all lengths at once. Dynamo does not guard on this

@@ -7,19 +7,22 @@ enough, and what remains is a view for each: `Tip`. Otherwise each is looked at 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import le
+from operator import add, itemgetter, le
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.runtime.holders import references_of_a_call
-from fxopt.runtime.kv_state import STATE, Storages, alias
+from fxopt.runtime.kv_state import STATE, when_alone
+from fxopt.runtime.step_loops import CURRENT, alias
 
 # Of so many caches in use by turns the newest views are known.
 _TIPS = 64
+
+_is_view = torch.Tensor._is_view
 
 
 @dataclass(frozen=True)
@@ -61,57 +64,113 @@ class Append(Begin):
         new: how many rows.
         measured: a size, stride or offset of the input is an input, too.
         part: the slice of the rows that the cache keeps, where it does not keep all.
+        total: rows of the memory that the graph takes, where it takes all of it.
     """
 
     source: int
     new: Length
     measured: bool
     part: tuple[int, int] | None
+    total: int | None = None
 
 
 @dataclass
+class Form:
+    """What some tensors of a step have in common.
+
+    Attributes:
+        append: how they grow. shape, strides: of each. entry: bytes of an entry.
+    """
+
+    append: Append
+    shape: torch.Size
+    strides: tuple[int, ...]
+    entry: int
+
+    def size(self) -> int:
+        """Bytes of one tensor."""
+        return self.shape.numel() * self.entry
+
+    def extended(self, new: int) -> tuple[torch.Size, torch.Size, int]:
+        """With new rows: the shape of all, that of those that the cache keeps, and entries before these."""
+        dim = self.append.dim
+        rows = self.shape[dim] + new
+        start, end, _ = slice(*(self.append.part or (None, None))).indices(rows)
+        whole, kept = (
+            torch.Size((*self.shape[:dim], n, *self.shape[dim + 1 :])) for n in (rows, end - start)
+        )
+        return whole, kept, start * self.strides[dim]
+
+
 class Tip:
     """What one step handed out.
 
     Attributes:
-        storages: of the tensors, in the order of the appends, the addresses.
-        alive: keeps other storages from getting these addresses.
-        shape, strides, offset: of each.
-        left: rows that fit behind those of every one.
-        inference: the memory was made in inference mode.
+        left: rows that fit behind those of every tensor.
     """
 
-    storages: list[int]
-    alive: list[StorageWeakRef]
-    shape: torch.Size
-    strides: tuple[int, ...]
-    offset: int
-    left: int
-    inference: bool
+    def __init__(self, views: Sequence[torch.Tensor], appends: Sequence[Append], left: int) -> None:
+        self.left = left
+        self._inference = views[0].is_inference()
+        self._pointers = [view.data_ptr() for view in views]
+        storages = [view.untyped_storage() for view in views]
+        self._addresses = [storage._cdata for storage in storages]
+        # Keeps other storages from getting these addresses.
+        self._alive = [StorageWeakRef(storage) for storage in storages]
+        forms: dict[Any, Form] = {}
+        kinds = []
+        for view, each in zip(views, appends, strict=True):
+            kinds.append((each.dim, each.part, view.shape, view.stride(), view.dtype))
+            forms.setdefault(kinds[-1], Form(each, view.shape, view.stride(), view.element_size()))
+        self._forms = list(forms.values())
+        self._of_each = _picked([list(forms).index(kind) for kind in kinds])
 
-    def is_what(self, pasts: Sequence[torch.Tensor], found: Storages) -> bool:
+    def is_what(self, pasts: Sequence[torch.Tensor]) -> bool:
         """These are the tensors, by their memory, which nobody else has.
 
         Guards of Dynamo's tell that all their sizes are right but one, and the strides.
         """
-        if found.addresses != self.storages or not found.are_alone(pasts[0]._is_view()):
-            return False
-        number, entries = len(pasts), self.shape.numel()
-        if [past.numel() for past in pasts].count(entries) != number:
-            return False
-        return [past.storage_offset() for past in pasts].count(self.offset) == number
+        loops, sizes = CURRENT.loops, self._of_each([form.size() for form in self._forms])
+        return loops.are_alone(pasts, self._pointers, sizes, when_alone(loops, False))
+
+    def extended(
+        self, pasts: Sequence[torch.Tensor], new: int
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+        """For each of these, the tensor with room for new rows, and what the cache holds afterwards.
+
+        Returns:
+            None where it is not known that these rows can be written in place.
+        """
+        if new > self.left or self._inference != torch.is_inference_mode_enabled() or not self.is_what(pasts):
+            return None
+        self.left -= new
+        wholes, parts, beyond = zip(*[form.extended(new) for form in self._forms], strict=True)
+        strides = self._of_each([form.strides for form in self._forms])
+        aliases = CURRENT.loops.aliases
+        grown = handed_out = aliases(pasts, self._of_each(wholes), strides, [0] * len(pasts))
+        if parts != wholes:
+            handed_out = aliases(pasts, self._of_each(parts), strides, self._of_each(beyond))
+            moved = [each * form.entry for each, form in zip(beyond, self._forms, strict=True)]
+            self._pointers = list(map(add, self._pointers, self._of_each(moved)))
+        for form, shape in zip(self._forms, parts, strict=True):
+            form.shape = shape
+        return grown, handed_out
+
+
+def _picked(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that gives the values at `places`."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
 
 
 class Growth:
     """The growing tensors of one graph, step by step."""
 
-    def __init__(self, appends: Sequence[Append]) -> None:
+    def __init__(self, appends: Sequence[Append], together: bool = False) -> None:
+        """Args: together: get more room at one step, not each at another."""
         self.appends = appends
-        self.shares = [number / max(len(appends) - 1, 1) for number in range(len(appends))]
+        self.shares = shares(len(appends), together)
         self._tips: dict[int, Tip] = {}
-        # Alike are those of one length, whose views then are alike in sizes, strides and offset.
-        forms = [(each.dim, each.part, each.new) for each in appends]
-        self._alike = len(set(forms)) == 1
+        self._as_many = len({each.new for each in appends}) == 1
 
     @functools.cached_property
     def _allowed(self) -> list[int]:
@@ -133,14 +192,15 @@ class Growth:
             return found
         grown = [
             STATE.extend(
-                past, each.dim, each.new.of(inputs), share, bounded=each.bounded, alone=count <= most
+                past, each.dim, each.new.of(inputs), share,
+                bounded=each.bounded, alone=count <= most, total=each.total,
             )
             for past, each, share, count, most in zip(
                 pasts, self.appends, self.shares, held, allowed, strict=True
             )
-        ]
+        ]  # fmt: skip
         handed_out = [_part(tensor, each) for tensor, each in zip(grown, self.appends, strict=True)]
-        if self._alike:
+        if self._as_many:
             self._remember(handed_out)
         return grown, handed_out
 
@@ -152,42 +212,28 @@ class Growth:
         Args:
             pasts: the caches, that nobody else holds. inputs: of the call.
         """
-        if not self._alike:
-            return None
-        found = Storages.of(pasts)
-        tip = self._tips.get(found.addresses[0])
-        one = self.appends[0]
-        new = one.new.of(inputs)
-        if tip is None or new > tip.left or tip.inference != torch.is_inference_mode_enabled():
-            return None
-        if not tip.is_what(pasts, found):
-            return None
-        STATE.in_place += len(pasts)
-        dim, strides, shape, beyond = one.dim, tip.strides, tip.shape, 0
-        rows = shape[dim] + new
-        sizes = (*shape[:dim], rows, *shape[dim + 1 :])
-        grown = handed_out = [alias(past, sizes, strides) for past in pasts]
-        if one.part is not None:
-            start, end, _ = slice(*one.part).indices(rows)
-            sizes = (*shape[:dim], end - start, *shape[dim + 1 :])
-            beyond = start * strides[dim]
-            handed_out = [alias(past, sizes, strides, beyond) for past in pasts]
-        tip.shape, tip.offset, tip.left = torch.Size(sizes), tip.offset + beyond, tip.left - new
-        return grown, handed_out
+        tip = self._tips.get(pasts[0].untyped_storage()._cdata) if pasts else None
+        found = None if tip is None else tip.extended(pasts, self.appends[0].new.of(inputs))
+        if found is not None:
+            STATE.in_place += len(pasts)
+        return found
 
     def _remember(self, views: Sequence[torch.Tensor]) -> None:
-        forms = {(view.shape, view.stride(), view.storage_offset(), view._is_view()) for view in views}
         left = [STATE.room_behind(view) for view in views]
-        if len(forms) != 1 or any(room is None for room in left):
+        known = [room for room in left if room is not None]
+        alike = len({view.is_inference() for view in views}) == 1 and not any(map(_is_view, views))
+        if len(known) < len(views) or not alike:
             return
-        first, storages = views[0], Storages.of(views).addresses
-        room = min(room for room in left if room is not None)
-        self._tips.pop(storages[0], None)
-        alive = [StorageWeakRef(view.untyped_storage()) for view in views]
-        form = first.shape, first.stride(), int(first.storage_offset())
-        self._tips[storages[0]] = Tip(storages, alive, *form, room, first.is_inference())
+        first = views[0].untyped_storage()._cdata
+        self._tips.pop(first, None)
+        self._tips[first] = Tip(views, self.appends, min(known))
         if len(self._tips) > _TIPS:
             del self._tips[next(iter(self._tips))]
+
+
+def shares(count: int, together: bool) -> list[float]:
+    """`share` of `capacity_for`, for each of the tensors of one graph."""
+    return [1.0 if together else number / max(count - 1, 1) for number in range(count)]
 
 
 def _part(tensor: torch.Tensor, each: Append) -> torch.Tensor:

@@ -18,27 +18,22 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from sys import getrefcount
 
 import torch
-from torch._C._dynamo import guards
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxopt.runtime.step_loops import CURRENT, Loops, alias
 
 # Rows behind those that are filled when a buffer is made: a quarter of them, within these bounds. A step
 # reads all rows, so that copying them once in so many steps is at most one part in `LEAST` of its work.
 LEAST, MOST = 256, 1024
 # After so many new buffers, those whose memory is gone are forgotten.
 _SWEEP = 256
-
-_use_count = torch._C._storage_Use_Count
-
-# alias(tensor, sizes, strides, beyond=0): other entries of the memory of a tensor, from `beyond` behind its
-# first one. No view in autograd's sense, as what eager computes is none, and half as expensive as one.
-alias: Callable[..., torch.Tensor] = guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 # How long the sequences of the current call are going to be, where that is known.
 _expected: ContextVar[int] = ContextVar("fxopt_expected_length", default=0)
@@ -106,40 +101,37 @@ class Buffer:
         return first if inside == 0 else None
 
 
-@dataclass(frozen=True)
-class Storages:
-    """The storages of some tensors.
+def is_alone(tensor: torch.Tensor) -> bool:
+    """Nobody else has the memory of a tensor, but for what it is a view of, and nobody has that."""
+    loops, is_view = CURRENT.loops, tensor._is_view()
+    if loops.references(tensor) != when_alone(loops, is_view):
+        return False
+    return not is_view or _holders_of_base(tensor) == _no_holders_of_base()
 
-    Attributes:
-        addresses: of each. shared: how often it is held. held: how often its Python object is.
-    """
 
-    addresses: list[int]
-    shared: list[int]
-    held: list[int]
-
-    @staticmethod
-    def of(tensors: Sequence[torch.Tensor]) -> Storages:
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        addresses = [storage._cdata for storage in storages]
-        return Storages(addresses, list(map(_use_count, addresses)), list(map(getrefcount, storages)))
-
-    def are_alone(self, is_view: bool) -> bool:
-        """Nobody else has the memory of the tensors, which all are views of other tensors, or none is."""
-        shared, held = when_alone(is_view)
-        return self.shared.count(shared) == self.held.count(held) == len(self.addresses)
+def _holders_of_base(view: torch.Tensor) -> int:
+    """References to the Python object of what a tensor is a view of: a cache may hold it, which is as much as
+    holding the memory, but counts as nothing there."""
+    return getrefcount(view._base)
 
 
 @functools.cache
-def when_alone(is_view: bool) -> tuple[int, int]:
-    """`shared` and `held` of a storage where one tensor has it, and what that is a view of, if it is one.
+def _no_holders_of_base() -> int:
+    with torch.no_grad():
+        view = torch.empty(2)[:1]
+    return _holders_of_base(view)
+
+
+@functools.cache
+def when_alone(loops: Loops, is_view: bool) -> tuple[int, int]:
+    """`references` to a storage where one tensor has it, and what that is a view of, if it is one.
 
     Measured, as it depends on how a version of torch keeps the Python objects of storages.
     """
     with torch.no_grad() if is_view else torch.inference_mode():
         tensor = torch.empty(2)[:1]
-    found = Storages.of([tensor])
-    return found.shared[0], found.held[0]
+    loops.references(tensor)  # makes the Python object
+    return loops.references(tensor)
 
 
 def first_rows(tensor: torch.Tensor, dim: int, rows: int, before: int = 0) -> torch.Tensor:
@@ -185,6 +177,7 @@ class KVState:
         *,
         alone: bool,
         bounded: bool = False,
+        total: int | None = None,
     ) -> torch.Tensor:
         """The rows of `past` along `dim`, and behind them `new` rows to be written, in one view.
 
@@ -195,9 +188,10 @@ class KVState:
             share: see `capacity_for`.
             alone: only the cache and the call hold the object `past`.
             bounded: the cache keeps only its newest rows, so that the length of the sequence is not its own.
+            total: rows that the memory has to have; those of a new buffer, where it is not given.
         """
         rows = past.shape[dim]
-        first = self._extensible(past, dim, new) if alone else None
+        first = self._extensible(past, dim, new, total) if alone else None
         if first is not None:
             self.in_place += 1
             return first_rows(past, dim, rows + new)
@@ -214,12 +208,12 @@ class KVState:
             return None
         return buffer.capacity - first - view.shape[buffer.dim]
 
-    def _extensible(self, past: torch.Tensor, dim: int, new: int) -> int | None:
+    def _extensible(self, past: torch.Tensor, dim: int, new: int, total: int | None) -> int | None:
         """The first row of `past` where there is room behind its rows that nobody else can see."""
         buffer = self._buffers.get(past.untyped_storage()._cdata)
-        if buffer is None or buffer.dim != dim:
+        if buffer is None or buffer.dim != dim or total not in (None, buffer.capacity):
             return None
-        if not Storages.of([past]).are_alone(past._is_view()):
+        if not is_alone(past):
             return None
         if past.is_inference() and not torch.is_inference_mode_enabled():
             return None

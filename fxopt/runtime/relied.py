@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fxopt.runtime.step_loops import CURRENT
+
 # What cannot change, or has nothing of its own that could.
 CONSTANT = (
     type(None), bool, int, float, complex, str, bytes, tuple, frozenset, range, slice, enum.Enum,
@@ -83,17 +85,17 @@ class Relied:
 
     def checks(self) -> Callable[[], bool]:
         """A function that says whether everything is as it is now."""
-        dicts, objects = list(self.dicts.values()), list(self.objects.values())
-        functions, cells = list(self.functions.values()), list(self.cells.values())
-        lists = list(self.lists.values())
-        unchanged = _unchanged(dicts, objects, functions)
-        held = [_content(cell) for cell in cells]
+        functions, objects = list(self.functions.values()), list(self.objects.values())
+        cells, lists = list(self.cells.values()), list(self.lists.values())
+        unchanged = _unchanged(list(self.dicts.values()), functions)
+        kinds, held = list(map(type, objects)), list(map(_content, cells))
 
         def hold() -> bool:
             return (
                 unchanged()
+                and CURRENT.loops.types_are(objects, kinds)
                 and all(same_items(now, then) for now, then in lists)
-                and same_items([_content(cell) for cell in cells], held)
+                and same_items(list(map(_content, cells)), held)
             )
 
         return hold
@@ -111,40 +113,58 @@ def same_items(now: Sequence[Any], then: Sequence[Any]) -> bool:
     return len(now) == len(then) and all(map(is_, now, then))
 
 
-def _unchanged(
-    dicts: Sequence[dict[Any, Any]], objects: Sequence[Any], functions: Sequence[types.FunctionType]
-) -> Callable[[], bool]:
-    """Whether no dict was changed, no object has got another class, no function other code; in C++.
+class _Dicts:
+    """Dicts whose versions are checked all at once: see `_unchanged`."""
 
+    def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
+        self.values = tuple(dicts)
+
+
+def _unchanged(
+    dicts: Sequence[dict[Any, Any]], functions: Sequence[types.FunctionType]
+) -> Callable[[], bool]:
+    """Whether no dict was changed, and no function has got other code; in C++.
+
+    A root that is marked as safe for tags notes the versions of all dicts below it when it is first checked,
+    and then compares those alone, one behind the other; from Python 3.12 on not even that, as dicts tell it
+    of changes.
     From Python, reading the code of a function raises an audit event, which takes longer than all the rest.
     """
     from torch._C._dynamo.guards import RootGuardManager
+
+    root, holder = RootGuardManager(), _Dicts(dicts)
+    values = (holder, *functions)
+    top = _below(root.tuple_getitem_manager, holder, key=0)
+    items = _below(top.getattr_manager, holder.values, attr="values")
+    for place, held in enumerate(dicts):
+        child = _below(items.tuple_getitem_manager, held, key=place)
+        _add_guard(child.add_dict_version_guard, held)
+        child.mark_tag_safe()
+    items.mark_tag_safe()
+    top.mark_tag_safe()
+    top.mark_tag_safe_root()
+    for place, function in enumerate(functions, 1):
+        _add_function(_below(root.tuple_getitem_manager, function, key=place), function)
+    # What is known by its id is kept, so that nothing else gets that id.
+    values += tuple((function.__code__, function.__defaults__) for function in functions)
+    return lambda: bool(root.check(values))
+
+
+def _below(make: Callable[..., Any], value: Any, **how: Any) -> Any:
     from torch._dynamo.guards import GuardManagerType
 
-    root, values = RootGuardManager(), (*dicts, *objects, *functions)
-    kind = GuardManagerType.GUARD_MANAGER
+    return make(**how, source="", example_value=value, guard_manager_enum=GuardManagerType.GUARD_MANAGER)
 
-    def below(make: Callable[..., Any], value: Any, **how: Any) -> Any:
-        return make(**how, source=f"{len(how)}", example_value=value, guard_manager_enum=kind)
 
-    for place, value in enumerate(values):
-        child = below(root.tuple_getitem_manager, value, key=place)
-        if place < len(dicts):
-            _add_guard(child.add_dict_version_guard, value)
-        elif place < len(dicts) + len(objects):
-            _add_guard(child.add_type_match_guard, id(type(value)))
-        else:
-            code = below(child.code_manager, value.__code__)
-            _add_guard(code.add_id_match_guard, id(value.__code__))
-            if value.__defaults__ is not None:
-                defaults = below(child.func_defaults_manager, value.__defaults__)
-                _add_guard(defaults.add_id_match_guard, id(value.__defaults__))
-            if value.__kwdefaults__ is not None:
-                keywords = below(child.func_kwdefaults_manager, value.__kwdefaults__)
-                _add_guard(keywords.add_dict_version_guard, value.__kwdefaults__)
-    # What is known by its id is kept, so that nothing else gets that id.
-    values += tuple((value.__code__, value.__defaults__) for value in functions)
-    return lambda: bool(root.check(values))
+def _add_function(manager: Any, function: types.FunctionType) -> None:
+    code = _below(manager.code_manager, function.__code__)
+    _add_guard(code.add_id_match_guard, id(function.__code__))
+    if function.__defaults__ is not None:
+        defaults = _below(manager.func_defaults_manager, function.__defaults__)
+        _add_guard(defaults.add_id_match_guard, id(function.__defaults__))
+    if function.__kwdefaults__ is not None:
+        keywords = _below(manager.func_kwdefaults_manager, function.__kwdefaults__)
+        _add_guard(keywords.add_dict_version_guard, function.__kwdefaults__)
 
 
 def _add_guard(add: Callable[..., None], value: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch._C._dynamo.guards import dict_version
 
 from fxopt.runtime.relied import CONSTANT, Unknown, same_items
+from fxopt.runtime.step_loops import CURRENT
 
 # A place where a step stores a new tensor: an object's dict, and the name.
 Site = tuple[dict[str, Any], str]
@@ -84,8 +85,8 @@ class Watched:
         """Nothing has changed since `after_a_step`."""
         return (
             list(map(dict_version, self.dicts)) == self.versions
-            and list(map(type, self.objects)) == self.kinds
-            and same_items(list(map(vars, self.objects)), self.attributes)
+            and CURRENT.loops.types_are(self.objects, self.kinds)
+            and CURRENT.loops.dicts_are(self.objects, self.attributes)
             and all(same_items(now, then) for now, then in self.lists)
         )
 

@@ -114,3 +114,11 @@ def test_errors_come_back_from_another_process() -> None:
     error = CannotCompile(kernel="k", target="sm_90", detail="why", file="k.py")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (CannotCompile, str(error))
+
+
+def test_an_array_that_the_code_asks_for_is_no_spill(cache: KernelCache) -> None:
+    """Sine and cosine have one; whether it ends up on the stack depends on the version of Triton."""
+    kernel = kernels.add("float32", body="tl.sin(x) + tl.cos(y)")
+    found = compile_kernel(kernel, Target.named("sm_90"), cache=cache)
+    assert ".local .align" in found.ptx
+    assert found.spilled == 0

@@ -46,9 +46,19 @@ def test_programs_that_kernels_are_known_to_get_wrong(cases: dict[str, Any]) -> 
     assert {name: found for name, found in cases["programs"].items() if found} == {}
 
 
+def test_products_with_few_rows(cases: dict[str, Any]) -> None:
+    assert {name: found for name, found in cases["products"].items() if found} == {}
+
+
 @pytest.mark.parametrize("fault", ["rows", "columns", "rounding", "mask"])
 def test_a_fault_in_the_kernel_is_seen(cases: dict[str, Any], fault: str) -> None:
     assert cases["faults"][fault], "the check cannot fail"
+
+
+def test_every_configuration_computes_the_same(cases: dict[str, Any]) -> None:
+    found = cases["configurations"]
+    assert len(found) >= 20
+    assert {name: problems for name, problems in found.items() if problems} == {}
 
 
 @pytest.mark.parametrize("part", ["loss", "logits", "gradients"])
@@ -61,4 +71,10 @@ def test_a_model_is_mostly_kernels(cases: dict[str, Any]) -> None:
 
 
 def test_kernels_are_called_with_other_sizes(cases: dict[str, Any]) -> None:
-    assert cases["dynamic"] == {"graphs": 2, "differences": []}
+    assert cases["dynamic"] == {"graphs": 2, "differences": [], "products": 2}
+
+
+def test_dropout_is_the_same_forward_and_backward(cases: dict[str, Any]) -> None:
+    found = dict(cases["dropout"])
+    assert 0.22 < found.pop("share") < 0.28  # of 3200: four standard deviations
+    assert found and all(found.values()), found

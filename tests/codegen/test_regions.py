@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
@@ -35,8 +36,8 @@ def members(found: Partition) -> list[list[str]]:
 def test_a_chain_is_one_region_and_counts_its_bytes_once() -> None:
     found = regions_of(lambda a, b: torch.relu(a + b) * 2, x, y)
     assert members(found) == [["add", "relu", "mul"]]
-    assert found.regions[0].bytes_fused == 3 * x.nbytes
-    assert found.regions[0].bytes_apart == (3 + 2 + 2) * x.nbytes
+    assert found.regions[0].fused.bytes == 3 * x.nbytes
+    assert found.regions[0].apart.bytes == (3 + 2 + 2) * x.nbytes
 
 
 def test_a_norm_is_one_region_with_the_sum_in_front_as_second_result() -> None:
@@ -53,6 +54,26 @@ def test_layer_norm_takes_both_moments() -> None:
     assert len(found.regions) == 1
 
 
+def test_single_numbers_are_left_to_the_host() -> None:
+    counter = torch.zeros((), dtype=torch.int64)
+    found = regions_of(lambda a: (a + 1) * 2, counter)
+    assert found.regions == []
+    assert [reason for _, reason in found.refused] == [
+        "a single number, which the host computes where it is used"
+    ]
+    assert len(regions_of(lambda a, b: (a + 1) * b, counter, x).regions) == 1
+    assert len(regions_of(lambda a: (a + 1).sum(), x).regions) == 1, "made of many numbers"
+
+
+def test_prices_are_expressions_of_symbolic_sizes() -> None:
+    graph = make_fx(lambda a, b: (a[:, 1:] + b) * 2, tracing_mode="symbolic")(x, y[0, 1:])
+    (region,) = partition(graph.graph, CPU).regions
+    rows, columns = (size.node.expr for size in next(iter(graph.graph.nodes)).meta["val"].shape)
+    wanted = 4 * (2 * rows * (columns - 1) + columns - 1)
+    assert sympy.expand(region.fused.bytes - wanted) == 0
+    assert kernel_of(region, None).about.seen == (4 * (2 * 6 * 7 + 7), 2 * 6 * 7)
+
+
 def test_softmax_is_one_region() -> None:
     assert len(regions_of(lambda a: a.softmax(-1), x).regions) == 1
 
@@ -62,7 +83,7 @@ def test_a_path_outside_keeps_two_regions() -> None:
         first = torch.relu(a) * 2
         return first + (first @ first.t() @ first).exp() * 3
 
-    found = regions_of(function, x)
+    found = regions_of(function, torch.randn(24, 8))
     assert members(found) == [["relu", "mul"], ["exp", "mul_1", "add"]]
 
 
@@ -99,6 +120,40 @@ def test_what_is_reduced_is_not_needed_along_the_row() -> None:
     assert any("along the axes that it is reduced over" in reason for _, reason in found.refused)
 
 
+def test_siblings_read_what_they_share_once() -> None:
+    found = regions_of(lambda a, b: ((a + 1) * b, (a - b).exp() * a), x, y)
+    assert members(found) == [["add", "mul", "sub", "exp", "mul_1"]]
+    assert found.regions[0].fused.bytes == 4 * x.nbytes
+
+
+def test_siblings_with_something_between_them_stay_apart() -> None:
+    many = torch.randn(24, 8), torch.randn(24, 8)  # rows, which leave the products to the host
+    found = regions_of(lambda a, b: ((a + 1) * 2, ((a + 1) * 3 @ b.t()) @ b + a), *many)
+    assert len(found.regions) == 1
+    assert "add_2" not in members(found)[0]
+
+
+def test_siblings_over_other_axes_stay_apart() -> None:
+    found = regions_of(lambda a: ((a + 1).sum(0), (a * 2).sum(1)), x)
+    assert len(found.regions) == 2
+
+
+@pytest.mark.parametrize(
+    "function, launches",
+    [
+        (lambda a: (a * 2).sum(0), 2),
+        (lambda a: (a * 2).amax(), 2),
+        (lambda a: (a * 2).sum(1), 1),  # rows enough
+        (lambda a: a - (a * 2).sum(0), 1),  # the row is read again
+        (lambda a: (a - a.mean(0)).abs().sum(0), 1),  # one reduction behind another
+        (lambda a: (a[:300] * 2).sum(0), 1),  # short
+    ],
+)
+def test_few_long_rows_are_reduced_in_pieces(function: Callable[..., Any], launches: int) -> None:
+    (region, *_) = regions_of(function, torch.randn(40001, 5)).regions
+    assert len(kernel_of(region, None).launches) == launches
+
+
 @pytest.mark.parametrize("function", [torch.sin, torch.exp, torch.tanh])
 def test_dear_operators_are_not_computed_again_for_a_broadcast(function: Callable[..., Any]) -> None:
     found = regions_of(lambda a, row: a * function(row + 1), x, x[0])
@@ -116,8 +171,16 @@ def test_views_are_index_arithmetic() -> None:
 
 
 def test_single_operators_and_constants_are_left_to_the_host() -> None:
-    found = regions_of(lambda a: (a.exp() @ a.t(), torch.ones(3) + 1), x)
+    found = regions_of(lambda a: (a.exp() @ a.t(), torch.ones(3) + 1), torch.randn(24, 8))
     assert members(found) == []
+
+
+def test_what_nothing_reads_is_left_to_the_host() -> None:
+    gm = graph_of(lambda a: (a @ a.t(), (a + 1).exp().sum(1)), x)
+    (output,) = gm.graph.find_nodes(op="output")
+    output.args = (output.args[0][0],)
+    found = partition(gm.graph, CPU)
+    assert "nothing reads its results" in [reason for _, reason in found.refused]
 
 
 def test_empty_tensors_are_left_to_the_host() -> None:

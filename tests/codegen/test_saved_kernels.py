@@ -14,7 +14,7 @@ from fxopt.integrations.cross_compile import CrossCompiled, cross_compile
 
 def _program(x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
     normal = torch.nn.functional.layer_norm(x + bias, (40,))
-    return normal, x.sin().sum(-1), x[:, :3].sin().sum(0)
+    return normal, x[:, 3:20].sin().sum(-1), x[:, :3].sin().sum(0)
 
 
 @pytest.fixture(scope="module")

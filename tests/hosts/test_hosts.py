@@ -11,7 +11,7 @@ import torch
 
 from fxopt.hosts import choose_host
 from fxopt.hosts.eager import EAGER
-from fxopt.hosts.inductor import INDUCTOR
+from fxopt.hosts.inductor import INDUCTOR, config_patches, without_graphs
 from fxopt.options import Options
 from fxopt.report.record import collect
 
@@ -24,6 +24,13 @@ def test_inductor_by_default() -> None:
 
 def test_eager_on_request() -> None:
     assert choose_host(Options(host="eager"), CPU) is EAGER
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_graph_that_is_recorded_by_somebody_else(mode: str) -> None:
+    options = Options(mode=mode)
+    assert config_patches(options)["triton.cudagraphs"] is True
+    assert config_patches(without_graphs(options))["triton.cudagraphs"] is False
 
 
 @pytest.fixture

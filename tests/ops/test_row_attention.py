@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -152,3 +153,21 @@ def test_the_keys_are_not_all_widened_at_once(monkeypatch: pytest.MonkeyPatch) -
     check(operands(2))
     assert seen
     assert max(seen) <= 16
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_keys_that_no_query_sees_are_not_read(count: int) -> None:
+    """As the room of a static cache behind its rows, and padding in front of them."""
+    given, mask = operands(count), torch.zeros(B, 1, count, S, dtype=torch.bool)
+    mask[0, ..., 7:30], mask[1, ..., 5:20] = True, True
+    for scale in (given[2], given[4]):
+        scale[..., :5, :], scale[..., 30:, :] = math.nan, math.nan
+    out = in_rows(*given, mask, enable_gqa=True, dead_rows=ZERO)  # type: ignore[arg-type]
+    live = [given[0], *(each[:, :, 5:30] for each in given[1:])]
+    check(live, mask[..., 5:30], dead_rows=ZERO)
+    assert torch.equal(out, in_rows(*live, mask[..., 5:30], enable_gqa=True, dead_rows=ZERO))  # type: ignore[arg-type]
+    assert out.isfinite().all()
+
+
+def test_no_key_that_any_query_sees() -> None:
+    check(operands(), torch.zeros(B, 1, 1, S, dtype=torch.bool), dead_rows=ZERO)

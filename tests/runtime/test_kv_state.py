@@ -89,6 +89,21 @@ def test_rewinding_is_in_place(mode: None) -> None:
     assert torch.equal(grown[:, :, :3], want)
 
 
+def test_rewinding_what_somebody_else_holds_copies(mode: None) -> None:
+    """As caches that share their tensors do, when one of them is cropped: the other's hold no memory of their
+    own, they are what the first one's are views of."""
+    state = KVState()
+    whole = state.begin(torch.randn(2, 3, 5, 4), 2)
+    want = whole.clone()
+    view = whole[:, :, :3]
+    extended(state, view)
+    assert (state.in_place, state.copied) == (0, 1)
+    assert torch.equal(whole, want)
+    del whole
+    extended(state, view)
+    assert state.in_place == 1, "nobody holds it any more"
+
+
 def test_a_window_moves_through_the_buffer(mode: None) -> None:
     state = KVState()
     window = state.begin(torch.randn(1, 2, 8, 4), 2, bounded=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from fxopt.report.record import GraphRecord
 
 
 def graphs_of(
-    model: Callable[..., Any], kwargs: dict[str, Any], *, training: bool, dynamic: bool | None = None
+    model: Callable[..., Any],
+    kwargs: dict[str, Any],
+    *,
+    training: bool,
+    dynamic: bool | None = None,
+    decompositions: Mapping[Any, Any] | None = None,
 ) -> list[fx.GraphModule]:
     """The forward and backward graphs of a call, after AOTAutograd."""
     register_ops()
@@ -33,7 +38,9 @@ def graphs_of(
         normal = normalize(gm, inputs)
         rewrite(normal, Options(strict=True), record)
         lowered = lower(normal, record)
-        return aot_module_simplified(lowered, inputs, fw_compiler=compiler, bw_compiler=compiler)
+        return aot_module_simplified(
+            lowered, inputs, fw_compiler=compiler, bw_compiler=compiler, decompositions=decompositions
+        )
 
     result = torch.compile(model, backend=backend, dynamic=dynamic)(**kwargs)
     if training:

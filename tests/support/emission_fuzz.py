@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 from fxopt.codegen.emit import emit_kernels
 from fxopt.codegen.kernel_check import InFloat64
@@ -25,14 +26,14 @@ from fxopt.ir.contract import Status
 from fxopt.options import Options
 
 Value = torch.Tensor
-Step = Callable[[list[Value]], Value]
+Step = Callable[[list[Value]], Value | tuple[Value, ...]]
 
 UNARY: dict[str, Callable[[Value], Value]] = {
     "exp": lambda x: (x * 0.1).exp(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
+    "silu": F.silu,
+    "gelu": F.gelu,
     "relu": torch.relu,
     "abs": torch.abs,
     "neg": torch.neg,
@@ -67,7 +68,7 @@ ROWS: dict[str, Callable[[Value, int], Value]] = {
     "log_softmax": lambda x, dim: x.log_softmax(dim),
     "rms": lambda x, dim: x * (x.float().pow(2).mean(dim, keepdim=True) + 1e-5).rsqrt().to(x.dtype),
     "var": lambda x, dim: x - torch.var_mean(x, dim, keepdim=True, correction=0)[1],
-    "layer_norm": lambda x, dim: torch.nn.functional.layer_norm(x, x.shape[-1:]),
+    "layer_norm": lambda x, dim: F.layer_norm(x, x.shape[-1:]),
     "all": lambda x, dim: x.sum(),
 }
 VIEWS: dict[str, Callable[[Value, int], Value]] = {
@@ -83,7 +84,16 @@ VIEWS: dict[str, Callable[[Value, int], Value]] = {
     "double": lambda x, dim: torch.cat([x, x * 2], dim),
     "expand": lambda x, dim: x.unsqueeze(0).expand(3, *x.shape),
 }
+PRODUCTS: dict[str, Callable[[Value, Value, int], Value]] = {
+    "linear": lambda x, weight, n: F.linear(x, weight[:n, : x.shape[-1]]),
+    "linear_bias": lambda x, weight, n: F.linear(x, weight[-n:, : x.shape[-1]], weight[0, :n]),
+    "conv1d": lambda x, weight, n: torch.addmm(weight[1, :n], x.flatten(0, -2), weight[: x.shape[-1], :n]),
+    "gated": lambda x, weight, n: (
+        F.silu(x @ weight[: x.shape[-1], :n]) * F.linear(x, weight[:n, : x.shape[-1]])
+    ),
+}
 SIZES = (1, 2, 3, 4, 6, 7, 16)
+WIDTH = 40  # of the matrix that products take their weights from
 
 
 @st.composite
@@ -91,10 +101,11 @@ def programs(draw: st.DrawFn) -> tuple[list[Value], list[tuple[str, Step]]]:
     """Inputs, and steps that each append a tensor to what there is."""
     count = draw(st.integers(1, 3))
     shape = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3))
-    inputs = [_input(draw, shape) for _ in range(count)]
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7)) / 4
+    inputs = [weight, *(_input(draw, shape) for _ in range(count))]
     steps: list[tuple[str, Step]] = []
     for position in range(draw(st.integers(2, 9))):
-        steps.append(_step(draw, count + position))
+        steps.append(_step(draw, 1 + count + position))
     return inputs, steps
 
 
@@ -109,13 +120,16 @@ def _input(draw: st.DrawFn, shape: list[int]) -> Value:
 
 def _step(draw: st.DrawFn, have: int) -> tuple[str, Step]:
     first, second = (draw(st.integers(max(0, have - 4), have - 1)) for _ in range(2))
-    kind = draw(st.sampled_from(("unary", "binary", "binary", "rows", "view")))
+    kind = draw(st.sampled_from(("unary", "binary", "binary", "rows", "view", "product")))
     if kind == "unary":
         name = draw(st.sampled_from(sorted(UNARY)))
         return f"{name} {first}", lambda values: UNARY[name](values[first])
     if kind == "binary":
         name = draw(st.sampled_from(sorted(BINARY)))
         return f"{name} {first} {second}", lambda values: _binary(name, values[first], values[second])
+    if kind == "product":
+        name, columns = draw(st.sampled_from(sorted(PRODUCTS))), draw(st.sampled_from((1, 5, 16, 33)))
+        return f"{name} {first} {columns}", lambda values: _product(name, values[first], values[0], columns)
     table = ROWS if kind == "rows" else VIEWS
     name, dim = draw(st.sampled_from(sorted(table))), draw(st.integers(0, 2))
     return f"{name} {first} {dim}", lambda values: _along(table[name], values[first], dim)
@@ -129,6 +143,13 @@ def _binary(name: str, x: Value, y: Value) -> Value:
     return BINARY[name](x, y)
 
 
+def _product(name: str, x: Value, weight: Value, columns: int) -> Value:
+    """A matrix product; one that stands for nothing where there is no matrix."""
+    if x.dim() < 2 or not x.is_floating_point():
+        return x
+    return PRODUCTS[name](x[..., :WIDTH], weight.to(x.dtype), columns)
+
+
 def _along(function: Callable[[Value, int], Value], x: Value, dim: int) -> Value:
     x = x.reshape(1) if x.dim() == 0 else x
     return function(x, dim % x.dim())
@@ -139,7 +160,8 @@ def _run(steps: list[tuple[str, Step]]) -> Callable[..., tuple[Value, ...]]:
         values = list(inputs)
         for _, step in steps:
             made = step(values)
-            values.append(made if made.numel() <= 4096 else made.flatten()[:64])
+            for one in made if isinstance(made, tuple) else (made,):
+                values.append(one if one.numel() <= 4096 else one.flatten()[:64])
         return tuple(values[len(inputs) :][-3:])
 
     return run

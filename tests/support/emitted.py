@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,21 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from fxopt.codegen.configurations import configuration, proposals
 from fxopt.codegen.kernel_check import differences
 from fxopt.codegen.kernels import kernel_of
 from fxopt.codegen.regions import partition
+from fxopt.ir.ops import register_ops
+from fxopt.ir.ops.uniform import BITS
+from fxopt.ir.target import Target
 from fxopt.options import Options
 from fxopt.report.record import collect
 from fxopt.runtime.kernel_cache import KernelCache
+from support import emitted_products
 from support.emission_fuzz import check
 from support.numerics import assert_closer
 
+aten = torch.ops.aten
 Value = torch.Tensor
 NAN, INF = float("nan"), float("inf")
 SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, 3e38, 1e-7]
@@ -45,7 +51,27 @@ def interleaved_rope(x: Value, cos: Value, sin: Value) -> Value:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-PROGRAMS: dict[str, tuple[Callable[..., Value], tuple[Value, ...]]] = {
+def dropped(x: Value, seed: Value) -> Value:
+    drawn = torch.ops.fxopt.uniform(x.t().shape, seed, BITS[x.dtype]).to(x.dtype).t()
+    return (drawn > 0.3) * x / 0.7
+
+
+def crossing(x: Value, w: Value) -> tuple[Value, ...]:
+    """Two kernels of siblings: the first ends behind the beginning of the second, which needs it."""
+    sine = x.sin() + 1
+    total = (sine @ w) + w
+    return total * 2, w * 3 + 1, x.cos() + 1
+
+
+def scattered(a: Value, b: Value) -> Value:
+    """As the gradient of RoPE."""
+    halves = aten.slice_backward(a[:, :4], [5, 8], 1, 4, 8, 1) + aten.slice_backward(
+        a[:, 4:], [5, 8], 1, 0, 4, 1
+    )
+    return halves * b + aten.slice_scatter(a, b[1:4] * 2, 0, -4, -1)
+
+
+PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "pointwise of special values": (lambda a: torch.relu(a) + a.abs() * 2, (special(),)),
     "comparisons of special values": (lambda a: torch.where(a > 0, a, -a).clamp(-2, 2), (special(),)),
     "maximum of NaN": (lambda a: a.amax(-1) + a.amin(-1), (special(),)),
@@ -61,22 +87,31 @@ PROGRAMS: dict[str, tuple[Callable[..., Value], tuple[Value, ...]]] = {
     "rows longer than registers": (lambda a: a.softmax(-1) * 2, (torch.randn(2, 9001),)),
     "columns": (lambda a: (a * 2).sum(0), (torch.randn(301, 5),)),
     "all elements": (lambda a: (a * 2).mean(), (torch.randn(37, 5),)),
+    "columns in pieces": (lambda a: (a * 2).sum(0) + 1, (torch.randn(40001, 5),)),
+    "all elements in pieces": (lambda a: (a * 2).mean(), (torch.randn(201, 301),)),
+    "largest in pieces": (lambda a: (-a.abs()).amax(0), (torch.rand(40001, 2) + 1,)),
+    "pieces of integers": (lambda a: (a - 7).amin(), (torch.randint(9, 99, (201, 301)),)),
+    "pieces of two dimensions": (lambda a: (a + a).sum([0, 1]), (torch.randn(33, 1201, 3),)),
     "middle dimension": (lambda a: a - a.mean(1, keepdim=True), (torch.randn(3, 7, 5),)),
     "group norm": (lambda a: F.group_norm(a, 2), (torch.randn(2, 6, 5),)),
     "rotate-half RoPE": (rope, (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))),
     "interleaved RoPE": (interleaved_rope, (torch.randn(2, 5, 8), torch.randn(5, 4), torch.randn(5, 4))),
+    "parts that are scattered": (scattered, (torch.randn(5, 8), torch.randn(5, 8))),
     "gated activation": (lambda a, b: F.silu(a) * b, (torch.randn(5, 9), torch.randn(5, 9))),
     "permuted input": (lambda a: a.exp() + 1, (torch.randn(3, 4, 5).permute(2, 0, 1),)),
     "strided input": (lambda a: a.exp() + 1, (torch.randn(6, 8)[::2, 1::3],)),
     "expanded input": (lambda a: a.exp() + 1, (torch.randn(1, 4).expand(3, 4),)),
-    "one element": (lambda a: a.exp() + 1, (torch.randn(()),)),
+    "dropout": (dropped, (torch.randn(5, 70), torch.tensor(2**40 + 3))),
+    "dropout in bfloat16": (dropped, (torch.randn(5, 70).bfloat16(), torch.tensor(-9))),
+    "kernels that cross": (crossing, (torch.randn(40, 40), torch.randn(40, 40))),
+    "a tensor of one element": (lambda a, b: (a + 1) * b, (torch.randn(()), torch.randn(3))),
 }
 
 
-def programs(options: Options) -> dict[str, str]:
+def programs(options: Options, given: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """The difference of each program, or nothing."""
     found = {}
-    for name, (function, inputs) in PROGRAMS.items():
+    for name, (function, inputs) in given:
         step = (name, lambda values, function=function: function(*values))
         counts: Counter[str] = Counter()
         try:
@@ -102,6 +137,18 @@ def faults(cache: KernelCache) -> dict[str, list[str]]:
     }
     assert right.jit not in wrong.values(), right.jit
     return {name: _said(cache, replace(right, jit=text)) for name, text in wrong.items()}
+
+
+def configurations(cache: KernelCache) -> dict[str, list[str]]:
+    """What the check says of kernels in every configuration that would be measured."""
+    target, found = Target.named("sm_90"), {}
+    for name in ("rows longer than registers", "columns", "gated activation", "group norm"):
+        function, inputs = PROGRAMS[name]
+        gm = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+        for region in partition(gm.graph, frozenset({"cpu"})).regions:
+            for kernel in proposals(kernel_of(region, target), target):
+                found[f"{name}: {configuration(kernel)}"] = _said(cache, kernel)
+    return found
 
 
 def _said(cache: KernelCache, kernel: Any) -> list[str]:
@@ -143,10 +190,13 @@ def _step(module: Any, call: Callable[..., Any], ids: Value) -> dict[str, Any]:
 
 
 def dynamic(options: dict[str, Any]) -> dict[str, Any]:
-    """One kernel for all lengths, after the first."""
+    """One kernel for all lengths, after the first, also for more rows than a tile of a product has."""
+    torch.manual_seed(0)
+    weight = torch.randn(9, 3)
 
-    def function(a: Value) -> Value:
-        return (a * 2).softmax(-1) + a.mean(0)
+    def function(a: Value) -> tuple[Value, Value]:
+        rows = a[:, :3] * (a[:, :3].pow(2).mean(-1, keepdim=True) + 1).rsqrt()
+        return (a * 2).softmax(-1) + a.mean(0), F.silu(F.linear(rows, weight.to(a.dtype))) * 2
 
     wrong = []
     torch._dynamo.reset()
@@ -155,22 +205,64 @@ def dynamic(options: dict[str, Any]) -> dict[str, Any]:
         for length in (4, 7, 19, 33):
             a = torch.randn(length, length + 1)
             try:
-                assert_closer(function(a.double()), compiled(a), function(a))
+                for three in zip(function(a.double()), compiled(a), function(a), strict=True):
+                    assert_closer(*three)
             except AssertionError as error:
                 wrong.append(f"{length}: {error}")
-    return {"graphs": len(records), "differences": wrong}
+    products = sum("mm" in kernel.name for record in records for kernel in record.kernels)
+    return {"graphs": len(records), "differences": wrong, "products": products}
+
+
+def dropout(options: dict[str, Any]) -> dict[str, Any]:
+    """What is dropped forward and backward, of a step through kernels."""
+    x = torch.randn(64, 50, requires_grad=True)
+
+    def function(x: Value) -> Value:
+        return F.layer_norm(x, (50,)) * 0 + F.dropout(x * 2, 0.25)
+
+    torch._dynamo.reset()
+    with collect() as records:
+        compiled = torch.compile(function, backend="fxopt", options=options)
+        torch.manual_seed(1)
+        first, second = compiled(x), compiled(x)
+        torch.manual_seed(1)
+        again = compiled(x)
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    return {
+        "in kernels": any("uniform(" in kernel.jit for record in records for kernel in record.kernels),
+        "forward is backward": torch.equal(first == 0, gradient == 0),
+        "share": float((first == 0).float().mean()),
+        "scale": _is_scaled(first.detach(), x.detach()),
+        "other numbers each time": not torch.equal(first == 0, second == 0),
+        "the seed decides": torch.equal(first, again),
+    }
+
+
+def _is_scaled(dropped: Value, x: Value) -> bool:
+    kept = dropped != 0
+    try:
+        assert_closer((x.double() * 2 / 0.75)[kept], dropped[kept], (x * 2 / 0.75)[kept])
+    except AssertionError:
+        return False
+    return True
 
 
 def main() -> None:
+    register_ops()
     directory = sys.argv[1]
     torch.set_num_threads(1)
     options = {"host": "eager", "cache_dir": directory, "strict": True}
     cache = KernelCache(Path(directory), 1 << 30)
     found = {
-        "programs": programs(Options.parse(options=options)),
+        "programs": programs(Options.parse(options=options), PROGRAMS.items()),
+        "products": programs(
+            Options.parse(options=options | {"target": "sm_90"}), emitted_products.programs()
+        ),
+        "configurations": configurations(cache),
         "faults": faults(cache),
         "model": model(options),
         "dynamic": dynamic(options),
+        "dropout": dropout(options),
     }
     print(json.dumps(found))
 

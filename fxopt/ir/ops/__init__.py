@@ -14,6 +14,7 @@ from fxopt.ir.ops import (
     row_attention,
     shift_window,
     snapshot,
+    uniform,
 )
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
@@ -50,6 +51,7 @@ def register_ops() -> None:
         linear_cross_entropy.register(library)
         shift_window.register(library)
         snapshot.register(library)
+        uniform.register(library)
         _library = library
 
 

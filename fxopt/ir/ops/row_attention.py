@@ -60,12 +60,33 @@ def row_attention(
     selects = mask is None or (mask.dtype is torch.bool and given.dead_rows == ZERO)
     plain = not given.score and given.sinks is None and key.shape[-1] == value.shape[-1]
     if selects and plain and not is_causal:
-        grouped = None if mask is None else mask_per_group(mask, query.shape[:3], groups)
+        grouped = None
+        if mask is not None:
+            rows, mask = _seen((key, key_scale, value, value_scale), mask)
+            operands = (packed, *rows)
+            grouped = mask_per_group(mask, query.shape[:3], groups)
         out = _in_blocks(*operands, grouped)
     else:
         out = _by_scores(*operands, mask, heads, is_causal, half_scores, given)
     out = per_head(out, heads).to(query.dtype)
     return out if count == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _seen(rows: _Rows, mask: torch.Tensor) -> tuple[_Rows, torch.Tensor]:
+    """From the first key that a query sees to the last: a static cache has room for others."""
+    keys = rows[0].shape[2]
+    if mask.shape[-1] != keys:
+        return rows, mask
+    seen = mask.reshape(-1, keys).any(0).nonzero()
+    # One key is left where none is seen.
+    first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+    key, key_scale, value, value_scale = (
+        each[..., first:last, :] if each.shape[-2:-1] == (keys,) else each for each in rows
+    )
+    return (key, key_scale, value, value_scale), mask[..., first:last]
 
 
 def _in_blocks(

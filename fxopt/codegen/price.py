@@ -1,0 +1,112 @@
+"""What a region costs, as its operators apart and as one kernel: expressions of the symbolic sizes.
+
+A kernel reads each element of its inputs once, as far as its loads reach, and writes each result once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxopt.codegen.indexing import product, ranges_of, sizes_of
+from fxopt.codegen.matmul import operands_of_product
+from fxopt.codegen.statements import Body
+from fxopt.codegen.trace import view_base
+from fxopt.ir.cost import hint, tensors_of
+from fxopt.ir.facts import Size
+from fxopt.ir.sizes import size_of
+
+
+@dataclass(frozen=True)
+class Price:
+    """Bytes of memory traffic, operations, and launches of kernels."""
+
+    bytes: sympy.Expr
+    flops: sympy.Expr
+    launches: int
+
+
+def prices_of(members: Sequence[fx.Node], outputs: Sequence[fx.Node], body: Body) -> tuple[Price, Price]:
+    """Of one kernel for each operator, and of one for all of them. Both do the same operations."""
+    flops = _flops(members)
+    return Price(_moved_apart(members), flops, len(members)), Price(_moved_fused(outputs, body), flops, 1)
+
+
+def _moved_apart(members: Sequence[fx.Node]) -> sympy.Expr:
+    moved = sympy.Integer(0)
+    for node in members:
+        read = dict.fromkeys(view_base(arg) for arg in node.all_input_nodes)
+        moved += sum(stored_bytes(value) for one in (node, *read) for value in tensors_of(one))
+    return sympy.expand(moved)
+
+
+def _moved_fused(outputs: Sequence[fx.Node], body: Body) -> sympy.Expr:
+    moved = sum((stored_bytes(node.meta["val"]) for node in outputs), sympy.Integer(0))
+    ranges = ranges_of(body.axes)
+    reach: dict[fx.Node, dict[sympy.Expr, sympy.Expr]] = {}
+    for load in body.loads:
+        over = product(ranges[symbol] for symbol in load.offset.free_symbols if symbol in ranges)
+        reach.setdefault(load.tensor, {})[load.offset] = over
+    for tensor, loads in reach.items():
+        value = tensor.meta["val"]
+        touched = sympy.expand(sum(loads.values()) * value.element_size())
+        moved += _smaller(touched, stored_bytes(value), (tensor, *outputs))
+    return sympy.expand(moved)
+
+
+def _smaller(a: sympy.Expr, b: sympy.Expr, nodes: Iterable[fx.Node]) -> sympy.Expr:
+    if (a - b).is_number:
+        return a if a < b else b
+    return a if hinted(a, nodes) < hinted(b, nodes) else b
+
+
+def stored_bytes(value: torch.Tensor) -> sympy.Expr:
+    """Bytes of memory behind a tensor: an expanded dimension is stored once."""
+    sizes = zip(sizes_of(value.shape), sizes_of(value.stride()), strict=True)
+    return product(size for size, stride in sizes if stride != 0) * value.element_size()
+
+
+def _flops(members: Iterable[fx.Node]) -> sympy.Expr:
+    """One operation for each element of each operator, two for each summand of a product."""
+    total = sympy.Integer(0)
+    for node in members:
+        operands = operands_of_product(node)
+        if operands is not None:
+            total += (
+                2 * product(sizes_of(node.meta["val"].shape)) * sizes_of(operands.left.meta["val"].shape)[1]
+            )
+            continue
+        values = [value for one in (node, *node.all_input_nodes) for value in tensors_of(one)]
+        counts = [product(sizes_of(value.shape)) for value in values]
+        total += max(counts, key=lambda count: hinted(count, (node, *node.all_input_nodes)))
+    return sympy.expand(total)
+
+
+def hinted(expr: sympy.Expr, nodes: Iterable[fx.Node]) -> int:
+    """The value of an expression at the sizes that were seen while tracing."""
+    if expr.is_number:
+        return int(expr)
+    sizes = [size for node in nodes for value in tensors_of(node) for size in value.shape]
+    known: dict[Any, int] = {}
+    for size in sizes:
+        known |= _symbol_of(size)
+    value = expr.subs({symbol: known.get(symbol, 1) for symbol in expr.free_symbols})
+    return int(math.floor(value))
+
+
+def _symbol_of(size: Size) -> dict[Any, int]:
+    """The symbol in a size such as ``2*s + 1``, and its value while tracing."""
+    expr = size_of(size)
+    if len(expr.free_symbols) != 1:
+        return {}
+    (symbol,) = expr.free_symbols
+    factor, rest = expr.coeff(symbol, 1), expr.coeff(symbol, 0)
+    if sympy.expand(expr - factor * symbol - rest) != 0 or not (factor.is_number and rest.is_number):
+        return {}
+    return {symbol: int((hint(size) - rest) // factor)}

@@ -1,0 +1,216 @@
+"""Loops over the tensors of a decoding step: in Python, and in C++ once that is compiled.
+
+A step looks at each parameter and each tensor of the cache. In Python one look takes about as long as a small
+kernel. `step_loops.cpp` has the same functions in C++. It is compiled once for a version of torch, beside the
+first call of `generate`. Until then, and where there is no compiler, those in Python are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from operator import is_
+from pathlib import Path
+from sys import getrefcount
+from typing import Any, Protocol
+
+import torch
+from torch._C._dynamo import guards
+
+log = logging.getLogger("fxopt")
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+_use_count, _storage_of = torch._C._storage_Use_Count, torch.Tensor.untyped_storage
+_data_ptr = torch.Tensor.data_ptr
+
+# alias(tensor, sizes, strides, beyond): other entries of the memory of a tensor, from `beyond` behind its
+# first one. No view in autograd's sense, as what eager computes is none, and half as expensive as one.
+alias: Callable[..., torch.Tensor] = guards._reinterpret_tensor  # type: ignore[attr-defined]
+
+
+class Loops(Hashable, Protocol):
+    """What both have. All sequences are lists or tuples."""
+
+    def forms(self, tensors: Sequence[torch.Tensor], but: int, /) -> Any:
+        """Sizes, strides, dtypes and devices, but for the size of dimension `but` (-1: with all sizes)."""
+
+    def forms_are(self, tensors: Sequence[torch.Tensor], forms: Any, /) -> bool:
+        """Whether the tensors have these forms."""
+
+    def types_are(self, objects: Sequence[Any], types: Sequence[type], /) -> bool:
+        """Whether these are the types of the objects."""
+
+    def dicts_are(self, objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
+        """Whether these are the objects that hold the attributes of the objects."""
+
+    def references(self, tensor: torch.Tensor, /) -> tuple[int, int]:
+        """To the storage of a tensor, and to its Python object; how many that are, is compared only."""
+
+    def are_alone(
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        references: tuple[int, int],
+        /,
+    ) -> bool:
+        """Whether the tensors lie at `addresses`, have `sizes` in bytes, and their storages `references`."""
+
+    def aliases(
+        self,
+        tensors: Sequence[torch.Tensor],
+        sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        beyond: Sequence[int],
+        /,
+    ) -> list[torch.Tensor]:
+        """`alias` of each."""
+
+    def held_once(self, dicts: Sequence[dict[str, Any]], names: Sequence[str], /) -> list[Any] | None:
+        """What the dicts have by these names; None where something else holds some of it."""
+
+
+class PythonLoops:
+    """In Python."""
+
+    @staticmethod
+    def forms(tensors: Sequence[torch.Tensor], but: int, /) -> Any:
+        """As in `Loops`."""
+        sizes: Any = [[*each.shape] for each in tensors]
+        for each in sizes:
+            each[but : but + 1] = [None] * (but >= 0)
+        strides: Any = [[*each.stride()] for each in tensors]
+        return guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    @staticmethod
+    def forms_are(tensors: Sequence[torch.Tensor], forms: Any, /) -> bool:
+        """As in `Loops`."""
+        return bool(forms.check(*tensors))
+
+    @staticmethod
+    def types_are(objects: Sequence[Any], types: Sequence[type], /) -> bool:
+        """As in `Loops`."""
+        return list(map(type, objects)) == list(types)
+
+    @staticmethod
+    def dicts_are(objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
+        """As in `Loops`."""
+        return all(map(is_, map(vars, objects), dicts))
+
+    @staticmethod
+    def references(tensor: torch.Tensor, /) -> tuple[int, int]:
+        """As in `Loops`."""
+        shared, held = _references([tensor])
+        return shared[0], held[0]
+
+    @staticmethod
+    def are_alone(
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        references: tuple[int, int],
+        /,
+    ) -> bool:
+        """As in `Loops`."""
+        if list(map(_data_ptr, tensors)) != list(addresses) or [each.nbytes for each in tensors] != list(
+            sizes
+        ):
+            return False
+        shared, held = _references(tensors)
+        return shared.count(references[0]) == held.count(references[1]) == len(tensors)
+
+    @staticmethod
+    def aliases(
+        tensors: Sequence[torch.Tensor],
+        sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        beyond: Sequence[int],
+        /,
+    ) -> list[torch.Tensor]:
+        """As in `Loops`."""
+        return list(map(alias, tensors, sizes, strides, beyond))
+
+    @staticmethod
+    def held_once(dicts: Sequence[dict[str, Any]], names: Sequence[str], /) -> list[Any] | None:
+        """As in `Loops`."""
+        found = list(map(dict.get, dicts, names))
+        return found if list(map(getrefcount, found)).count(_when_held_once()) == len(found) else None
+
+
+def _references(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    storages = list(map(_storage_of, tensors))
+    return [_use_count(storage._cdata) for storage in storages], list(map(getrefcount, storages))
+
+
+@functools.cache
+def _when_held_once() -> int:
+    """What `getrefcount` gives in `PythonLoops.held_once`: how long a caller keeps an argument differs."""
+    held = [{"tensor": torch.zeros(1)}]
+    found = list(map(dict.get, held, ["tensor"]))
+    return list(map(getrefcount, found))[0]
+
+
+class Current:
+    """Which loops are used.
+
+    Attributes:
+        loops: these.
+    """
+
+    def __init__(self) -> None:
+        self.loops: Loops = PythonLoops()
+        self._build: threading.Thread | None = None
+
+    def build(self, *, wait: bool = False) -> None:
+        """Compile those in C++ once, in a thread of its own, and use them from then on."""
+        if self._build is None:
+            self._build = threading.Thread(target=self._use_compiled, name="fxopt-step-loops", daemon=True)
+            self._build.start()
+        if wait:
+            self._build.join()
+
+    def _use_compiled(self) -> None:
+        try:
+            self.loops = _compiled()
+        except Exception as error:
+            log.debug("loops over a step's tensors stay in Python: %s: %s", type(error).__name__, error)
+
+
+CURRENT = Current()
+
+
+def _compiled() -> Any:
+    """The module of `step_loops.cpp`, from Inductor's cache where it is there."""
+    from filelock import FileLock
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    key = (_SOURCE.read_text(), torch.__version__, sys.version, torch._C._GLIBCXX_USE_CXX11_ABI)
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = Path(cache_dir(), "fxopt", f"{_SOURCE.stem}-{name}.so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # others wait for the first process that compiles it
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                os.replace(_build_in(folder), path)
+    spec = importlib.util.spec_from_file_location(_SOURCE.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build_in(folder: str) -> str:
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    options = CppTorchOptions(include_pytorch=True, warning_all=False)
+    builder = CppBuilder(_SOURCE.stem, str(_SOURCE), options, folder)
+    builder.build()
+    return str(builder.get_target_file_path())

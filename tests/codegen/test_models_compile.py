@@ -1,0 +1,50 @@
+"""Every kernel of models' forward and backward graphs compiles for GPUs that are not here, and fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxopt.codegen.compile import compile_launches
+from fxopt.codegen.kernel_file import KernelFile
+from fxopt.ir.target import Target
+from fxopt.report.record import collect
+from support.zoo import ZOO
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+def kernels_of(name: str, dtype: torch.dtype) -> list[KernelFile]:
+    """Those of a training step, each once."""
+    torch._dynamo.reset()
+    model = ZOO[name].make_model(dtype=dtype).train()
+    inputs = ZOO[name].make_inputs(training=True, dtype=dtype)
+    with collect() as records:
+        model.compile(backend="fxopt", options={"host": "eager", "target": "sm_90", "strict": True})
+        made = model(**inputs)
+        sum(value.float().sum() for value in made.values() if has_gradient(value)).backward()
+    return list({kernel.digest: kernel for record in records for kernel in record.kernels}.values())
+
+
+def has_gradient(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def check(model: str, dtype: torch.dtype, architectures: tuple[str, ...]) -> None:
+    kernels = kernels_of(model, dtype)
+    assert kernels
+    launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
+    for arch in architectures:
+        compiled = compile_launches(launches, Target.named(arch))
+        assert [(one.entry, one.problems()) for one in compiled if one.problems()] == []
+
+
+def test_a_decoder_in_bfloat16() -> None:
+    check("llama", torch.bfloat16, ("sm_90",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(ZOO))
+def test_models(model: str) -> None:
+    check(model, torch.bfloat16, ARCHITECTURES)
+    check(model, torch.float32, ARCHITECTURES[1:2])

@@ -1,0 +1,128 @@
+"""fxopt's kernels inside of what Inductor generates, for a GPU that is assumed: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.options import environment_without
+
+TESTS = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = environment_without("PYTHONPATH") | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    command = [sys.executable, "-m", "support.hosted_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_kernels_take_their_regions(found: dict[str, Any]) -> None:
+    one = found["always"]
+    assert [len(runs) for runs in one["runs"]] == [1]
+    assert one["runs"][0][0].startswith(one["kernels"][0])
+    assert one["ops"] == 0, "Inductor sees the kernel, not an op around it"
+    assert [status for status, _ in one["evidence"]] == ["applied"]
+
+
+def test_the_backward_graph_has_kernels_too(found: dict[str, Any]) -> None:
+    forward, backward = found["backward"]["runs"]
+    assert [name.startswith("fused") for name in forward] == [True]
+    assert any(name.startswith("fused") for name in backward)
+    assert len(found["backward"]["kernels"]) >= 2
+
+
+def test_dropout_is_in_kernels(found: dict[str, Any]) -> None:
+    forward, backward = found["dropout"]["runs"]
+    assert any(name.startswith("fused_uniform") for name in forward)
+    assert len(backward) == 1, "what was kept decides there"
+
+
+def test_random_numbers_are_drawn_by_a_kernel_where_their_region_is_the_hosts(found: dict[str, Any]) -> None:
+    one = found["dropout, slower"]
+    assert one["kernels"] == ["fused_uniform"]
+    assert one["runs"][0][-1].startswith("triton_per_fused")
+    assert one["failures"] == []
+
+
+def test_unmeasured_kernels_are_not_used_unasked(found: dict[str, Any]) -> None:
+    one = found["auto"]
+    assert one["kernels"] == []
+    assert all(name.startswith("triton_") for name in one["runs"][0])
+    ((status, reason),) = one["evidence"]
+    assert status == "disabled"
+    assert "tune_seconds" in reason
+
+
+def test_never(found: dict[str, Any]) -> None:
+    assert found["never"]["kernels"] == found["never"]["evidence"] == []
+
+
+def test_memory_has_the_strides_that_the_kernel_counts_on(found: dict[str, Any]) -> None:
+    """Inductor pads rows where it may choose; the index arithmetic of a kernel is fixed."""
+    assert found["padded"]["allocated"]["buf0"] != "(1025, 1025), (1025, 1)", "Inductor pads no longer"
+    one = found["unpadded"]
+    read = one["arguments"][0][-1][0]
+    assert one["runs"][0][-1].startswith("fused")
+    assert one["allocated"][read] == "(1025, 1025), (1025, 1)"
+
+
+def test_views_of_inputs_are_not_copied(found: dict[str, Any]) -> None:
+    one = found["views"]
+    (arguments,) = one["arguments"][0]
+    assert arguments[:2] == ["arg0_1", "arg1_1"]
+    assert len(one["allocated"]) == 1, "the result alone"
+
+
+def test_an_input_is_written_behind_its_readers(found: dict[str, Any]) -> None:
+    one = found["written"]
+    readers = [place for place, arguments in enumerate(one["arguments"][0]) if arguments[0] == "arg0_1"]
+    (writer,) = [place for place, name in enumerate(one["runs"][0]) if "copy" in name]
+    assert readers
+    assert max(readers) < writer
+    assert "arg0_1" in one["arguments"][0][writer]
+
+
+def test_a_symbolic_size_is_an_argument_and_a_grid(found: dict[str, Any]) -> None:
+    (arguments,) = found["dynamic"]["arguments"][0]
+    symbols = [one for one in arguments if one.startswith("s")]
+    assert symbols, arguments
+    assert any("//" in one and symbols[0] in one for one in arguments), arguments
+
+
+def test_a_fault_leaves_the_graph_to_inductor(found: dict[str, Any]) -> None:
+    one = found["fault"]
+    assert one["failures"] == [["emit-kernels", "RuntimeError: cannot dissolve"]]
+    assert one["runs"] == found["never"]["runs"]
+    assert one["kernels"] == []
+    assert found["strict"] == {"raised": "RuntimeError: cannot dissolve"}
+
+
+def test_a_kernel_that_was_measured_to_be_faster_is_used(found: dict[str, Any]) -> None:
+    one = found["faster"]
+    assert len(one["kernels"]) == 1
+    assert one["evidence"][0][0] == "applied"
+    assert one["evidence"][0][1].endswith("on a card: 10.0 us in the kernel, 20.0 us in TorchInductor")
+    assert one["closed"] == 1
+
+
+def test_a_kernel_that_was_measured_to_be_slower_is_not(found: dict[str, Any]) -> None:
+    one = found["slower"]
+    assert one["kernels"] == []
+    assert one["runs"] == found["never"]["runs"]
+    reason = "measured on a card: 20.0 us in the kernel, 10.0 us in TorchInductor, slower"
+    assert one["evidence"] == [["unprofitable", reason]]
+
+
+def test_options_are_in_the_keys_of_inductors_cache(found: dict[str, Any]) -> None:
+    same, others = found["keys"]["same"], found["keys"]["others"]
+    assert len(set(same)) == 1
+    assert len({*same, *others}) == 1 + len(others)
