@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from fxopt.codegen.indexing import product
-from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
+from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter, Products
 from fxopt.codegen.matmul import MatmulBody
-from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, piece_of
+from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, pieces_worth_while, products_of
 from fxopt.codegen.price import Price, hinted
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
@@ -59,6 +59,9 @@ class Pass:
     warps: int
     why: str
     adjustable: tuple[tuple[str, int], ...] = ()
+    stages: int = 3
+    bounds: tuple[tuple[str, int, int], ...] = ()
+    products: Products | None = None
 
 
 def kernel_of(region: Region, target: Target | None) -> KernelFile:
@@ -95,10 +98,10 @@ def _passes(region: Region, target: Target | None) -> tuple[list[Pass], tuple[Ou
     name, body, wide = _name(region), region.body, is_wide(region)
     if isinstance(body, MatmulBody):
         matmul = choose_matmul_tile(body, target)
-        length = piece_of(body, matmul, target)
-        if length is None:
+        lengths = pieces_worth_while(body, matmul, target)
+        if not lengths:
             return [_product_pass(name, body, matmul, wide)], ()
-        cut = split_products(body, length)
+        cut = split_products(body, lengths[0])
         first = _product_pass(f"{name}_pieces", cut.partial, matmul, wide)
     else:
         tile = choose_tile(body, target)
@@ -131,8 +134,20 @@ def _adjustable(body: Body, tile: Tile) -> tuple[tuple[str, int], ...]:
 
 def _product_pass(name: str, body: Body, tile: MatmulTile, wide: bool) -> Pass:
     assert isinstance(body, MatmulBody)
-    rendered = render_matmul(name, body, tile, wide)
-    return Pass(name, body, rendered, tile.grid(body), tile.constants, 4, tile.why)
+    found = tile.adjustable(body)
+    return Pass(
+        name,
+        body,
+        render_matmul(name, body, tile, wide),
+        tile.grid(body),
+        tile.constants,
+        tile.warps,
+        tile.why,
+        adjustable=tuple((name, extent) for name, extent, _, _ in found),
+        stages=tile.stages,
+        bounds=tuple((name, least, most) for name, _, least, most in found),
+        products=products_of(body),
+    )
 
 
 def _piece(region: Region, tile: Tile, target: Target | None) -> int | None:
@@ -244,7 +259,10 @@ def _launch(one: Pass) -> Launch:
         one.grid,
         one.constants,
         num_warps=one.warps,
+        num_stages=one.stages,
         adjustable=one.adjustable,
+        bounds=one.bounds,
+        products=one.products,
     )
 
 

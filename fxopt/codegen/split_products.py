@@ -33,8 +33,7 @@ def split_products(body: MatmulBody, length: int) -> Split:
     scratch = tuple(scratch_tensor(place, one.dtype) for place, one in enumerate(body.products))
     names = body.names | {node: node.name for node in scratch}
     piece = axis("piece", pieces)
-    rows = (body.rows,) if body.rows is not None else ()
-    outer = (*rows, body.parts[0].columns)
+    outer = (*(one for one in (body.batch, body.rows) if one is not None), body.parts[0].columns)
     found = list(zip(scratch, body.products, strict=True))
     sums = [(node, _sum_of(one)) for node, one in found]
     total = total_of(Body(outer, names, body.statements, body.stores), names, sums, pieces)

@@ -171,7 +171,8 @@ class Tuner:
             return Decision(None, reason)
         chosen = with_settings(kernel, found["settings"])
         why = (f"{configuration(chosen)}: {reason}", *kernel.about.configuration[-1:])
-        return Decision(replace(chosen, about=replace(kernel.about, configuration=why)), reason)
+        chosen = replace(chosen, about=replace(kernel.about, configuration=why))
+        return Decision(chosen, reason, faster=found["verdict"] == "faster")
 
 
 def verdict(ours: Samples, host: Samples) -> str:
