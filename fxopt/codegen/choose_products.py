@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxopt.codegen.matmul import CHOSEN, is_large, operands_of_product
+from fxopt.codegen.configurations import predicted
+from fxopt.codegen.kernel_file import KernelFile
+from fxopt.codegen.matmul import CHOSEN, MatmulBody, is_large, operands_of_product
 from fxopt.codegen.price import hinted
 from fxopt.codegen.regions import Region, can_emit
 from fxopt.codegen.trace import view_base
 from fxopt.ir.cost import bytes_of, hint, numel
 from fxopt.ir.target import Target
 
-LIBRARY, OURS = 0.8, 0.6  # shares of the matrix units' peak: what a library reaches, what is asked of a kernel
+LIBRARY, OURS = 0.8, 0.6  # shares of the matrix units' peak: what a library is taken to reach, and a kernel
 MARGIN = 0.95  # a kernel that is not faster by a twentieth is no win
 LAUNCH = 2e-6  # seconds
 
@@ -63,12 +65,14 @@ def large_products(region: Region) -> list[fx.Node]:
     return [node for node in region.members if is_large(node) and node.meta.get(CHOSEN)]
 
 
-def compared(region: Region, target: Target) -> Comparison:
-    """What the model says of `region`, at the sizes of tracing."""
+def compared(region: Region, kernel: KernelFile, target: Target) -> Comparison:
+    """What the model says of `region` and its `kernel`, at the sizes of tracing."""
     inside, moved = frozenset(region.members), hinted(region.fused.bytes, region.members)
     peak, library, rest = 0.0, 0.0, moved
+    assert isinstance(region.body, MatmulBody)
+    on_matrix_units = region.body.on_matrix_units
     for node in large_products(region):
-        arithmetic = _flops(node) / target.rate(node.meta["val"].dtype, tensor_cores=True)
+        arithmetic = _flops(node) / target.rate(node.meta["val"].dtype, tensor_cores=on_matrix_units)
         operands = [view_base(one) for one in node.all_input_nodes]
         stored = bytes_of(node.meta["val"])
         read = {one: bytes_of(one.meta["val"]) for one in operands}
@@ -76,8 +80,8 @@ def compared(region: Region, target: Target) -> Comparison:
         peak += arithmetic
         # The rest reads the product, writes what it has made for it, and reads nothing that only this needs.
         rest += stored + sum(size if one in inside else -size for one, size in read.items())
-    kernel = max(moved / target.bandwidth, peak / OURS) + LAUNCH
-    return Comparison(kernel, library + max(0, rest) / target.bandwidth + LAUNCH)
+    ours = max(predicted(kernel, target), peak / OURS)
+    return Comparison(ours, library + max(0, rest) / target.bandwidth + LAUNCH)
 
 
 def _flops(node: fx.Node) -> float:

@@ -62,11 +62,11 @@ def target_of(options: Options) -> Target | None:
 
 
 def kernels_for(
-    graph: fx.Graph, devices: frozenset[str], target: Target | None
+    graph: fx.Graph, devices: frozenset[str], target: Target | None, split_k: str = "deterministic"
 ) -> tuple[list[Emitted], Partition]:
     """The kernels of a graph, in its order; nothing is changed."""
     found = partition(graph, devices)
-    return [Emitted(region, kernel_of(region, target)) for region in found.regions], found
+    return [Emitted(region, kernel_of(region, target, split_k)) for region in found.regions], found
 
 
 def emit_kernels(
@@ -80,8 +80,8 @@ def emit_kernels(
     """
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     target = target_of(options)
-    left = choose_products(gm.graph, devices, target, options.gemm, decide)
-    emitted, found = kernels_for(gm.graph, devices, target)
+    left = choose_products(gm.graph, devices, target, options, decide)
+    emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     kernels: list[KernelFile] = []
     instead: dict[fx.Node, fx.Node] = {}
 
@@ -109,19 +109,28 @@ def emit_kernels(
 
 
 def choose_products(
-    graph: fx.Graph, devices: frozenset[str], target: Target | None, gemm: str, decide: Decide | None
+    graph: fx.Graph, devices: frozenset[str], target: Target | None, options: Options, decide: Decide | None
 ) -> list[Evidence]:
     """Choose the products with many rows that kernels take, and say why others are left to the library."""
-    found = candidates(graph, devices) if gemm != "never" else []
+    found = candidates(graph, devices) if options.gemm != "never" else []
     choose(graph, found)
-    if not found or gemm == "always":
+    if not found or options.gemm == "always":
         return []
-    own = [one for one in kernels_for(graph, devices, target)[0] if large_products(one.region)]
+    own = [
+        one for one in kernels_for(graph, devices, target, options.split_k)[0] if large_products(one.region)
+    ]
     verdicts = _verdicts(own, target, decide)
-    taken = [node for one, (wins, _) in zip(own, verdicts, strict=True) if wins for node in large_products(one.region)]
+    taken = [
+        node
+        for one, (wins, _) in zip(own, verdicts, strict=True)
+        if wins
+        for node in large_products(one.region)
+    ]
     choose(graph, taken)
     reasons = {
-        node: reason for one, (_, reason) in zip(own, verdicts, strict=True) for node in large_products(one.region)
+        node: reason
+        for one, (_, reason) in zip(own, verdicts, strict=True)
+        for node in large_products(one.region)
     }
     alone = "nothing in front of it or behind it can be part of its kernel"
     return [
@@ -139,7 +148,7 @@ def _verdicts(
         return [(one.faster, one.reason) for one in decide([one.kernel for one in emitted])]
     if target is None:
         return [(False, "no target is known to price it for") for _ in emitted]
-    found = [compared(one.region, target) for one in emitted]
+    found = [compared(one.region, one.kernel, target) for one in emitted]
     return [(one.wins, f"by the model {one} on {target.name}") for one in found]
 
 

@@ -143,6 +143,7 @@ class KernelFile:
         sizes: names and the expressions that they stand for; later ones may use earlier ones.
         mutates: names of those tensor parameters that the kernel writes to.
         scratch: tensors that launches hand to each other, allocated by `launch` and not returned.
+        alternatives: kernels that compute the same by other launches, to be tried beside this one.
     """
 
     name: str
@@ -156,6 +157,7 @@ class KernelFile:
     mutates: tuple[str, ...] = ()
     scratch: tuple[Output, ...] = ()
     about: About = field(default_factory=About)
+    alternatives: tuple[KernelFile, ...] = ()
 
     @property
     def digest(self) -> str:

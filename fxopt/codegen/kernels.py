@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -19,7 +19,7 @@ from fxopt.codegen.reference_text import example_text, reference_text
 from fxopt.codegen.regions import Region
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.render_matmul import render_matmul
-from fxopt.codegen.split import can_split, split
+from fxopt.codegen.split import Split, can_split, split
 from fxopt.codegen.split_products import split_products
 from fxopt.codegen.statements import Body
 from fxopt.codegen.tile_sizes import power_of_two, sms_of
@@ -43,6 +43,7 @@ POINTERS = {
 LONGEST_ROW = 8192  # elements of a row that one program holds in registers
 PIECE = 8192  # elements that make a program of their own worth while
 FEWEST_PIECES = 4  # that make the second launch worth while
+MOST_SPLITS = 2  # forms of a product that are cut into pieces
 REGISTERS = 64  # of a thread, for elements and their addresses while a column is summed
 TILE = 1024  # elements that a program computes at once, for 128 threads with 8 each
 
@@ -64,9 +65,20 @@ class Pass:
     products: Products | None = None
 
 
-def kernel_of(region: Region, target: Target | None) -> KernelFile:
-    """The kernel of `region`, for `target`."""
-    passes, scratch = _passes(region, target)
+def kernel_of(region: Region, target: Target | None, split_k: str = "deterministic") -> KernelFile:
+    """The kernel of `region`, for `target`, with its alternatives.
+
+    Args:
+        split_k: how the pieces of a product are added up that is cut along what it sums over, as in
+            `fxopt.options.Options`.
+    """
+    first, *others = (_kernel(region, target, *one) for one in _forms(region, target, split_k))
+    return replace(first, alternatives=tuple(others))
+
+
+def _kernel(
+    region: Region, target: Target | None, passes: Sequence[Pass], scratch: tuple[Output, ...]
+) -> KernelFile:
     read = list(dict.fromkeys(one.tensor for one in region.body.loads))
     given = {str(symbol): hinted(symbol, region.outputs) for symbol in symbol_inputs(region)}
     names = region.body.names
@@ -93,26 +105,45 @@ def _parameters(read: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> dict[f
     return {node: name for node, name in names.items() if name in own}
 
 
-def _passes(region: Region, target: Target | None) -> tuple[list[Pass], tuple[Output, ...]]:
-    """What is launched, in order, and what the launches hand on."""
+Form = tuple[list[Pass], tuple[Output, ...]]
+
+
+def _forms(region: Region, target: Target | None, split_k: str) -> list[Form]:
+    """What is launched, in order, and what the launches hand on; the most promising form first."""
     name, body, wide = _name(region), region.body, is_wide(region)
     if isinstance(body, MatmulBody):
-        matmul = choose_matmul_tile(body, target)
-        lengths = pieces_worth_while(body, matmul, target)
-        if not lengths:
-            return [_product_pass(name, body, matmul, wide)], ()
-        cut = split_products(body, lengths[0])
-        first = _product_pass(f"{name}_pieces", cut.partial, matmul, wide)
-    else:
-        tile = choose_tile(body, target)
-        length = _piece(region, tile, target)
-        if length is None:
-            return [_loop_pass(name, body, tile, wide)], ()
-        cut = split(body, length)
-        first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+        return _product_forms(name, body, wide, target, split_k)
+    tile = choose_tile(body, target)
+    length = _piece(region, tile, target)
+    if length is None:
+        return [([_loop_pass(name, body, tile, wide)], ())]
+    cut = split(body, length)
+    first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+    return [_in_two_launches(name, first, cut, wide, target)]
+
+
+def _product_forms(
+    name: str, body: MatmulBody, wide: bool, target: Target | None, split_k: str
+) -> list[Form]:
+    """The whole depth by each program, or pieces of it: in which order depends on how many SMs are idle."""
+    tile = choose_matmul_tile(body, target)
+    whole: Form = ([_product_pass(name, body, tile, wide)], ())
+    atomic = split_k == "atomic" and not torch.are_deterministic_algorithms_enabled()
+    lengths = pieces_worth_while(body, tile, target) if split_k != "never" else []
+    forms: list[Form] = []
+    for length in lengths[:MOST_SPLITS]:
+        cut = split_products(body, length, atomic=atomic)
+        first = _product_pass(f"{name}_pieces", cut.partial, tile, wide)
+        forms.append(_in_two_launches(name, first, cut, wide, target, "0" if atomic else None))
+    return [*forms[:1], whole, *forms[1:]]
+
+
+def _in_two_launches(
+    name: str, first: Pass, cut: Split, wide: bool, target: Target | None, fill: str | None = None
+) -> Form:
     tile = choose_tile(cut.total, target)
     shape = tuple(map(print_index, cut.shape))
-    scratch = tuple(Output(node.name, shape, str(node.meta["val"].dtype)) for node in cut.scratch)
+    scratch = tuple(Output(one.name, shape, str(one.meta["val"].dtype), fill=fill) for one in cut.scratch)
     return [first, _loop_pass(name, cut.total, tile, wide)], scratch
 
 

@@ -375,5 +375,7 @@ def _balance() -> float:
 @functools.cache
 def _spare(dtype: torch.dtype) -> float:
     """Operations that every target does while its matrix units multiply an element by a tile's columns."""
-    shares = [one.rate(dtype, tensor_cores=False) / one.rate(dtype, tensor_cores=True) for one in all_targets()]
+    shares = [
+        one.rate(dtype, tensor_cores=False) / one.rate(dtype, tensor_cores=True) for one in all_targets()
+    ]
     return 2 * LARGE_COLUMNS * min(shares)

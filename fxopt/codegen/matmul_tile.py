@@ -9,7 +9,7 @@ import sympy
 from fxopt.codegen.kernel_file import Products
 from fxopt.codegen.matmul import MOST_ROWS, MatmulBody
 from fxopt.codegen.print_index import print_index
-from fxopt.codegen.product_model import best_tile
+from fxopt.codegen.product_model import LEAST, best_tile, number_of_programs
 from fxopt.codegen.split_products import can_split_products
 from fxopt.codegen.statements import Load
 from fxopt.codegen.tile_sizes import power_of_two, sms_of
@@ -21,7 +21,6 @@ _SPAN = 4096
 MOST_PIECES = 16
 SECOND_LAUNCH = 3e-6  # seconds
 _LINE = 256  # bytes of a column of weights that such a block has at most
-LEAST = 16  # of each dimension of a block for the matrix units
 _LARGEST = 256
 GROUP = 8  # tiles of rows that follow each other with the same columns: what they share stays in L2
 
@@ -69,7 +68,12 @@ class MatmulTile:
         depth = [body.depth.size, *([sympy.Integer(body.length)] if body.piece is not None else [])]
         least = 1 if body.rows is None else LEAST
         found = [
-            ("COLUMNS", sum(map(_number, columns)), _least_columns(body), min(pair, _most(columns, self.columns))),
+            (
+                "COLUMNS",
+                sum(map(_number, columns)),
+                _least_columns(body),
+                min(pair, _most(columns, self.columns)),
+            ),
             ("DEPTH", _number(body.depth.size), min(self.depth, max(least, 32)), _most(depth, self.depth)),
         ]
         if self.group and body.rows is not None:
@@ -130,18 +134,18 @@ def choose_matmul_tile(body: MatmulBody, target: Target | None) -> MatmulTile:
 def _large_tile(body: MatmulBody, target: Target | None) -> MatmulTile:
     operands = len({one.tensor for one in body.loads}) + len(body.stores)
     pair = _pair(body) or _LARGEST
-    found = best_tile(products_of(body), operands, pair, target)
-    rows, columns, depth, warps, stages = found
-    shape = f"ROWS={rows}, COLUMNS={columns}, DEPTH={depth}"
-    programs = _programs(body, columns) * -(-products_of(body).rows // rows) * products_of(body).batch
+    sizes = products_of(body)
+    found = best_tile(sizes, operands, pair, target)
+    shape = f"ROWS={found.rows}, COLUMNS={found.columns}, DEPTH={found.depth}"
+    programs = number_of_programs(sizes, found)
     return MatmulTile(
-        rows,
-        columns,
-        depth,
-        max(LEAST, min(power_of_two(_number(body.depth.size)), _SPAN // rows)),
+        found.rows,
+        found.columns,
+        found.depth,
+        max(LEAST, min(power_of_two(sizes.depth), _SPAN // found.rows)),
         GROUP,
-        warps,
-        stages,
+        found.warps,
+        found.stages,
         f"{shape}: {programs} programs, {GROUP} tiles of rows with the same columns at a time",
     )
 
@@ -163,7 +167,9 @@ def pieces_worth_while(body: MatmulBody, tile: MatmulTile, target: Target | None
         return []
     most = min(MOST_PIECES, max(1, 2 * target.sms // programs))
     counts = [most, *(one for one in (most // 2, most // 4) if one > 1)]
-    return list(dict.fromkeys(-(-sizes.depth // (one * tile.depth)) * tile.depth for one in counts if one > 1))
+    return list(
+        dict.fromkeys(-(-sizes.depth // (one * tile.depth)) * tile.depth for one in counts if one > 1)
+    )
 
 
 def is_contiguous_along_depth(body: MatmulBody) -> bool:

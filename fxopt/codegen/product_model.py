@@ -18,19 +18,19 @@ from fxopt.codegen.kernel_file import Products
 from fxopt.ir.target import Target
 
 LATENCY = 7e-7  # seconds from a load to its value, out of memory
-_L2_LATENCY = 3e-7
+_L2_LATENCY = 5e-7  # seconds, of what is partly in L2
 _L2_RATE = 3.0  # as a multiple of the bandwidth of memory
 _LAUNCH = 2e-6  # seconds for which a GPU is not yet, or no longer, busy
 _ENDS = 1.5e-6  # seconds of a program before its first multiplication and behind its last
 BLOCKS_PER_SM = 32
 _ADDRESSES = 48  # registers of a thread for addresses, masks and operands on their way to the matrix units
 _SUMS = 128  # registers of a thread for sums where nothing follows the product
-_SUMS_AND_MORE = 64  # the same where other tensors are read behind it
+_SUMS_AND_MORE = 64  # the same where products meet or other tensors are read
 _SUMS_BY_HAND = 32  # without the matrix units, where a thread holds its operands for a whole block, too
 _UNROLLED = 16  # of the depth, there
-_PLAIN_OPERANDS = 3  # left, right, result
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)
 WARPS, STAGES = (4, 8), (2, 3, 4)
+LEAST = 16  # of each dimension of a block for the matrix units
 _ANY = Target.named("sm_90")  # whose figures order tiles where no target is known
 
 
@@ -59,10 +59,10 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         each = block.columns * block.depth * sizes.together / threads
         registers, shared = _ADDRESSES + math.ceil(each * (1 + width / 4)), 0
     else:
-        plain = block.operands <= _PLAIN_OPERANDS - 1 + sizes.together
-        if sums > _most_sums(sizes, plain) or (not sizes.on_matrix_units and block.depth > _UNROLLED):
+        most = _most_sums(sizes, block, target)
+        if sums > most or (not sizes.on_matrix_units and block.depth > _UNROLLED):
             return 0
-        registers = _ADDRESSES + math.ceil(sums * (1.0 if plain else 1.5))
+        registers = _ADDRESSES + math.ceil(sums)
         shared = block.stages * (block.rows + block.columns * sizes.together) * block.depth * width
     if registers > target.max_registers or shared > target.shared_per_block or threads > 1024:
         return 0
@@ -74,10 +74,14 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
     )
 
 
-def _most_sums(sizes: Products, plain: bool) -> int:
+def _most_sums(sizes: Products, block: Block, target: Target) -> int:
+    """Sums in the registers of a thread, beside what is computed with them behind the product."""
     if not sizes.on_matrix_units:
         return _SUMS_BY_HAND
-    return _SUMS if plain else _SUMS_AND_MORE
+    others = block.operands - 2 - sizes.together
+    # From Hopper on operands go from shared memory, or a memory of their own, to the matrix units.
+    meet = sizes.together > 1 and target.arch < 90
+    return _SUMS_AND_MORE if others or meet else _SUMS
 
 
 def seconds(sizes: Products, block: Block, moved: float, target: Target) -> float:
@@ -106,34 +110,34 @@ def number_of_programs(sizes: Products, block: Block) -> int:
     return sizes.batch * -(-sizes.rows // block.rows) * tiles * sizes.pieces
 
 
-def best_tile(
-    sizes: Products, operands: int, most_columns: int, target: Target | None
-) -> tuple[int, int, int, int, int]:
-    """Rows, columns, depth, warps and stages of the tile that the model takes for fastest.
+def preference(block: Block) -> tuple[float, ...]:
+    """Among tiles that the model does not tell apart: larger ones, which read less, square ones, steps of 64,
+    three stages."""
+    uneven = abs(math.log2(block.rows / block.columns))
+    return -block.rows * block.columns, uneven, abs(math.log2(block.depth) - 6), abs(block.stages - 3)
+
+
+def best_tile(sizes: Products, operands: int, most_columns: int, target: Target | None) -> Block:
+    """The tile that the model takes for fastest.
 
     `most_columns`: of a tile, because of what follows the product.
     """
     target = target or _ANY
     moved = _least_bytes(sizes)
 
-    def rank(block: Block) -> tuple[float, int, int]:
-        """Among equals larger tiles, which read less, and fewer stages."""
-        taken = seconds(sizes, block, moved, target)
-        return round(math.log(taken), 2), -block.rows * block.columns, block.stages
+    def rank(block: Block) -> tuple[float, tuple[float, ...]]:
+        return round(math.log(seconds(sizes, block, moved, target)), 2), preference(block)
 
     found = [one for one in _blocks(sizes, operands) if one.columns <= most_columns]
-    best = min((one for one in found if blocks_per_sm(sizes, one, target)), key=rank)
-    return best.rows, best.columns, best.depth, best.warps, best.stages
+    return min((one for one in found if blocks_per_sm(sizes, one, target)), key=rank)
 
 
 def _blocks(sizes: Products, operands: int) -> Iterator[Block]:
-    for rows, columns, depth in itertools.product(ROWS, COLUMNS, DEPTHS):
-        if rows >= 2 * max(16, sizes.rows) or columns >= 2 * max(16, *sizes.columns):
-            continue
-        if depth >= 2 * max(16, sizes.depth):
-            continue
-        for warps, stages in itertools.product(WARPS, STAGES):
-            yield Block(rows, columns, depth, warps, stages, operands)
+    extents = sizes.rows, max(sizes.columns), sizes.depth
+    for tile in itertools.product(ROWS, COLUMNS, DEPTHS):
+        if all(one < 2 * max(LEAST, extent) for one, extent in zip(tile, extents, strict=True)):
+            for warps, stages in itertools.product(WARPS, STAGES):
+                yield Block(*tile, warps, stages, operands)
 
 
 def _least_bytes(sizes: Products) -> float:

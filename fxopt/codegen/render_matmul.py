@@ -85,7 +85,7 @@ class _Renderer:
         constants = [f"{name}: tl.constexpr" for name, _ in self.tile.constants]
         head = signature(self.name, [*pointers, *map(str, sizes), *constants])
         text = "\n".join([*helpers_of(self.lines), "@triton.jit", *head, *self.lines])
-        return Rendered(text + "\n", tuple(pointers), sizes, sympy.Integer(0))
+        return Rendered(text + "\n", tuple(pointers), sizes)
 
     def _place(self) -> None:
         """Which tile of rows and which of columns: `GROUP` tiles of rows for each of columns, so that the
@@ -322,7 +322,10 @@ class _Renderer:
         masks = self._masks(along)
         mask = f", mask={' & '.join(masks)}" if masks else ""
         where = f"{self.body.names[store.tensor]}_ptr + {self._shaped(store.offset, along)}"
-        self._line(depth, f"tl.store({where}, {store.source}{mask})")
+        if store.added:
+            self._line(depth, f'tl.atomic_add({where}, {store.source}{mask}, sem="relaxed")')
+        else:
+            self._line(depth, f"tl.store({where}, {store.source}{mask})")
 
     def _masks(self, along: Iterable[sympy.Symbol]) -> list[str]:
         return [f"inside_{one.symbol}" for one in self.body.axes if one.symbol in self.masked & set(along)]
