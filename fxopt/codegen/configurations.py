@@ -114,9 +114,9 @@ def constant(launch: Launch, name: str) -> int:
 
 def block_of(launch: Launch) -> Block:
     """What a program of a launch with products has at once."""
-    sizes = (constant(launch, name) for name in ("ROWS", "COLUMNS", "DEPTH"))
+    rows, columns, depth = (constant(launch, name) for name in ("ROWS", "COLUMNS", "DEPTH"))
     operands = sum(one.type.startswith("*") for one in launch.arguments)
-    return Block(*sizes, launch.num_warps, launch.num_stages, operands)
+    return Block(rows, columns, depth, launch.num_warps, launch.num_stages, operands)
 
 
 def configuration(kernel: KernelFile) -> str:

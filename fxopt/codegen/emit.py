@@ -116,27 +116,20 @@ def choose_products(
     choose(graph, found)
     if not found or options.gemm == "always":
         return []
-    own = [
-        one for one in kernels_for(graph, devices, target, options.split_k)[0] if large_products(one.region)
-    ]
-    verdicts = _verdicts(own, target, decide)
-    taken = [
-        node
-        for one, (wins, _) in zip(own, verdicts, strict=True)
-        if wins
-        for node in large_products(one.region)
-    ]
-    choose(graph, taken)
-    reasons = {
-        node: reason
-        for one, (_, reason) in zip(own, verdicts, strict=True)
+    emitted, _ = kernels_for(graph, devices, target, options.split_k)
+    own = [one for one in emitted if large_products(one.region)]
+    verdicts = {
+        node: verdict
+        for one, verdict in zip(own, _verdicts(own, target, decide), strict=True)
         for node in large_products(one.region)
     }
-    alone = "nothing in front of it or behind it can be part of its kernel"
+    choose(graph, [node for node, (wins, _) in verdicts.items() if wins])
+    alone = False, "nothing in front of it or behind it can be part of its kernel"
+    left = {node: verdicts.get(node, alone) for node in found}
     return [
-        _evidence(node, Status.UNPROFITABLE, f"left to the library: {reasons.get(node, alone)}")
-        for node in found
-        if node not in set(taken)
+        _evidence(node, Status.UNPROFITABLE, f"left to the library: {reason}")
+        for node, (wins, reason) in left.items()
+        if not wins
     ]
 
 

@@ -54,9 +54,9 @@ class MatmulTile:
         tiles = " + ".join(f"triton.cdiv({print_index(part.columns.size)}, COLUMNS)" for part in body.parts)
         pieces = () if body.piece is None else (print_index(body.piece.size),)
         if self.group and body.rows is not None:
-            rows = f"triton.cdiv({print_index(body.rows.size)}, ROWS)"
+            down = f"triton.cdiv({print_index(body.rows.size)}, ROWS)"
             stacks = f"{_factor(body.batch.size)} * " if body.batch is not None else ""
-            return (f"{stacks}{rows} * ({tiles})", *pieces)
+            return (f"{stacks}{down} * ({tiles})", *pieces)
         rows = () if body.rows is None else (f"triton.cdiv({print_index(body.rows.size)}, ROWS)",)
         return (tiles, *rows, *pieces)
 
