@@ -27,9 +27,23 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 HOSTS = ("auto", "inductor", "eager")
 VERIFY = ("nothing", "masks")
 KERNELS = ("auto", "always", "never")
+GEMM = ("auto", "always", "never")
+SPLIT_K = ("deterministic", "atomic", "never")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
 # Those of the fields that can change the compiled result.
-DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret", "kernels", "tune_seconds", "replay")
+DECISIVE = (
+    "mode",
+    "host",
+    "disable",
+    "fuel",
+    "target",
+    "interpret",
+    "kernels",
+    "gemm",
+    "split_k",
+    "tune_seconds",
+    "replay",
+)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 REPLAY = ("auto", "never", "always")
 
@@ -64,6 +78,13 @@ class Options:
             is the GPU at hand.
         kernels: whether fxopt's own kernels take their regions where TorchInductor hosts a graph on a GPU:
             ``"always"``, ``"never"``, or ``"auto"``: those that were measured there and were faster.
+        gemm: whether matrix products with more than 16 rows, and of stacks of matrices, may be parts of
+            fxopt's kernels: ``"always"``, ``"never"``, or ``"auto"``: those whose kernel was measured to be
+            faster than the vendor's library with what is around it; where nothing is measured, those that a
+            model of the target takes for faster.
+        split_k: how the pieces of a product are added up that is cut along what it sums over:
+            ``"deterministic"``, by a second launch in one order; ``"atomic"``, in any order, into one result
+            in float32; ``"never"``: it is not cut.
         tune_seconds: for how long kernels may be measured in the compilation of one graph, on a GPU. None is
             no limit with ``mode="max-autotune"`` (or its kin), and 0, nothing is measured, with other modes.
         interpret: run emitted kernels in Triton's interpreter, on tensors of any device, with the eager host.
@@ -86,6 +107,8 @@ class Options:
     dump: str | None = None
     target: str | None = None
     kernels: str = "auto"
+    gemm: str = "auto"
+    split_k: str = "deterministic"
     tune_seconds: float | None = None
     interpret: bool = False
     cache_dir: str | None = None
@@ -172,7 +195,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         found["tune_seconds"] = _number(
             "environment variable FXOPT_TUNE_SECONDS", environ["FXOPT_TUNE_SECONDS"]
         )
-    for name in ("verify", "kv_cache_dtype", "kernels", "replay"):
+    for name in ("verify", "kv_cache_dtype", "kernels", "gemm", "split_k", "replay"):
         if environ.get(f"FXOPT_{name.upper()}"):
             found[name] = environ[f"FXOPT_{name.upper()}"]
     return found
@@ -198,6 +221,8 @@ _VALUES = {
     "kv_cache_dtype": KV_CACHE_DTYPES,
     "replay": REPLAY,
     "kernels": KERNELS,
+    "gemm": GEMM,
+    "split_k": SPLIT_K,
 }
 _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mode": ((str,), "a string"),
@@ -210,6 +235,8 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fast_decode": ((bool,), "a bool"),
     "kv_cache_dtype": ((str,), "a string"),
     "kernels": ((str,), "a string"),
+    "gemm": ((str,), "a string"),
+    "split_k": ((str,), "a string"),
     "replay": ((str,), "a string"),
     "tune_seconds": ((int, float, type(None)), "a number or None"),
     "fuel": ((int, type(None)), "an integer or None"),

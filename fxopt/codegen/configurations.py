@@ -1,5 +1,7 @@
 """Which configurations of a kernel are worth measuring, by a model of what limits it on a GPU.
 
+Launches that multiply matrices have a model of their own, `fxopt.codegen.product_model`.
+
 A kernel of a region moves bytes; how fast depends on how many are under way. So the model counts, for sizes
 of a tile, warps and stages: the blocks that an SM holds by threads, registers and shared memory, the bytes
 that are in flight then, and the share of the last wave of blocks that has work.
@@ -10,10 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.kernel_file import KernelFile, Launch
+from fxopt.codegen.product_model import Block, blocks_per_sm, preference, seconds
 from fxopt.codegen.tile_sizes import power_of_two
 from fxopt.ir.target import Target
 
@@ -36,27 +39,54 @@ class Estimate:
 
 
 def proposals(kernel: KernelFile, target: Target, count: int = 6) -> list[KernelFile]:
-    """At most `count` kernels that compute the same: `kernel` itself, then others, best first.
+    """At most `count` kernels that compute the same: `kernel` itself, its alternatives, then others, best
+    first.
 
     The model does not tell apart what differs by less than a twentieth. Among those, 8 elements a thread are
     preferred: accesses of 16 or 32 bytes.
     """
-    moved = [kernel.about.seen[0] * share for share in _shares(kernel.launches)]
+    moved = _moved(kernel)
     apart = [estimate(*one, target).seconds for one in zip(kernel.launches, moved, strict=True)]
-    ranks: dict[KernelFile, tuple[int, float, str]] = {}
+    ranks: dict[KernelFile, tuple[int, tuple[float, ...], str]] = {}
     for place, launch in enumerate(kernel.launches):
-        for other in _neighbours(launch):
+        others = [one for one in _neighbours(launch, target) if one != launch]
+        guesses = {one: estimate(one, moved[place], target) for one in others}
+        for other in _unlike([one for one in others if guesses[one].blocks], guesses):
             launches = (*kernel.launches[:place], other, *kernel.launches[place + 1 :])
-            variant = replace(kernel, launches=launches)
-            if not launch.adjustable:
-                ranks[variant] = 0, 0.0, configuration(variant)  # the model does not know its tile
-                continue
-            guess = estimate(other, moved[place], target)
-            if other != launch and guess.blocks:
-                alike = _alike(sum(apart) - apart[place] + guess.seconds)
-                far = abs(math.log2(_tile(other) / _threads(other, target)) - 3)
-                ranks[variant] = alike, far, configuration(variant)
-    return [kernel, *sorted(ranks, key=ranks.__getitem__)[: count - 1]]
+            variant = replace(kernel, launches=launches, alternatives=())
+            alike = _alike(sum(apart) - apart[place] + guesses[other].seconds)
+            ranks[variant] = alike, _preference(other, target), configuration(variant)
+    found = [kernel, *kernel.alternatives, *sorted(ranks, key=ranks.__getitem__)]
+    return found[:count]
+
+
+def predicted(kernel: KernelFile, target: Target) -> float:
+    """Seconds of a kernel as it is launched now."""
+    pairs = zip(kernel.launches, _moved(kernel), strict=True)
+    return sum(estimate(launch, moved, target).seconds for launch, moved in pairs)
+
+
+def _moved(kernel: KernelFile) -> list[float]:
+    """The bytes of each launch."""
+    return [kernel.about.seen[0] * share for share in _shares(kernel.launches)]
+
+
+def _unlike(found: Sequence[Launch], guesses: Mapping[Launch, Estimate]) -> list[Launch]:
+    """Of launches with products the best for each tile of a result: they are to differ in more than steps."""
+    best: dict[object, Launch] = {}
+    for one in found:
+        tile = (constant(one, "ROWS"), constant(one, "COLUMNS")) if one.products else one
+        rank = (_alike(guesses[one].seconds), preference(block_of(one))) if one.products else ()
+        kept = best.get(tile)
+        if kept is None or rank < (_alike(guesses[kept].seconds), preference(block_of(kept))):
+            best[tile] = one
+    return list(best.values())
+
+
+def _preference(launch: Launch, target: Target) -> tuple[float, ...]:
+    if launch.products:
+        return preference(block_of(launch))
+    return (abs(math.log2(_tile(launch) / _threads(launch, target)) - 3),)
 
 
 def _alike(seconds: float) -> int:
@@ -66,8 +96,27 @@ def _alike(seconds: float) -> int:
 
 def _shares(launches: Sequence[Launch]) -> list[float]:
     """How much of the traffic is each launch's, by the elements that it goes over."""
-    elements = [_tile(one) * _programs(one) * _steps(one, in_grid=False) for one in launches]
+    elements = [_elements(one) for one in launches]
     return [one / sum(elements) for one in elements]
+
+
+def _elements(launch: Launch) -> int:
+    if launch.products:
+        sizes = launch.products
+        return sizes.batch * sizes.depth * (sizes.rows + sum(sizes.columns) * sizes.together)
+    return _tile(launch) * _programs(launch) * _steps(launch, in_grid=False)
+
+
+def constant(launch: Launch, name: str) -> int:
+    """The value of a constant."""
+    return int(dict(launch.constants)[name])
+
+
+def block_of(launch: Launch) -> Block:
+    """What a program of a launch with products has at once."""
+    rows, columns, depth = (constant(launch, name) for name in ("ROWS", "COLUMNS", "DEPTH"))
+    operands = sum(one.type.startswith("*") for one in launch.arguments)
+    return Block(rows, columns, depth, launch.num_warps, launch.num_stages, operands)
 
 
 def configuration(kernel: KernelFile) -> str:
@@ -83,6 +132,10 @@ def configuration(kernel: KernelFile) -> str:
 
 def estimate(launch: Launch, moved: float, target: Target) -> Estimate:
     """Seconds for a launch that moves `moved` bytes."""
+    if launch.products:
+        block = block_of(launch)
+        blocks = blocks_per_sm(launch.products, block, target)
+        return Estimate(seconds(launch.products, block, moved, target), blocks)
     tile, threads = _tile(launch), _threads(launch, target)
     widths = [_width(argument.type) for argument in launch.arguments if argument.type.startswith("*")]
     registers = OVERHEAD + math.ceil(tile / threads) * len(widths)
@@ -116,29 +169,27 @@ def _threads(launch: Launch, target: Target) -> int:
     return launch.num_warps * target.warp_size
 
 
-def _neighbours(launch: Launch) -> Iterator[Launch]:
+def _neighbours(launch: Launch, target: Target) -> Iterator[Launch]:
     """The launch with sizes around its own."""
-    extents = dict(launch.adjustable)
-    if not extents:
-        near = {launch.num_warps // 2, 2 * launch.num_warps} & set(WARPS)
-        yield from (replace(launch, num_warps=warps) for warps in sorted(near))
-        return
+    extents, bounds = dict(launch.adjustable), {name: rest for name, *rest in launch.bounds}
     sizes = [
-        sorted({_scaled(value, factor, extents[name]) for factor in FACTORS}) if name in extents else [value]
+        sorted({_scaled(value, factor, extents[name], *bounds.get(name, ())) for factor in FACTORS})
+        if name in extents
+        else [value]
         for name, value in launch.constants
     ]
     stages = STAGES if _loops(launch) else (launch.num_stages,)
     names = [name for name, _ in launch.constants]
     for chosen in itertools.product(*sizes):
         for warps, depth in itertools.product(WARPS, stages):
-            if math.prod(chosen) >= warps * 32:
+            if math.prod(chosen) >= warps * target.warp_size:
                 constants = tuple(zip(names, chosen, strict=True))
                 yield replace(launch, constants=constants, num_warps=warps, num_stages=depth)
 
 
-def _scaled(value: float, factor: float, extent: int) -> int:
-    """A multiple of `value`, from 1 to the first power of two that covers the extent."""
-    return max(1, min(int(value * factor), power_of_two(extent)))
+def _scaled(value: float, factor: float, extent: int, least: int = 1, most: int = sys.maxsize) -> int:
+    """A multiple of `value`, within bounds and not above the first power of two that covers the extent."""
+    return max(least, min(int(value * factor), power_of_two(extent), most))
 
 
 def _loops(launch: Launch) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxopt.codegen.choose_products import candidates, choose, compared, large_products
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
@@ -35,10 +36,14 @@ class Emitted:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a region: `kernel` computes it, or with None the host does. `reason` says why."""
+    """What becomes of a region: `kernel` computes it, or with None the host does. `reason` says why.
+
+    `faster`: whether the kernel was measured to be faster than the host.
+    """
 
     kernel: KernelFile | None
     reason: str = ""
+    faster: bool = False
 
 
 Decide = Callable[[Sequence[KernelFile]], Sequence[Decision]]
@@ -57,11 +62,11 @@ def target_of(options: Options) -> Target | None:
 
 
 def kernels_for(
-    graph: fx.Graph, devices: frozenset[str], target: Target | None
+    graph: fx.Graph, devices: frozenset[str], target: Target | None, split_k: str = "deterministic"
 ) -> tuple[list[Emitted], Partition]:
     """The kernels of a graph, in its order; nothing is changed."""
     found = partition(graph, devices)
-    return [Emitted(region, kernel_of(region, target)) for region in found.regions], found
+    return [Emitted(region, kernel_of(region, target, split_k)) for region in found.regions], found
 
 
 def emit_kernels(
@@ -75,7 +80,8 @@ def emit_kernels(
     """
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     target = target_of(options)
-    emitted, found = kernels_for(gm.graph, devices, target)
+    left = choose_products(gm.graph, devices, target, options, decide)
+    emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     kernels: list[KernelFile] = []
     instead: dict[fx.Node, fx.Node] = {}
 
@@ -85,6 +91,7 @@ def emit_kernels(
             _call(gm.graph, one, as_op(one.kernel, cache=cache_of(options)), instead)
 
     usable, evidence = _usable(emitted, gm.graph)
+    evidence += left
     for one, decision in zip(usable, _decisions(usable, decide), strict=True):
         if decision.kernel is None:
             evidence.append(_evidence(one.region.members[0], Status.UNPROFITABLE, decision.reason))
@@ -99,6 +106,43 @@ def emit_kernels(
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence
+
+
+def choose_products(
+    graph: fx.Graph, devices: frozenset[str], target: Target | None, options: Options, decide: Decide | None
+) -> list[Evidence]:
+    """Choose the products with many rows that kernels take, and say why others are left to the library."""
+    found = candidates(graph, devices) if options.gemm != "never" else []
+    choose(graph, found)
+    if not found or options.gemm == "always":
+        return []
+    emitted, _ = kernels_for(graph, devices, target, options.split_k)
+    own = [one for one in emitted if large_products(one.region)]
+    verdicts = {
+        node: verdict
+        for one, verdict in zip(own, _verdicts(own, target, decide), strict=True)
+        for node in large_products(one.region)
+    }
+    choose(graph, [node for node, (wins, _) in verdicts.items() if wins])
+    alone = False, "nothing in front of it or behind it can be part of its kernel"
+    left = {node: verdicts.get(node, alone) for node in found}
+    return [
+        _evidence(node, Status.UNPROFITABLE, f"left to the library: {reason}")
+        for node, (wins, reason) in left.items()
+        if not wins
+    ]
+
+
+def _verdicts(
+    emitted: Sequence[Emitted], target: Target | None, decide: Decide | None
+) -> list[tuple[bool, str]]:
+    """Whether each kernel is a win over a library's products, and why: measured, or else by the model."""
+    if decide is not None:
+        return [(one.faster, one.reason) for one in decide([one.kernel for one in emitted])]
+    if target is None:
+        return [(False, "no target is known to price it for") for _ in emitted]
+    found = [compared(one.region, one.kernel, target) for one in emitted]
+    return [(one.wins, f"by the model {one} on {target.name}") for one in found]
 
 
 def _draws(graph: fx.Graph, devices: frozenset[str], target: Target | None) -> list[Emitted]:

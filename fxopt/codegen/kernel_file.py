@@ -68,12 +68,34 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Products:
+    """The matrix products of a launch, with sizes as seen while compiling.
+
+    Attributes:
+        batch: matrices in a stack. columns: of each part that has columns of its own. depth: what is summed
+            over. pieces: into which it is cut. together: products that share a tile of columns.
+        dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply.
+    """
+
+    batch: int
+    rows: int
+    columns: tuple[int, ...]
+    depth: int
+    pieces: int
+    together: int
+    dtype: str
+    on_matrix_units: bool
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch of a jit function of the file. `grid` holds expressions, in which constants may be used.
 
     Attributes:
         adjustable: constants that may be any power of two, which changes speed alone, and the extent that
             each divides, as seen while compiling. Those that are not in `grid` are steps of a loop.
+        bounds: the least and the most that some of these may be, by name.
+        products: what is multiplied, if the launch multiplies matrices.
     """
 
     entry: str
@@ -83,6 +105,8 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     adjustable: tuple[tuple[str, int], ...] = ()
+    bounds: tuple[tuple[str, int, int], ...] = ()
+    products: Products | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,7 @@ class KernelFile:
         sizes: names and the expressions that they stand for; later ones may use earlier ones.
         mutates: names of those tensor parameters that the kernel writes to.
         scratch: tensors that launches hand to each other, allocated by `launch` and not returned.
+        alternatives: kernels that compute the same by other launches, to be tried beside this one.
     """
 
     name: str
@@ -132,6 +157,7 @@ class KernelFile:
     mutates: tuple[str, ...] = ()
     scratch: tuple[Output, ...] = ()
     about: About = field(default_factory=About)
+    alternatives: tuple[KernelFile, ...] = ()
 
     @property
     def digest(self) -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
 
 from fxopt.codegen.indexing import product
-from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
+from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter, Products
 from fxopt.codegen.matmul import MatmulBody
-from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, piece_of
+from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, pieces_worth_while, products_of
 from fxopt.codegen.price import Price, hinted
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
 from fxopt.codegen.regions import Region
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.render_matmul import render_matmul
-from fxopt.codegen.split import can_split, split
+from fxopt.codegen.split import Split, can_split, split
 from fxopt.codegen.split_products import split_products
 from fxopt.codegen.statements import Body
 from fxopt.codegen.tile_sizes import power_of_two, sms_of
@@ -43,6 +43,7 @@ POINTERS = {
 LONGEST_ROW = 8192  # elements of a row that one program holds in registers
 PIECE = 8192  # elements that make a program of their own worth while
 FEWEST_PIECES = 4  # that make the second launch worth while
+MOST_SPLITS = 2  # forms of a product that are cut into pieces
 REGISTERS = 64  # of a thread, for elements and their addresses while a column is summed
 TILE = 1024  # elements that a program computes at once, for 128 threads with 8 each
 
@@ -59,11 +60,25 @@ class Pass:
     warps: int
     why: str
     adjustable: tuple[tuple[str, int], ...] = ()
+    stages: int = 3
+    bounds: tuple[tuple[str, int, int], ...] = ()
+    products: Products | None = None
 
 
-def kernel_of(region: Region, target: Target | None) -> KernelFile:
-    """The kernel of `region`, for `target`."""
-    passes, scratch = _passes(region, target)
+def kernel_of(region: Region, target: Target | None, split_k: str = "deterministic") -> KernelFile:
+    """The kernel of `region`, for `target`, with its alternatives.
+
+    Args:
+        split_k: how the pieces of a product are added up that is cut along what it sums over, as in
+            `fxopt.options.Options`.
+    """
+    first, *others = (_kernel(region, target, *one) for one in _forms(region, target, split_k))
+    return replace(first, alternatives=tuple(others))
+
+
+def _kernel(
+    region: Region, target: Target | None, passes: Sequence[Pass], scratch: tuple[Output, ...]
+) -> KernelFile:
     read = list(dict.fromkeys(one.tensor for one in region.body.loads))
     given = {str(symbol): hinted(symbol, region.outputs) for symbol in symbol_inputs(region)}
     names = region.body.names
@@ -90,26 +105,45 @@ def _parameters(read: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> dict[f
     return {node: name for node, name in names.items() if name in own}
 
 
-def _passes(region: Region, target: Target | None) -> tuple[list[Pass], tuple[Output, ...]]:
-    """What is launched, in order, and what the launches hand on."""
+Form = tuple[list[Pass], tuple[Output, ...]]
+
+
+def _forms(region: Region, target: Target | None, split_k: str) -> list[Form]:
+    """What is launched, in order, and what the launches hand on; the most promising form first."""
     name, body, wide = _name(region), region.body, is_wide(region)
     if isinstance(body, MatmulBody):
-        matmul = choose_matmul_tile(body, target)
-        length = piece_of(body, matmul, target)
-        if length is None:
-            return [_product_pass(name, body, matmul, wide)], ()
-        cut = split_products(body, length)
-        first = _product_pass(f"{name}_pieces", cut.partial, matmul, wide)
-    else:
-        tile = choose_tile(body, target)
-        length = _piece(region, tile, target)
-        if length is None:
-            return [_loop_pass(name, body, tile, wide)], ()
-        cut = split(body, length)
-        first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+        return _product_forms(name, body, wide, target, split_k)
+    tile = choose_tile(body, target)
+    length = _piece(region, tile, target)
+    if length is None:
+        return [([_loop_pass(name, body, tile, wide)], ())]
+    cut = split(body, length)
+    first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+    return [_in_two_launches(name, first, cut, wide, target)]
+
+
+def _product_forms(
+    name: str, body: MatmulBody, wide: bool, target: Target | None, split_k: str
+) -> list[Form]:
+    """The whole depth by each program, or pieces of it: in which order depends on how many SMs are idle."""
+    tile = choose_matmul_tile(body, target)
+    whole: Form = ([_product_pass(name, body, tile, wide)], ())
+    atomic = split_k == "atomic" and not torch.are_deterministic_algorithms_enabled()
+    lengths = pieces_worth_while(body, tile, target) if split_k != "never" else []
+    forms: list[Form] = []
+    for length in lengths[:MOST_SPLITS]:
+        cut = split_products(body, length, atomic=atomic)
+        first = _product_pass(f"{name}_pieces", cut.partial, tile, wide)
+        forms.append(_in_two_launches(name, first, cut, wide, target, "0" if atomic else None))
+    return [*forms[:1], whole, *forms[1:]]
+
+
+def _in_two_launches(
+    name: str, first: Pass, cut: Split, wide: bool, target: Target | None, fill: str | None = None
+) -> Form:
     tile = choose_tile(cut.total, target)
     shape = tuple(map(print_index, cut.shape))
-    scratch = tuple(Output(node.name, shape, str(node.meta["val"].dtype)) for node in cut.scratch)
+    scratch = tuple(Output(one.name, shape, str(one.meta["val"].dtype), fill=fill) for one in cut.scratch)
     return [first, _loop_pass(name, cut.total, tile, wide)], scratch
 
 
@@ -131,8 +165,20 @@ def _adjustable(body: Body, tile: Tile) -> tuple[tuple[str, int], ...]:
 
 def _product_pass(name: str, body: Body, tile: MatmulTile, wide: bool) -> Pass:
     assert isinstance(body, MatmulBody)
-    rendered = render_matmul(name, body, tile, wide)
-    return Pass(name, body, rendered, tile.grid(body), tile.constants, 4, tile.why)
+    found = tile.adjustable(body)
+    return Pass(
+        name,
+        body,
+        render_matmul(name, body, tile, wide),
+        tile.grid(body),
+        tile.constants,
+        tile.warps,
+        tile.why,
+        adjustable=tuple((name, extent) for name, extent, _, _ in found),
+        stages=tile.stages,
+        bounds=tuple((name, least, most) for name, _, least, most in found),
+        products=products_of(body),
+    )
 
 
 def _piece(region: Region, tile: Tile, target: Target | None) -> int | None:
@@ -244,7 +290,10 @@ def _launch(one: Pass) -> Launch:
         one.grid,
         one.constants,
         num_warps=one.warps,
+        num_stages=one.stages,
         adjustable=one.adjustable,
+        bounds=one.bounds,
+        products=one.products,
     )
 
 

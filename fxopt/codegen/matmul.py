@@ -1,7 +1,7 @@
-"""Matrix products with few rows as loops: what is in front of them and behind them, pulled into one body.
+"""Matrix products as loops: what is in front of them and behind them, pulled into one body.
 
-Programs run over tiles of columns. Each computes all rows of the left operand for itself, reductions over its
-rows included, so that a norm in front of a product costs no memory traffic; the product is one more kind of
+Programs run over tiles of columns. Each computes its rows of the left operand for itself, reductions over
+them included, so that a norm in front of a product costs no memory traffic; the product is one more kind of
 reduction, and what follows it is computed at its element. Products of the same left operand share a body:
 those that meet in one result have their columns in common, the others run over tiles of their own.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import Mod
 
+from fxopt.codegen.column_pairs import column_distance
 from fxopt.codegen.elementwise import cast, formula_of, operations_of, rounded
 from fxopt.codegen.homes import homes_from, same_shape
 from fxopt.codegen.indexing import Axis, Index, axis, ranges_of, same
@@ -30,11 +30,14 @@ from fxopt.ir.target import all_targets
 
 aten = torch.ops.aten
 
-MOST_ROWS = 16  # of the left operand: what the smallest tile of a matrix unit has
+MOST_ROWS = 16  # of a product with few rows: what the smallest tile of a matrix unit has
 MOST_PARTS = 6
-TYPICAL_COLUMNS = 16  # that a program computes
-LEAST_PAIR = 8  # columns in the half of a tile that is exchanged with the other
+TYPICAL_COLUMNS = 16  # that a program computes of a product with few rows
+LARGE_COLUMNS = 128  # of one with many
+CHOSEN = "fxopt_product"  # in the metadata of products with many rows that are to become kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (aten.mm.default, aten.bmm.default)
+_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,44 @@ class MatmulBody(Body):
     """A body with products.
 
     Attributes:
+        batch: the axis of products of stacks of matrices; None for those of matrices.
         rows: the axis of rows; None for a single row. depth: the axis that is summed over, as the left
             operand reads it. down: the same as the right one reads it; with a single row it is the same axis.
         parts: what has columns of its own, in the order of the graph.
         piece: which piece of the depth a program sums; None when it sums all of it. length: of a piece.
+        tf32: whether float32 is multiplied with ten bits of precision, as torch is allowed to.
     """
 
+    batch: Axis | None = None
     rows: Axis | None = None
     depth: Axis = axis("k", sympy.Integer(1), reduced=True)
     down: Axis = axis("d", sympy.Integer(1))
     parts: tuple[Part, ...] = ()
     piece: Axis | None = None
     length: int = 0
+    tf32: bool = False
 
     @property
     def products(self) -> list[Product]:
         return [one for one in self.statements if isinstance(one, Product)]
 
+    @property
+    def on_matrix_units(self) -> bool:
+        wide = self.products[0].origin.meta["val"].dtype is torch.float32
+        return self.rows is not None and (self.tf32 or not wide)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the product has tiles of rows as well as of columns."""
+        return not is_skinny(self.products[0].origin)
+
 
 def operands_of_product(node: fx.Node) -> Operands | None:
     """The operands of a product that a kernel may compute; None for everything else."""
     given: Any = node.args
-    if node.target is aten.mm.default:
+    if node.target in _PLAIN:
         found = Operands(*given)
-    elif node.target is aten.addmm.default and all(value == 1 for value in node.kwargs.values()):
+    elif node.target in _WITH_BIAS and all(value == 1 for value in node.kwargs.values()):
         found = Operands(given[1], given[2], given[0])
     else:
         return None
@@ -99,12 +116,28 @@ def operands_of_product(node: fx.Node) -> Operands | None:
 
 
 def is_skinny(node: fx.Node) -> bool:
-    """Whether `node` is a product with few rows, as the decoding of few sequences has."""
+    """Whether `node` is a product of matrices with few rows, as the decoding of few sequences has."""
     found = operands_of_product(node)
-    if found is None:
+    if found is None or found.left.meta["val"].dim() > 2:
         return False
     rows, depth = found.left.meta["val"].shape
     return hint(rows) <= MOST_ROWS and hint(depth) > 1
+
+
+def is_large(node: fx.Node) -> bool:
+    """Whether `node` is any other product that could be a kernel: one with many rows, or of stacks."""
+    found = operands_of_product(node)
+    return found is not None and not is_skinny(node) and hint(found.left.meta["val"].shape[-1]) > 1
+
+
+def in_kernel(node: fx.Node) -> bool:
+    """Whether a kernel computes the product `node`: one with few rows, or one that was chosen."""
+    return is_skinny(node) or bool(node.meta.get(CHOSEN)) and is_large(node)
+
+
+def allows_tf32() -> bool:
+    """Whether torch multiplies float32 on CUDA in tf32 (`torch.set_float32_matmul_precision`)."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def left_operand(product: fx.Node) -> fx.Node:
@@ -118,27 +151,30 @@ def matmul_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Matmu
     Raises:
         CannotEmit: the members are more than products of one operand with what belongs to them.
     """
-    products = [node for node in members if is_skinny(node)]
+    products = [node for node in members if in_kernel(node)]
     left = left_operand(products[0])
-    rows, depth = _row_axes(left)
+    if len({len(shape_of(left_operand(node))) for node in products}) > 1:
+        raise CannotEmit("products of different operands are different kernels")
+    batch, rows, depth = _row_axes(left, is_skinny(products[0]))
     down = axis("d", depth.size) if rows is not None else depth
     through = _dependences(members, products)
     parts = _parts(products, through)
     for node in outputs:
         if not through[node] and not any(user in through for user in _readers(node)):
             raise CannotEmit(f"{node.name} has no part in a product")
-    places = {node: (_index(rows), _index(part.columns)) for part in parts for node in part.products}
-    axes = (*([rows] if rows else []), *(part.columns for part in parts), depth)
+    stacked = len(shape_of(left)) > 2
+    row = (*((_index(batch),) if stacked else ()), _index(rows))
+    places = {node: (*row, _index(part.columns)) for part in parts for node in part.products}
+    axes = (*(one for one in (batch, rows) if one), *(part.columns for part in parts), depth)
     axes += (down,) if down is not depth else ()
-    homes = _homes(left, places, through, (_index(rows), depth.symbol), ranges_of(axes))
-    loop = Loop(axes, (), (sympy.Integer(-1),), (_index(rows),), shape_of(left)[:1], homes)
+    homes = _homes(left, places, through, (*row, depth.symbol), ranges_of(axes))
+    loop = Loop(axes, (), (sympy.Integer(-1),), row, shape_of(left)[:-1], homes)
     tracer = _MatmulTracer(frozenset(members), loop, places, depth, down)
     for node in outputs:
         tracer.store(node)
     parts = tuple(replace(part, distance=tracer.distances.get(part.columns.symbol, 0)) for part in parts)
-    body = MatmulBody(
-        axes, tracer.names, tracer.statements, tracer.stores, rows=rows, depth=depth, down=down, parts=parts
-    )
+    found = (axes, tracer.names, tracer.statements, tracer.stores)
+    body = MatmulBody(*found, batch, rows, depth, down, parts, tf32=allows_tf32())
     _check(body)
     return body
 
@@ -153,9 +189,11 @@ def _index(one: Axis | None) -> sympy.Expr:
     return sympy.Integer(0) if one is None or one.size == 1 else one.symbol
 
 
-def _row_axes(left: fx.Node) -> tuple[Axis | None, Axis]:
-    rows, depth = shape_of(left)
-    return None if rows == 1 else axis("m", rows), axis("k", depth, reduced=True)
+def _row_axes(left: fx.Node, skinny: bool) -> tuple[Axis | None, Axis | None, Axis]:
+    """Of the batch, of rows and of depth. The single row of a product with few needs no axis."""
+    *batch, rows, depth = shape_of(left)
+    stacks = axis("b", batch[0]) if batch and batch[0] != 1 else None
+    return stacks, None if skinny and rows == 1 else axis("m", rows), axis("k", depth, reduced=True)
 
 
 def _dependences(
@@ -191,7 +229,7 @@ def _parts(products: Sequence[fx.Node], through: Mapping[fx.Node, frozenset[fx.N
 
 def _part(name: str, products: Sequence[fx.Node], group: frozenset[fx.Node]) -> Part:
     own = tuple(node for node in products if node in group)
-    columns = [shape_of(node)[1] for node in own]
+    columns = [shape_of(node)[-1] for node in own]
     if not all(same(one, columns[0]) for one in columns):
         raise CannotEmit(f"{own[0].name} and {own[-1].name} have different numbers of columns")
     return Part(axis(name, columns[0]), own)
@@ -243,21 +281,24 @@ class _MatmulTracer(Tracer):
         return self.value(node, index, ()) if conditions else self._product(node, _operands(node), index)
 
     def _exchanged(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
-        """The other column of a pair."""
-        (row, column), (other_row, other) = self.places[node], index
-        distance = other - column
-        paired = distance.is_Integer and column.is_Symbol and row == other_row
-        if not paired or not _is_pair(column, int(distance), shape_of(node)[1], conditions):
+        """The other column of a pair, or the same one in other words."""
+        (*row, column), (*other_row, other) = self.places[node], index
+        distance = None
+        if row == other_row and column.is_Symbol:
+            distance = column_distance(column, shape_of(node)[-1], other, conditions)
+        if distance is None:
             raise CannotEmit(f"{node.name} is needed at another element than the one that is computed")
-        if self.distances.setdefault(column, abs(int(distance))) != abs(int(distance)):
+        if distance == 0:
+            return self.value(node, self.places[node], ())
+        if self.distances.setdefault(column, abs(distance)) != abs(distance):
             raise CannotEmit(f"{node.name} is needed at columns of several distances")
         value = self.value(node, self.places[node], ())
-        return self.add(Exchange, node, (value.name,), value.dtype, distance=abs(int(distance)))
+        return self.add(Exchange, node, (value.name,), value.dtype, distance=abs(distance))
 
     def _product(self, node: fx.Node, given: Operands, index: Index) -> Statement:
-        row, column = index
-        left = self.value(given.left, (row, self.depth.symbol), ())
-        right = self.value(given.right, (self.down.symbol, column), ())
+        *row, column = index
+        left = self.value(given.left, (*row, self.depth.symbol), ())
+        right = self.value(given.right, (*row[:-1], self.down.symbol, column), ())
         dtype = node.meta["val"].dtype
         total = self.add(Product, node, (left.name, right.name), torch.float32)
         if given.bias is None:
@@ -267,34 +308,9 @@ class _MatmulTracer(Tracer):
         return self.compute(node, (total.name, bias.name), rounded(text, torch.float32, dtype))
 
 
-def _is_pair(column: sympy.Symbol, distance: int, columns: sympy.Expr, conditions: Conditions) -> bool:
-    """Whether, where `conditions` hold, `distance` leads to the other half of a pair of columns: from the
-    first half of each ``2 * abs(distance)`` columns to the second, or back."""
-    half = abs(distance)
-    if half % LEAST_PAIR or not columns.is_Integer or columns % (2 * half):
-        return False
-    below = {(one.lhs, one.bound) for one in conditions}
-    places = [one for pair in below for one in pair if _period(one, column, columns) % (2 * half) == 0]
-    if distance > 0:
-        return any((place, half) in below for place in places)
-    return any(
-        (half - 1, place) in below
-        and (_period(place, column, columns) == 2 * half or (place, 2 * half) in below)
-        for place in places
-    )
-
-
-def _period(place: sympy.Expr, column: sympy.Symbol, columns: sympy.Expr) -> int:
-    """After how many columns `place` starts again from zero; of what is no place in a period, one."""
-    if place == column:
-        return int(columns)
-    found = isinstance(place, Mod) and place.args[0] == column and place.args[1].is_Integer
-    return int(place.args[1]) if found else 1
-
-
 def axes_of(body: MatmulBody) -> dict[str, frozenset[sympy.Symbol]]:
-    """Along which axes each value differs."""
-    own = {one.symbol for one in body.axes}
+    """Along which axes of a tile each value differs: a program has one matrix of a batch."""
+    own = {one.symbol for one in body.axes if one is not body.batch}
     row = {body.rows.symbol} if body.rows is not None else set()
     columns = {node: part.columns.symbol for part in body.parts for node in part.products}
     found: dict[str, frozenset[sympy.Symbol]] = {}
@@ -329,11 +345,19 @@ def _check(body: MatmulBody) -> None:
 
 
 def _refuse_repetition(body: MatmulBody, along: Mapping[str, frozenset[sympy.Symbol]]) -> None:
-    """Each program computes the left operand again: that must take less time than reading its weights."""
+    """Each program computes the left operand again: that must take less time than what limits the product,
+    which is reading the weights with few rows, and the matrix units with many."""
     columns = {part.columns.symbol for part in body.parts}
     again = [one for one in body.statements if one.on_r and not along[one.name] & columns]
     operations = sum(operations_of(one.origin) for one in again if isinstance(one, (Compute, Reduce)))
     value = left_operand(body.parts[0].products[0]).meta["val"]
+    if body.is_large:
+        if operations > _spare(value.dtype):
+            raise CannotEmit(
+                f"what is in front of the product takes {operations} operations for each element, "
+                f"wanted at most {_spare(value.dtype):.0f}"
+            )
+        return
     each = operations * hint(value.shape[0]) / (TYPICAL_COLUMNS * value.element_size())
     if each > _balance():
         raise CannotEmit(
@@ -346,3 +370,12 @@ def _refuse_repetition(body: MatmulBody, along: Mapping[str, frozenset[sympy.Sym
 def _balance() -> float:
     """Operations that every target does while it reads a byte."""
     return min(dict(one.vector_rates)["fp32"] / one.bandwidth for one in all_targets())
+
+
+@functools.cache
+def _spare(dtype: torch.dtype) -> float:
+    """Operations that every target does while its matrix units multiply an element by a tile's columns."""
+    shares = [
+        one.rate(dtype, tensor_cores=False) / one.rate(dtype, tensor_cores=True) for one in all_targets()
+    ]
+    return 2 * LARGE_COLUMNS * min(shares)

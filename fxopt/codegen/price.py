@@ -78,9 +78,8 @@ def _flops(members: Iterable[fx.Node]) -> sympy.Expr:
     for node in members:
         operands = operands_of_product(node)
         if operands is not None:
-            total += (
-                2 * product(sizes_of(node.meta["val"].shape)) * sizes_of(operands.left.meta["val"].shape)[1]
-            )
+            depth = sizes_of(operands.left.meta["val"].shape)[-1]
+            total += 2 * product(sizes_of(node.meta["val"].shape)) * depth
             continue
         values = [value for one in (node, *node.all_input_nodes) for value in tensors_of(one)]
         counts = [product(sizes_of(value.shape)) for value in values]

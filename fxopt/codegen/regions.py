@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 
 from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, operations_of, supported
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
-from fxopt.codegen.matmul import is_skinny, matmul_body
+from fxopt.codegen.matmul import in_kernel, matmul_body
 from fxopt.codegen.price import Price, prices_of
 from fxopt.codegen.statements import Body, merged
 from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
@@ -81,7 +81,7 @@ def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
     if is_uniform(node.target):
         return True
     found = formula_of(node)
-    return supported(node, found) if found is not None else is_skinny(node)
+    return supported(node, found) if found is not None else in_kernel(node)
 
 
 def _plain(value: torch.Tensor) -> bool:
@@ -136,11 +136,11 @@ class _Grower:
         What follows a product belongs to it before what is in front of it does, which programs compute again.
         """
         edges = self._edges()
-        behind = [pair for pair in edges if not is_skinny(pair[1])]
-        loops = [pair for pair in behind if not is_skinny(pair[0])]
+        behind = [pair for pair in edges if not in_kernel(pair[1])]
+        loops = [pair for pair in behind if not in_kernel(pair[0])]
         self._join_all(behind, loops)
         siblings = self._siblings()
-        self._join_siblings(pair for pair in siblings if all(map(is_skinny, pair)))
+        self._join_siblings(pair for pair in siblings if all(map(in_kernel, pair)))
         self._join_all(edges, edges)
         self._join_siblings(siblings)
         found = [region for key in sorted(self.groups) if (region := self._region(key)) is not None]
@@ -177,7 +177,7 @@ class _Grower:
                     found[(base, consumer)] = sum(map(bytes_of, tensors_of(base)))
 
         def rank(pair: Edge) -> tuple[bool, int, int, int]:
-            return (not is_skinny(pair[0]), -found[pair], self.order[pair[0]], self.order[pair[1]])
+            return (not in_kernel(pair[0]), -found[pair], self.order[pair[0]], self.order[pair[1]])
 
         return sorted(found, key=rank)
 
@@ -307,7 +307,7 @@ def body_of(members: Iterable[fx.Node]) -> Body:
     outputs = outputs_of(own)
     if not outputs:
         raise CannotEmit("nothing reads its results")
-    body = matmul_body(own, outputs) if any(map(is_skinny, own)) else _loop_body(own, outputs)
+    body = matmul_body(own, outputs) if any(map(in_kernel, own)) else _loop_body(own, outputs)
     pointers = len({one.tensor for one in body.loads}) + len(outputs)
     if not body.loads:
         raise CannotEmit("it reads nothing: a constant, which the host folds")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
 
 from fxopt.codegen.elementwise import TRITON_TYPES
 from fxopt.codegen.helpers import HELPERS
@@ -55,13 +54,12 @@ class Rendered:
 
     Attributes:
         text: its helpers and the function. pointers: the names of its pointers, loads first. sizes: the
-            symbols it takes. programs: how many there are, over those symbols.
+            symbols it takes.
     """
 
     text: str
     pointers: tuple[str, ...]
     sizes: tuple[sympy.Symbol, ...]
-    programs: sympy.Expr
 
 
 def render(name: str, body: Body, tile: Tile, wide: bool = False) -> Rendered:
@@ -103,8 +101,7 @@ class _Renderer:
         arguments += ["COLUMNS: tl.constexpr"] if self.has_r else []
         head = signature(self.name, arguments)
         text = "\n".join([*helpers_of(self.lines), "@triton.jit", *head, *self.lines])
-        programs = FloorDiv(self.rows + self.tile.rows - 1, sympy.Integer(self.tile.rows))
-        return Rendered(text + "\n", tuple(pointers), sizes, programs)
+        return Rendered(text + "\n", tuple(pointers), sizes)
 
     def _pointers(self) -> list[str]:
         read = dict.fromkeys(f"{self.body.names[one.tensor]}_ptr" for one in self.body.loads)

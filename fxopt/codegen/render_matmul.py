@@ -1,6 +1,8 @@
 """A body with matrix products as the text of one Triton function.
 
-A program computes a tile of one part: `COLUMNS` columns of all rows, or of `ROWS` of them. First come the
+A program computes a tile of one part: `COLUMNS` columns of all rows, or of `ROWS` of them; in the latter case
+programs that follow each other go down `GROUP` tiles of rows before they go on to the next columns, so that
+what they read is still in L2. First come the
 reductions over the rows of the left operand, each level in one pass, then for the part that the program is
 for one pass over what is summed, then what follows the products. A single row is multiplied and added up in
 float32, in blocks of columns by depth; more rows use the matrix units. Each axis runs either down or across
@@ -62,17 +64,19 @@ class _Renderer:
 
     def render(self) -> Rendered:
         body = self.body
-        self._line(1, f"tile = {self._program(0)}")
-        if body.rows is not None:
-            self._axis(1, body.rows, f"{self._program(1)} * ROWS + ", "ROWS", _DOWN)
+        if self.tile.group:
+            self._place()
+        else:
+            self._line(1, f"tile = {self._program(0)}")
+            if body.rows is not None:
+                self._axis(1, body.rows, f"{self._program(1)} * ROWS + ", "ROWS", _DOWN)
         if body.piece is not None:
-            self._line(1, f"piece = {self._program(1 if self.single else 2)}")
+            self._line(1, f"piece = {self._program(1 if self.single or self.tile.group else 2)}")
         self._in_front()
-        first: sympy.Expr = sympy.Integer(0)
-        for part in body.parts:
-            last = first + self.tile.side_by_side(part.columns)
-            self._part(part, first, last)
-            first = last
+        if len(body.parts) == 1:
+            self._part(body.parts[0], 1, "tile")
+        else:
+            self._side_by_side()
         read = dict.fromkeys(f"{body.names[one.tensor]}_ptr" for one in body.loads)
         pointers = [*read, *(f"{body.names[one.tensor]}_ptr" for one in body.stores)]
         own = {one.symbol for one in body.axes} | ({body.piece.symbol} if body.piece else set())
@@ -81,7 +85,35 @@ class _Renderer:
         constants = [f"{name}: tl.constexpr" for name, _ in self.tile.constants]
         head = signature(self.name, [*pointers, *map(str, sizes), *constants])
         text = "\n".join([*helpers_of(self.lines), "@triton.jit", *head, *self.lines])
-        return Rendered(text + "\n", tuple(pointers), sizes, first)
+        return Rendered(text + "\n", tuple(pointers), sizes)
+
+    def _place(self) -> None:
+        """Which tile of rows and which of columns: `GROUP` tiles of rows for each of columns, so that the
+        programs that run at the same time share what they read."""
+        body = self.body
+        assert body.rows is not None
+        self._line(1, f"tiles = {' + '.join(_tiles(part) for part in body.parts)}")
+        self._line(1, f"row_tiles = ({print_index(body.rows.size)} + ROWS - 1) // ROWS")
+        self._line(1, f"program = {self._program(0)}")
+        if body.batch is not None:
+            self._line(1, f"{body.batch.symbol} = program // (row_tiles * tiles)")
+            self._line(1, "program = program % (row_tiles * tiles)")
+        self._line(1, "first_row = program // (GROUP * tiles) * GROUP")
+        self._line(1, "height = tl.minimum(row_tiles - first_row, GROUP)")
+        self._line(1, "row_tile = first_row + program % (GROUP * tiles) % height")
+        self._line(1, "tile = program % (GROUP * tiles) // height")
+        self._axis(1, body.rows, "row_tile * ROWS + ", "ROWS", _DOWN)
+
+    def _side_by_side(self) -> None:
+        """The tiles of one part after those of the other."""
+        before = ""
+        for part in self.body.parts:
+            end = f"end_{part.columns.symbol}"
+            self._line(1, f"{end} = {before and before + ' + '}{_tiles(part)}")
+            here = f"(tile >= {before}) & (tile < {end})" if before else f"tile < {end}"
+            self._line(1, f"if {here}:")
+            self._part(part, 2, f"(tile - {before})" if before else "tile")
+            before = end
 
     def _line(self, depth: int, text: str) -> None:
         self.lines.append("    " * depth + text)
@@ -121,7 +153,8 @@ class _Renderer:
             if not store.on_r:
                 self._store(2, store)
         if along:
-            self._open_span("tile * SPAN", "tl.num_programs(0) * SPAN", [one.source for one in along])
+            tiles = "tiles" if self.tile.group else "tl.num_programs(0)"
+            self._open_span("tile * SPAN", f"{tiles} * SPAN", [one.source for one in along])
             for store in along:
                 self._store(2, store)
 
@@ -152,15 +185,10 @@ class _Renderer:
 
     # One part
 
-    def _part(self, part: Part, first: sympy.Expr, last: sympy.Expr) -> None:
-        depth = 1
-        if len(self.body.parts) > 1:
-            depth = 2
-            self._line(1, f"if (tile >= {print_index(first)}) & (tile < {print_index(last)}):")
+    def _part(self, part: Part, depth: int, start: str) -> None:
         own = self._statements_of(part)
-        start = "tile" if first == 0 else f"(tile - {_factor(first)})"
         shape = _DOWN if self.single else _ACROSS
-        if part.distance == 0:
+        if part.distance <= 1:
             self._axis(depth, part.columns, f"{start} * COLUMNS + ", "COLUMNS", shape)
         else:
             self._pairs(depth, part, start, shape)
@@ -177,11 +205,12 @@ class _Renderer:
     def _pairs(self, depth: int, part: Part, start: str, shape: str) -> None:
         """Columns such that the second half of a tile is `distance` behind the first: all of them exist."""
         wide = ".to(tl.int64)" if self.wide else ""
-        both, half = 2 * part.distance, self.tile.columns // 2
+        both = 2 * part.distance
         self._line(depth, f"column = {start} * COLUMNS + tl.arange(0, COLUMNS){shape}{wide}")
-        first = f"column // {both} * {both} + column % {both} // {2 * half} * {half}"
-        self._line(depth, f"first = {first} + column % {half}")
-        self._line(depth, f"{part.columns.symbol} = first + column // {half} % 2 * {part.distance}")
+        first = f"column // {both} * {both} + column % {both} // COLUMNS * (COLUMNS // 2)"
+        self._line(depth, f"first = {first} + column % (COLUMNS // 2)")
+        second = f"column // (COLUMNS // 2) % 2 * {part.distance}"
+        self._line(depth, f"{part.columns.symbol} = first + {second}")
         self.masked.discard(part.columns.symbol)
 
     def _statements_of(self, part: Part) -> list[Statement]:
@@ -223,7 +252,9 @@ class _Renderer:
         left, right = one.uses
         if not self.single:
             texts = self._operand(one, left, "ROWS, DEPTH"), self._operand(one, right, "DEPTH, COLUMNS")
-            return f'{one.name} = tl.dot({texts[0]}, {texts[1]}, {one.name}, input_precision="ieee")'
+            narrow = one.origin.meta["val"].dtype in HALVES
+            precision = "" if narrow else f', input_precision="{"tf32" if self.body.tf32 else "ieee"}"'
+            return f"{one.name} = tl.dot({texts[0]}, {texts[1]}, {one.name}{precision})"
         value = f"{left} * {right}"
         if self.body.depth.symbol in self.masked and not all(map(self._is_zero_outside, one.uses)):
             value = f"tl.where(inside_{self.body.depth.symbol}, {value}, 0)"
@@ -260,11 +291,18 @@ class _Renderer:
         if isinstance(one, Choose):
             return f"tl.where({condition_text(one.condition)}, {one.uses[0]}, {one.uses[1]})"
         if isinstance(one, Exchange):
-            halves, axis = ("[2, COLUMNS // 2]", 0) if self.single else ("[ROWS, 2, COLUMNS // 2]", 1)
-            flipped = f"tl.flip(tl.reshape({one.uses[0]}, {halves}), {axis})"
-            return f"tl.reshape({flipped}, {'[COLUMNS, 1]' if self.single else '[ROWS, COLUMNS]'})"
+            return self._exchanged(one)
         assert isinstance(one, Compute)
         return one.text
+
+    def _exchanged(self, one: Exchange) -> str:
+        """The halves of a tile, or neighbours, change places."""
+        halves = ["COLUMNS // 2", "2"] if one.distance == 1 else ["2", "COLUMNS // 2"]
+        rows = [] if self.single else ["ROWS"]
+        flipped = f"tl.reshape({one.uses[0]}, [{', '.join([*rows, *halves])}])"
+        place = len(rows) + halves.index("2")
+        whole = "[COLUMNS, 1]" if self.single else "[ROWS, COLUMNS]"
+        return f"tl.reshape(tl.flip({flipped}, {place}), {whole})"
 
     def _load(self, one: Load) -> str:
         along = self.along[one.name]
@@ -284,7 +322,10 @@ class _Renderer:
         masks = self._masks(along)
         mask = f", mask={' & '.join(masks)}" if masks else ""
         where = f"{self.body.names[store.tensor]}_ptr + {self._shaped(store.offset, along)}"
-        self._line(depth, f"tl.store({where}, {store.source}{mask})")
+        if store.added:
+            self._line(depth, f'tl.atomic_add({where}, {store.source}{mask}, sem="relaxed")')
+        else:
+            self._line(depth, f"tl.store({where}, {store.source}{mask})")
 
     def _masks(self, along: Iterable[sympy.Symbol]) -> list[str]:
         return [f"inside_{one.symbol}" for one in self.body.axes if one.symbol in self.masked & set(along)]
@@ -298,9 +339,9 @@ class _Renderer:
         return (print_index(offset) + "".join(added)).removeprefix("0 + ")
 
 
-def _factor(expr: sympy.Expr) -> str:
-    text = print_index(expr)
-    return text if expr.is_Integer else f"({text})"
+def _tiles(part: Part) -> str:
+    """How many tiles the columns of a part have."""
+    return f"({print_index(part.columns.size)} + COLUMNS - 1) // COLUMNS"
 
 
 def _behind_products(body: MatmulBody) -> set[str]:

@@ -1,7 +1,8 @@
 """A product whose columns are too few for all SMs, in two launches.
 
 Programs sum pieces of the depth into a scratch tensor; a second launch adds the pieces up, always in the same
-order, and computes what follows the product.
+order, and computes what follows the product. On request the programs add to one sum each, in whichever order
+they come: less memory, and results that differ in their last bits from run to run.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ def can_split_products(body: MatmulBody) -> bool:
     return not computed and products <= needed and not any(one.on_r for one in body.stores)
 
 
-def split_products(body: MatmulBody, length: int) -> Split:
-    """`body` with its depth cut into pieces of `length`."""
+def split_products(body: MatmulBody, length: int, *, atomic: bool = False) -> Split:
+    """`body` with its depth cut into pieces of `length`. `atomic`: pieces are added as they come."""
     pieces = sympy.Integer(-(-int(body.depth.size) // length))
+    kept = sympy.Integer(1) if atomic else pieces
     scratch = tuple(scratch_tensor(place, one.dtype) for place, one in enumerate(body.products))
     names = body.names | {node: node.name for node in scratch}
     piece = axis("piece", pieces)
-    rows = (body.rows,) if body.rows is not None else ()
-    outer = (*rows, body.parts[0].columns)
+    outer = (*(one for one in (body.batch, body.rows) if one is not None), body.parts[0].columns)
     found = list(zip(scratch, body.products, strict=True))
     sums = [(node, _sum_of(one)) for node, one in found]
-    total = total_of(Body(outer, names, body.statements, body.stores), names, sums, pieces)
-    at = place_of(piece, outer)
-    stores = [Store(node, at, one.name, False) for node, one in found]
+    total = total_of(Body(outer, names, body.statements, body.stores), names, sums, kept)
+    at = place_of(piece, outer).subs(piece.symbol, 0) if atomic else place_of(piece, outer)
+    stores = [Store(node, at, one.name, False, added=atomic) for node, one in found]
     needed = body.needed_for(one.name for one in body.products)
     statements = [one for one in body.statements if one.name in needed]
     partial = replace(body, names=names, statements=statements, stores=stores, piece=piece, length=length)
-    return Split(partial, total, scratch, (pieces, product(one.size for one in outer)))
+    return Split(partial, total, scratch, (kept, product(one.size for one in outer)))
 
 
 def _sum_of(one: Product) -> Reduce:

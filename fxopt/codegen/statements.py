@@ -112,12 +112,13 @@ class Exchange(Statement):
 
 @dataclass(frozen=True)
 class Store:
-    """Of value `source` to the element at `offset` of the result `tensor`."""
+    """Of value `source` to the element at `offset` of the result `tensor`; `added`: to what is there."""
 
     tensor: fx.Node
     offset: sympy.Expr
     source: str
     on_r: bool
+    added: bool = False
 
 
 @dataclass

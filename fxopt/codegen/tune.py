@@ -24,7 +24,7 @@ from fxopt.codegen.kernel_file import KernelFile
 from fxopt.ir.target import Target
 from fxopt.runtime.kernel_cache import KernelCache
 
-FORMAT = "1"  # of what is remembered
+FORMAT = "2"  # of what is remembered
 Key = tuple[str, ...]
 
 
@@ -147,6 +147,7 @@ class Tuner:
                 tried[configuration(kernel)] = f"wrong: {wrong[0]}"
                 continue
             return {
+                "alternative": _place(kernel, candidates[0]),
                 "settings": settings(kernel),
                 "kernel": one.median,
                 "host": host.error or host.median,
@@ -169,9 +170,11 @@ class Tuner:
             reason += f", {found['verdict']}"
         if not self.always and found["verdict"] != "faster":
             return Decision(None, reason)
-        chosen = with_settings(kernel, found["settings"])
+        forms = (kernel, *kernel.alternatives)
+        chosen = with_settings(forms[found["alternative"]], found["settings"])
         why = (f"{configuration(chosen)}: {reason}", *kernel.about.configuration[-1:])
-        return Decision(replace(chosen, about=replace(kernel.about, configuration=why)), reason)
+        chosen = replace(chosen, about=replace(kernel.about, configuration=why), alternatives=())
+        return Decision(chosen, reason, faster=found["verdict"] == "faster")
 
 
 def verdict(ours: Samples, host: Samples) -> str:
@@ -187,7 +190,13 @@ def identity(kernel: KernelFile) -> str:
     """A hash of what is computed and how, without how it is launched and the user's lines."""
     launches = [(one.entry, one.arguments, one.grid) for one in kernel.launches]
     parts = (kernel.jit, launches, kernel.outputs, kernel.scratch, kernel.sizes, kernel.reference)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    others = tuple(map(identity, kernel.alternatives))
+    return hashlib.sha256(repr((parts, others)).encode()).hexdigest()
+
+
+def _place(kernel: KernelFile, first: KernelFile) -> int:
+    """Which of the forms of `first` the kernel is one of: 0 for its own, then its alternatives."""
+    return [one.jit for one in (first, *first.alternatives)].index(kernel.jit)
 
 
 def settings(kernel: KernelFile) -> list[Any]:

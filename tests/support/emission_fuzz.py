@@ -91,7 +91,35 @@ PRODUCTS: dict[str, Callable[[Value, Value, int], Value]] = {
     "gated": lambda x, weight, n: (
         F.silu(x @ weight[: x.shape[-1], :n]) * F.linear(x, weight[:n, : x.shape[-1]])
     ),
+    "long": lambda x, weight, n: F.relu(_long(x) @ weight[: x.shape[-1], :n]) + 1,
+    "gradient": lambda x, weight, n: (_long(x).t() @ _long(x)[:, :n]) * 0.1,
+    "stacks": lambda x, weight, n: torch.baddbmm(
+        weight[0, :n], _stacks(x), weight[: x.shape[-1], :n].expand(3, -1, -1)
+    ).sigmoid(),
+    "scores": lambda x, weight, n: torch.bmm(_stacks(x), _stacks(x).mT / 4).softmax(-1),
+    "padded": lambda x, weight, n: F.pad(_long(x), (0, 3))[:, :-3] @ weight[: x.shape[-1], :n] - 1,
+    "interleaved": lambda x, weight, n: _rotated(F.linear(x, weight[:32, : x.shape[-1]]), weight[1, :8]),
 }
+
+
+def _long(x: Value) -> Value:
+    """As a matrix with more rows than a tile of a product with few, a multiple of three."""
+    rows = x.flatten(0, -2)
+    return rows.repeat(-(-18 // rows.shape[0]) * 3, 1)[: max(18, rows.shape[0] // 3 * 3)]
+
+
+def _stacks(x: Value) -> Value:
+    return _long(x).unflatten(0, (3, -1))
+
+
+def _rotated(x: Value, angles: Value) -> Value:
+    """Neighbours turned by angles, in the first half of every head of 16 columns."""
+    heads = x.unflatten(-1, (2, 16))
+    own, rest = heads[..., :8], heads[..., 8:]
+    turned = torch.stack([-own[..., 1::2], own[..., ::2]], -1).flatten(-2)
+    return torch.cat([own * angles.cos() + turned * angles.sin(), rest], -1).flatten(-2)
+
+
 SIZES = (1, 2, 3, 4, 6, 7, 16)
 WIDTH = 40  # of the matrix that products take their weights from
 
@@ -229,7 +257,7 @@ def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, 
 def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
     """Run that many programs; `failure` is the smallest that differs, or empty."""
     counts: Counter[str] = Counter()
-    options = Options.parse(options={"cache_dir": directory})
+    options = Options.parse(options={"cache_dir": directory, "gemm": "always"})
 
     @settings(
         max_examples=programs_count,

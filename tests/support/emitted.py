@@ -16,6 +16,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from fxopt.codegen.choose_products import candidates, choose
 from fxopt.codegen.configurations import configuration, proposals
 from fxopt.codegen.kernel_check import differences
 from fxopt.codegen.kernels import kernel_of
@@ -26,7 +27,7 @@ from fxopt.ir.target import Target
 from fxopt.options import Options
 from fxopt.report.record import collect
 from fxopt.runtime.kernel_cache import KernelCache
-from support import emitted_products
+from support import emitted_large_products, emitted_products
 from support.emission_fuzz import check
 from support.numerics import assert_closer
 
@@ -122,6 +123,20 @@ def programs(options: Options, given: Iterable[tuple[str, Any]]) -> dict[str, st
     return found
 
 
+def large_products(options: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The same of products with many rows, in every way of adding up pieces of them."""
+    return {
+        split_k: programs(
+            Options.parse(options=options | {"target": "sm_90", "gemm": "always", "split_k": split_k}), given
+        )
+        for split_k, given in (
+            ("deterministic", emitted_large_products.programs()),
+            ("atomic", emitted_large_products.PLAIN.items()),
+            ("never", emitted_large_products.PLAIN.items()),
+        )
+    }
+
+
 def faults(cache: KernelCache) -> dict[str, list[str]]:
     """What the check of a kernel's file says of kernels that are wrong."""
     inputs = torch.randn(7, 33).bfloat16(), torch.randn(7, 33).bfloat16()
@@ -142,13 +157,30 @@ def faults(cache: KernelCache) -> dict[str, list[str]]:
 def configurations(cache: KernelCache) -> dict[str, list[str]]:
     """What the check says of kernels in every configuration that would be measured."""
     target, found = Target.named("sm_90"), {}
-    for name in ("rows longer than registers", "columns", "gated activation", "group norm"):
-        function, inputs = PROGRAMS[name]
+    given = [PROGRAMS[name] for name in ("rows longer than registers", "columns", "gated activation")]
+    given += [PROGRAMS["group norm"], *_multiplied()]
+    for function, inputs in given:
         gm = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+        choose(gm.graph, candidates(gm.graph, frozenset({"cpu"})))
         for region in partition(gm.graph, frozenset({"cpu"})).regions:
-            for kernel in proposals(kernel_of(region, target), target):
-                found[f"{name}: {configuration(kernel)}"] = _said(cache, kernel)
+            kernel = kernel_of(region, target)
+            for one in proposals(kernel, target):
+                found[f"{kernel.digest[:6]} {configuration(one)}"] = _said(cache, one)
     return found
+
+
+def _multiplied() -> list[emitted_products.Program]:
+    """Products whose tiles may change: of one row, few, many, and with a depth in pieces."""
+    random = emitted_products.random
+    ragged = emitted_large_products.layers(70, 40, 50, torch.bfloat16)
+    return [
+        (emitted_products.gated, (random(1, 64), random(64), random(48, 64), random(48, 64))),
+        (emitted_products.residual, (random(5, 100), random(70, 100), random(5, 70))),
+        ragged["gated"],
+        ragged["gradients"],
+        emitted_large_products.PLAIN["a gradient of many rows"],
+        emitted_large_products.rotations(19, 32, torch.float32)["8 of 16 turned"],
+    ]
 
 
 def _said(cache: KernelCache, kernel: Any) -> list[str]:
@@ -258,6 +290,7 @@ def main() -> None:
         "products": programs(
             Options.parse(options=options | {"target": "sm_90"}), emitted_products.programs()
         ),
+        "large products": large_products(options),
         "configurations": configurations(cache),
         "faults": faults(cache),
         "model": model(options),
