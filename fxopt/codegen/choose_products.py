@@ -17,7 +17,7 @@ from fxopt.codegen.configurations import predicted
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.matmul import CHOSEN, MatmulBody, is_large, operands_of_product
 from fxopt.codegen.price import hinted
-from fxopt.codegen.regions import Region, can_emit
+from fxopt.codegen.region import Region, can_emit
 from fxopt.codegen.trace import view_base
 from fxopt.ir.cost import bytes_of, hint, numel
 from fxopt.ir.target import Target

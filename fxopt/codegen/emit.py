@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from fxopt.codegen.choose_products import candidates, choose, compared, large_products
+from fxopt.codegen.copies import erase_unread, with_copies
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
-from fxopt.codegen.regions import Partition, Region, can_emit, leads_outside, make_region, partition
+from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
+from fxopt.codegen.regions import Partition, partition
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import location
 from fxopt.ir.ops.uniform import is_uniform
@@ -82,30 +84,36 @@ def emit_kernels(
     target = target_of(options)
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
-    kernels: list[KernelFile] = []
-    instead: dict[fx.Node, fx.Node] = {}
-
-    def use(one: Emitted) -> None:
-        kernels.append(one.kernel)
-        if call:
-            _call(gm.graph, one, as_op(one.kernel, cache=cache_of(options)), instead)
-
     usable, evidence = _usable(emitted, gm.graph)
     evidence += left
+    chosen: list[Emitted] = []
     for one, decision in zip(usable, _decisions(usable, decide), strict=True):
         if decision.kernel is None:
             evidence.append(_evidence(one.region.members[0], Status.UNPROFITABLE, decision.reason))
             continue
-        chosen = Emitted(one.region, decision.kernel)
-        evidence.append(_applied(chosen, target, decision.reason))
-        use(chosen)
+        chosen.append(Emitted(one.region, decision.kernel))
+        evidence.append(_applied(chosen[-1], target, decision.reason))
     if call:
-        for drawn in _usable(_draws(gm.graph, devices, target), gm.graph)[0]:
-            use(drawn)
+        _call_all(gm.graph, chosen, found.regions, options)
+        drawn = _usable(_draws(gm.graph, devices, target), gm.graph)[0]
+        _call_all(gm.graph, drawn, (), options)
+        chosen += drawn
     evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
     gm.graph.lint()
     gm.recompile()
-    return kernels, evidence
+    return [one.kernel for one in chosen], evidence
+
+
+def _call_all(
+    graph: fx.Graph, chosen: Sequence[Emitted], regions: Iterable[Region], options: Options
+) -> None:
+    """Calls of kernels in the place of their regions, which are some of `regions`."""
+    copied = with_copies(regions, [one.region for one in chosen])
+    instead: dict[fx.Node, fx.Node] = {}
+    for one in chosen:
+        region = copied.get(one.region.members, one.region)
+        _call(graph, Emitted(region, one.kernel), as_op(one.kernel, cache=cache_of(options)), instead)
+    erase_unread(graph, {node for region in regions for node in region.again})
 
 
 def choose_products(
@@ -177,6 +185,8 @@ def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
     if target is not None:
         seconds = target.time(float(moved), float(flops), region.outputs[0].meta["val"].dtype)
         least = f", not below {seconds * 1e6:.2f} us on {target.name}"
+    if region.again:
+        least += f"; {len(region.again)} operators of others computed again, {region.why_again}"
     return Evidence(
         rewrite=NAME,
         anchor=region.members[0].name,

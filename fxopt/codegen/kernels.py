@@ -16,7 +16,7 @@ from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, pieces_wor
 from fxopt.codegen.price import Price, hinted
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.reference_text import example_text, reference_text
-from fxopt.codegen.regions import Region
+from fxopt.codegen.region import Region
 from fxopt.codegen.render import Rendered, Tile, render
 from fxopt.codegen.render_matmul import render_matmul
 from fxopt.codegen.split import Split, can_split, split

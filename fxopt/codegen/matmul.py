@@ -9,7 +9,7 @@ those that meet in one result have their columns in common, the others run over 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,9 @@ from fxopt.codegen.indexing import Axis, Index, axis, ranges_of, same
 from fxopt.codegen.loops import Loop
 from fxopt.codegen.statements import Body, Compute, Exchange, Product, Reduce, Statement
 from fxopt.codegen.trace import CannotEmit, Conditions, Tracer, view_base
-from fxopt.codegen.view_index import broadcast_to, is_view, shape_of
+from fxopt.codegen.view_index import broadcast_to, readers_of, shape_of
 from fxopt.ir.cost import hint
-from fxopt.ir.target import all_targets
+from fxopt.ir.target import all_targets, least_balance
 
 aten = torch.ops.aten
 
@@ -160,7 +160,7 @@ def matmul_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Matmu
     through = _dependences(members, products)
     parts = _parts(products, through)
     for node in outputs:
-        if not through[node] and not any(user in through for user in _readers(node)):
+        if not through[node] and not any(user in through for user in readers_of(node)):
             raise CannotEmit(f"{node.name} has no part in a product")
     stacked = len(shape_of(left)) > 2
     row = (*((_index(batch),) if stacked else ()), _index(rows))
@@ -205,12 +205,6 @@ def _dependences(
         before = [found.get(view_base(arg), frozenset()) for arg in node.all_input_nodes]
         found[node] = frozenset([node]) if node in products else frozenset().union(*before)
     return found
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads `node`, through views."""
-    for user in node.users:
-        yield from _readers(user) if is_view(user) else (user,)
 
 
 def _parts(products: Sequence[fx.Node], through: Mapping[fx.Node, frozenset[fx.Node]]) -> tuple[Part, ...]:
@@ -359,17 +353,11 @@ def _refuse_repetition(body: MatmulBody, along: Mapping[str, frozenset[sympy.Sym
             )
         return
     each = operations * hint(value.shape[0]) / (TYPICAL_COLUMNS * value.element_size())
-    if each > _balance():
+    if each > least_balance():
         raise CannotEmit(
             f"what is in front of the product takes {each:.0f} operations for each byte of weights, "
-            f"wanted at most {_balance():.0f}"
+            f"wanted at most {least_balance():.0f}"
         )
-
-
-@functools.cache
-def _balance() -> float:
-    """Operations that every target does while it reads a byte."""
-    return min(dict(one.vector_rates)["fp32"] / one.bandwidth for one in all_targets())
 
 
 @functools.cache

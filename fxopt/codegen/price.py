@@ -32,10 +32,12 @@ class Price:
     launches: int
 
 
-def prices_of(members: Sequence[fx.Node], outputs: Sequence[fx.Node], body: Body) -> tuple[Price, Price]:
-    """Of one kernel for each operator, and of one for all of them. Both do the same operations."""
-    flops = _flops(members)
-    return Price(_moved_apart(members), flops, len(members)), Price(_moved_fused(outputs, body), flops, 1)
+def prices_of(
+    members: Sequence[fx.Node], computed: Sequence[fx.Node], outputs: Sequence[fx.Node], body: Body
+) -> tuple[Price, Price]:
+    """Of one kernel for each of `members`, and of the one that computes `computed` to store `outputs`."""
+    apart = Price(_moved_apart(members), _flops(members), len(members))
+    return apart, Price(_moved_fused(outputs, body), _flops(computed), 1)
 
 
 def _moved_apart(members: Sequence[fx.Node]) -> sympy.Expr:

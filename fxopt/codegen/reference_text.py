@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt.codegen.print_index import print_index
-from fxopt.codegen.trace import operator_name
+from fxopt.codegen.trace import needed_for, operator_name
 from fxopt.ir.cost import hint
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import size_of
@@ -19,7 +19,7 @@ from fxopt.ir.sizes import size_of
 
 def reference_text(
     members: Iterable[fx.Node],
-    outputs: Iterable[fx.Node],
+    outputs: Collection[fx.Node],
     parameters: Mapping[fx.Node, str],
     sizes: Mapping[str, str],
     given: Iterable[str],
@@ -29,8 +29,10 @@ def reference_text(
     `sizes` are those that are read from the parameters: name -> expression.
     """
     writer = _Writer(dict(parameters))
+    needed = needed_for(outputs, parameters)
     for node in members:
-        writer.write(node)
+        if node in needed:  # what only other kernels read, they may compute again
+            writer.write(node)
     arguments = [
         *(f"{name}: torch.Tensor" for name in dict.fromkeys(parameters.values())),
         *(f"{one}: int" for one in given),

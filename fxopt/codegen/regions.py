@@ -9,7 +9,7 @@ region: they are index arithmetic.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -17,42 +17,18 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, operations_of, supported
-from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
-from fxopt.codegen.matmul import in_kernel, matmul_body
-from fxopt.codegen.price import Price, prices_of
-from fxopt.codegen.statements import Body, merged
-from fxopt.codegen.trace import CannotEmit, is_created, trace, view_base
+from fxopt.codegen.loops import is_moment
+from fxopt.codegen.matmul import in_kernel
+from fxopt.codegen.recompute import Recomputation
+from fxopt.codegen.region import Region, body_of, can_emit, outputs_of
+from fxopt.codegen.trace import CannotEmit, view_base
 from fxopt.codegen.view_index import is_view
-from fxopt.ir.cost import bytes_of, hint, numel, tensors_of
-from fxopt.ir.ops.uniform import is_uniform
+from fxopt.ir.cost import bytes_of, tensors_of
 
-aten = torch.ops.aten
-
-MAX_POINTERS = 24  # more arguments cost more to launch than a second kernel
 MAX_MEMBERS = 96
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional")
 
-
-_JOINTS = (aten.cat.default, aten.slice_scatter.default)
-
 Edge = tuple[fx.Node, fx.Node]
-
-
-@dataclass(frozen=True)
-class Region:
-    """What one kernel computes.
-
-    Attributes:
-        members: its operators, in order. outputs: those whose results are read elsewhere. body: its loop.
-        apart: what the operators cost each for itself. fused: what the kernel costs.
-    """
-
-    members: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
-    body: Body
-    apart: Price
-    fused: Price
 
 
 @dataclass
@@ -66,29 +42,6 @@ class Partition:
 def partition(graph: fx.Graph, devices: frozenset[str] = frozenset({"cuda"})) -> Partition:
     """The regions of `graph` whose tensors are on one of `devices`. The same graph gives the same regions."""
     return _Grower(graph, devices).grow()
-
-
-def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
-    """Whether `node` alone could be a kernel."""
-    if node.op != "call_function" or is_view(node) or is_created(node):
-        return False
-    values = tensors_of(node)
-    read = [value for arg in node.all_input_nodes for value in tensors_of(arg)]
-    if not values or not all(value.device.type in devices and _plain(value) for value in values + read):
-        return False
-    if is_moment(node) or node.target in REDUCTIONS or node.target in _JOINTS:
-        return True
-    if is_uniform(node.target):
-        return True
-    found = formula_of(node)
-    return supported(node, found) if found is not None else in_kernel(node)
-
-
-def _plain(value: torch.Tensor) -> bool:
-    """A tensor whose memory can be indexed, and which has elements."""
-    if value.layout is not torch.strided or value.dtype not in TRITON_TYPES:
-        return False
-    return all(hint(size) > 0 for size in value.shape)
 
 
 def is_barrier(node: fx.Node) -> bool:
@@ -143,7 +96,7 @@ class _Grower:
         self._join_siblings(pair for pair in siblings if all(map(in_kernel, pair)))
         self._join_all(edges, edges)
         self._join_siblings(siblings)
-        found = [region for key in sorted(self.groups) if (region := self._region(key)) is not None]
+        found = list(self._regions())
         apart = [pair for pair in edges if self.group[pair[0]] != self.group[pair[1]]]
         refused = [(pair[1], f"not joined with {pair[0].name}: {self.reasons[pair]}") for pair in apart]
         return Partition(found, self.refused + refused)
@@ -210,7 +163,7 @@ class _Grower:
             return False
         try:
             self._check(first, second)
-            body_of(members)
+            body_of(members, outputs_of(members))
         except CannotEmit as refusal:
             self._tried[pair], self.reasons[pair] = tried, refusal.reason
             return False
@@ -259,83 +212,15 @@ class _Grower:
         self.paths.add_edges_from((key, low) for key in before if key != low)
         self.paths.add_edges_from((low, key) for key in after if key != low)
 
-    def _region(self, key: int) -> Region | None:
-        members = self.groups[key]
-        if len(members) == 1 and not _stands_alone(members[0]):
-            return None  # nothing is saved
-        if _are_numbers(members):
-            self.refused.append((members[0], "a single number, which the host computes where it is used"))
-            return None
-        try:
-            return make_region(members)
-        except CannotEmit as refusal:
-            self.refused.append((members[0], refusal.reason))
-            return None
-
-
-def _stands_alone(node: fx.Node) -> bool:
-    """Whether a kernel for `node` alone is worth while, or has to be: the host cannot draw our numbers."""
-    return node.target in REDUCTIONS or is_uniform(node.target)
-
-
-def _are_numbers(members: Iterable[fx.Node]) -> bool:
-    """Whether tensors of one element are all that `members` read and make, such as a counter of tokens."""
-    nodes = {one for node in members for one in (node, *node.all_input_nodes)}
-    values = [value for node in nodes for value in tensors_of(node)]
-    return all(numel(value) == 1 for value in values) and not any(is_uniform(node.target) for node in nodes)
-
-
-def make_region(members: Iterable[fx.Node]) -> Region:
-    """The region of `members`, in order of the graph.
-
-    Raises:
-        CannotEmit: they are not one loop nest.
-    """
-    own = tuple(members)
-    body = body_of(own)
-    outputs = outputs_of(own)
-    return Region(own, outputs, body, *prices_of(own, outputs, body))
-
-
-def body_of(members: Iterable[fx.Node]) -> Body:
-    """The loop nest that computes `members`.
-
-    Raises:
-        CannotEmit: there is none.
-    """
-    own = tuple(members)
-    outputs = outputs_of(own)
-    if not outputs:
-        raise CannotEmit("nothing reads its results")
-    body = matmul_body(own, outputs) if any(map(in_kernel, own)) else _loop_body(own, outputs)
-    pointers = len({one.tensor for one in body.loads}) + len(outputs)
-    if not body.loads:
-        raise CannotEmit("it reads nothing: a constant, which the host folds")
-    if pointers > MAX_POINTERS:
-        raise CannotEmit(f"wanted at most {MAX_POINTERS} tensors in one kernel, saw {pointers}")
-    return body
-
-
-def _loop_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Body:
-    loop = loop_of(members, outputs)
-    _refuse_repetition(members, loop)
-    return merged(trace(members, outputs, loop))
-
-
-def _refuse_repetition(members: Iterable[fx.Node], loop: Loop) -> None:
-    for node in members:
-        if operations_of(node) > 1 and loop.home(node) is None:
-            raise CannotEmit(f"{node.name} would be computed again for every element that it is broadcast to")
-
-
-def outputs_of(members: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
-    """Those of `members` whose value something else reads, through views or not."""
-    own = frozenset(members)
-    return tuple(node for node in members if any(leads_outside(user, own) for user in node.users))
-
-
-def leads_outside(user: fx.Node, members: frozenset[fx.Node]) -> bool:
-    """Whether `user`, or what reads it as a view, is something else than a member."""
-    if user in members:
-        return False
-    return not is_view(user) or any(leads_outside(one, members) for one in user.users)
+    def _regions(self) -> Iterator[Region]:
+        """Those of the groups that are worth a kernel, with what each computes again of others."""
+        found = Recomputation(self.groups, self.order, self.epoch)
+        found.improve()
+        for key, members in sorted(self.groups.items()):
+            try:
+                region = found.region(key)
+            except CannotEmit as refusal:
+                self.refused.append((members[0], refusal.reason))
+                continue
+            if region is not None:
+                yield region

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import keyword
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,18 @@ def view_base(node: fx.Node) -> fx.Node:
     while is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def needed_for(wanted: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """What `wanted` are computed from, themselves included, up to what is known."""
+    found: set[fx.Node] = set()
+    todo = list(wanted)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += () if node in known else node.all_input_nodes
+    return found
 
 
 def is_created(node: fx.Node) -> bool:

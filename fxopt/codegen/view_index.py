@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -28,6 +28,12 @@ def view_source(node: fx.Node, index: Index, ranges: Ranges) -> tuple[fx.Node, I
 def is_view(node: fx.Node) -> bool:
     """Whether `node` is one of the views whose index is understood."""
     return node.op == "call_function" and node.target in _MAPS
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads `node`, through views."""
+    for user in node.users:
+        yield from readers_of(user) if is_view(user) else (user,)
 
 
 def keeps_strides(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ needs (bandwidth and peak rates). It never touches a device, so a Hopper can be 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -241,3 +242,9 @@ _BY_NAME = _ARCHITECTURES | {key: one for key, one in _CARDS.items() if key in T
 def all_targets() -> Iterable[Target]:
     """Every target that can be named, each once."""
     return dict.fromkeys(_BY_NAME[name] for name in TARGETS)
+
+
+@functools.cache
+def least_balance() -> float:
+    """Operations in float32 that every target does while it reads a byte."""
+    return min(dict(one.vector_rates)["fp32"] / one.bandwidth for one in all_targets())
