@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.codegen.kernel_file import KernelFile, Launch
-from fxopt.errors import CannotCompile, KernelTooLarge
+from fxopt.errors import CannotCompile, KernelTooLarge, UnsupportedTarget
 from fxopt.ir.target import Target
-from fxopt.options import environment_without
+from fxopt.options import TARGETS, environment_without
 from fxopt.runtime.kernel_cache import KernelCache, default_cache
 
 
@@ -86,7 +86,11 @@ def compile_launches(
 
     Raises:
         CannotCompile: of the first that fails.
+        UnsupportedTarget: not a GPU of NVIDIA: what Triton makes for others cannot be checked here.
     """
+    if target.backend != "cuda":
+        reason = f"is compiled by Triton's back end {target.backend!r}, which fxopt has not been tried with"
+        raise UnsupportedTarget(target=target.name, reason=reason, valid=", ".join(TARGETS))
     cache = cache or default_cache()
     if _interpreting():
         return _in_another_process(launches, target, cache)

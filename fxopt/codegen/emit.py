@@ -16,6 +16,7 @@ from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
 from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
 from fxopt.codegen.regions import Partition, partition
+from fxopt.errors import UnsupportedTarget
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import location
 from fxopt.ir.ops.uniform import is_uniform
@@ -59,7 +60,11 @@ def interpreted() -> bool:
 
 
 def target_of(options: Options) -> Target | None:
-    """What kernels are made for: the GPU that is named, else the one at hand."""
+    """What kernels are made for: the GPU that is named, else the one at hand.
+
+    Raises:
+        UnsupportedTarget: the GPU at hand is none that Triton can compile for here.
+    """
     return Target.named(options.target) if options.target else Target.detect()
 
 
@@ -81,7 +86,10 @@ def emit_kernels(
         decide: which of them are used. None: all.
     """
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
-    target = target_of(options)
+    try:
+        target = target_of(options)
+    except UnsupportedTarget as error:
+        return [], [Evidence(NAME, "graph", "-", Status.DISABLED, str(error))]
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     usable, evidence = _usable(emitted, gm.graph)

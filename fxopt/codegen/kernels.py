@@ -22,7 +22,7 @@ from fxopt.codegen.render_matmul import render_matmul
 from fxopt.codegen.split import Split, can_split, split
 from fxopt.codegen.split_products import split_products
 from fxopt.codegen.statements import Body
-from fxopt.codegen.tile_sizes import power_of_two, sms_of
+from fxopt.codegen.tile_sizes import power_of_two, sms_of, warps_of
 from fxopt.codegen.trace import operator_name
 from fxopt.ir.facts import location
 from fxopt.ir.sizes import size_of
@@ -116,9 +116,9 @@ def _forms(region: Region, target: Target | None, split_k: str) -> list[Form]:
     tile = choose_tile(body, target)
     length = _piece(region, tile, target)
     if length is None:
-        return [([_loop_pass(name, body, tile, wide)], ())]
+        return [([_loop_pass(name, body, tile, wide, target)], ())]
     cut = split(body, length)
-    first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide)
+    first = _loop_pass(f"{name}_pieces", cut.partial, tile, wide, target)
     return [_in_two_launches(name, first, cut, wide, target)]
 
 
@@ -144,14 +144,14 @@ def _in_two_launches(
     tile = choose_tile(cut.total, target)
     shape = tuple(map(print_index, cut.shape))
     scratch = tuple(Output(one.name, shape, str(one.meta["val"].dtype), fill=fill) for one in cut.scratch)
-    return [first, _loop_pass(name, cut.total, tile, wide)], scratch
+    return [first, _loop_pass(name, cut.total, tile, wide, target)], scratch
 
 
-def _loop_pass(name: str, body: Body, tile: Tile, wide: bool) -> Pass:
+def _loop_pass(name: str, body: Body, tile: Tile, wide: bool, target: Target | None) -> Pass:
     rows = print_index(product(axis.size for axis in body.outer))
     constants = (("ROWS", tile.rows), *((("COLUMNS", tile.columns),) if body.reduced else ()))
     elements = tile.rows * max(1, tile.columns)
-    warps = 16 if elements >= 8192 else 8 if elements >= 4096 else 4
+    warps = warps_of(512 if elements >= 8192 else 256 if elements >= 4096 else 128, target)
     grid, rendered = (f"triton.cdiv({rows}, ROWS)",), render(name, body, tile, wide)
     return Pass(name, body, rendered, grid, constants, warps, _why_tile(body, tile), _adjustable(body, tile))
 

@@ -12,10 +12,11 @@ from fxopt.codegen.print_index import print_index
 from fxopt.codegen.product_model import LEAST, best_tile, number_of_programs
 from fxopt.codegen.split_products import can_split_products
 from fxopt.codegen.statements import Load
-from fxopt.codegen.tile_sizes import power_of_two, sms_of
+from fxopt.codegen.tile_sizes import power_of_two, sms_of, warps_of
 from fxopt.ir.target import Target
 
-_BYTES = 16384  # of weights that the 128 threads of a program hold at once: eight loads of 16 bytes each
+_THREADS = 128  # of a program with few rows
+_BYTES = 16384  # of weights that these hold at once: eight loads of 16 bytes each
 _ELEMENTS = 2048  # of a block of weights on its way to the matrix units
 _SPAN = 4096
 MOST_PIECES = 16
@@ -117,7 +118,7 @@ def choose_matmul_tile(body: MatmulBody, target: Target | None) -> MatmulTile:
     columns = power_of_two(max(map(_number, _columns(body))))
     if body.rows is None:
         rows, elements = 1, _BYTES // _bytes_of_weight(body) // _products_at_once(body)
-        deep, least = (min(512, depth), 1) if is_contiguous_along_depth(body) else (elements // 128, 32)
+        deep, least = (min(512, depth), 1) if is_contiguous_along_depth(body) else (elements // _THREADS, 32)
     else:
         rows, elements = MOST_ROWS, _ELEMENTS
         deep, least, depth = 64, LEAST, max(LEAST, min(depth, _LINE // _bytes_of_weight(body)))
@@ -126,7 +127,8 @@ def choose_matmul_tile(body: MatmulBody, target: Target | None) -> MatmulTile:
     least = max(least, _least_columns(body))
     while wanted > least and _programs(body, wanted) < 2 * sms:
         wanted //= 2
-    chosen = MatmulTile(rows, wanted, min(depth, elements // wanted), min(depth, _SPAN // rows))
+    deep, span = min(depth, elements // wanted), min(depth, _SPAN // rows)
+    chosen = MatmulTile(rows, wanted, deep, span, warps=warps_of(_THREADS, target))
     shape = f"ROWS={rows}, COLUMNS={wanted}, DEPTH={chosen.depth}"
     return replace(chosen, why=f"{shape}: {_programs(body, wanted)} programs, each reads its weights once")
 

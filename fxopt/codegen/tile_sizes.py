@@ -15,3 +15,8 @@ def power_of_two(value: int) -> int:
 def sms_of(target: Target | None) -> int:
     """The SMs that are to have work."""
     return TYPICAL_SMS if target is None else target.sms
+
+
+def warps_of(threads: int, target: Target | None) -> int:
+    """As many warps as have so many threads."""
+    return max(1, threads // (target or Target).warp_size)

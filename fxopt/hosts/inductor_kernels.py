@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from fxopt.errors import UnsupportedTarget
 from fxopt.hosts.host import Notes
 from fxopt.hosts.kernels import EMIT_KERNELS, wants_kernels
 from fxopt.ir.contract import Evidence, Status
@@ -72,7 +73,10 @@ def _decider(options: Options) -> Iterator[Decide | None]:
     from fxopt.codegen.tune import Budget, Tuner
     from fxopt.runtime.kernel_cache import cache_of
 
-    target = target_of(options)
+    try:
+        target = target_of(options)
+    except UnsupportedTarget:  # of which `emit_kernels` leaves evidence
+        target = None
     if not options.measuring_seconds or target is None:
         yield None
         return

@@ -4,6 +4,9 @@ On a GPU the op is a `torch.library.triton_op`. Where AOTAutograd meets it, it d
 of its results and torch's own node for a Triton kernel, which Inductor compiles, plans memory for and
 launches itself, also within CUDA graphs. In graphs that are past AOTAutograd `dissolve_ops` does the same.
 
+Called outside of a graph the op launches its kernels past what Triton does at each launch, see
+`fxopt.runtime.direct_launch`.
+
 In interpreter mode (`TRITON_INTERPRET=1`) the op is opaque and runs the kernel on the tensors that it is
 given, on a CPU as well.
 """
@@ -21,10 +24,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxopt.runtime.direct_launch import DirectLaunch
 from fxopt.runtime.kernel_cache import KernelCache, default_cache
 
 if TYPE_CHECKING:
-    from fxopt.codegen.kernel_file import KernelFile
+    from fxopt.codegen.kernel_file import KernelFile, Launch
 
 NAMESPACE = "fxopt_kernels"
 
@@ -133,7 +137,7 @@ def _interpreting(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def _traceable(kernel: KernelFile, module: types.ModuleType) -> Callable[..., Any]:
     """`launch` of the file with its kernels wrapped so that tracing records them; the file stays plain."""
-    wrapped = {one.entry: _Wrapped(getattr(module, one.entry)) for one in kernel.launches}
+    wrapped = {one.entry: _Wrapped(getattr(module, one.entry), one) for one in kernel.launches}
     launch = module.launch
     traceable = types.FunctionType(launch.__code__, {**vars(module), **wrapped}, launch.__name__)
     traceable.__annotations__ = launch.__annotations__
@@ -153,11 +157,13 @@ def _without_source(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Wrapped:
-    """A kernel that asks torch at each launch whether it is being traced."""
+    """A kernel that asks torch at each launch whether it is being traced; if not it is launched directly."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, launch: Launch) -> None:
         self.kernel = kernel
+        self.direct = DirectLaunch(kernel, launch)
 
     def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
-        launcher: Callable[..., None] = torch.library.wrap_triton(self.kernel)[grid]
+        found = torch.library.wrap_triton(self.kernel)
+        launcher: Callable[..., None] = self.direct[grid] if found is self.kernel else found[grid]
         return launcher

@@ -26,6 +26,7 @@ from fxopt.ir.ops.uniform import BITS
 from fxopt.ir.target import Target
 from fxopt.options import Options
 from fxopt.report.record import collect
+from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
 from support import emitted_large_products, emitted_products
 from support.emission_fuzz import check
@@ -185,7 +186,8 @@ def _multiplied() -> list[emitted_products.Program]:
 
 def _said(cache: KernelCache, kernel: Any) -> list[str]:
     module = cache.load(kernel)
-    return differences(module.launch, module.reference, module.example_inputs("cpu"))
+    with exact_bfloat16():
+        return differences(module.launch, module.reference, module.example_inputs("cpu"))
 
 
 def model(options: dict[str, Any]) -> dict[str, Any]:
