@@ -94,6 +94,13 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "mixed dtypes": (lambda a, b: (a + b) * 0.1 + a, (torch.randn(5, 6).half(), torch.randn(5, 6))),
     "integers": (lambda a: ((a * 3 + 1) & 6).sum(-1) - 2, (torch.randint(-9, 9, (4, 11)),)),
     "a sum of booleans": (lambda a: (a > 0).sum(-1) + 1, (torch.randn(4, 11),)),
+    "any and all of special values": (
+        lambda a: (torch.any(a, 0), torch.any(a * 0, -1), torch.all(a, 1, keepdim=True)),
+        (special(),),
+    ),
+    "all of conditions": (lambda a: torch.where((a > -2).all(-1, keepdim=True), a, 0), (torch.randn(7, 9),)),
+    "any of bytes": (lambda a: (a & 1).any(), (torch.randint(0, 2, (5, 9), dtype=torch.uint8) * 2,)),
+    "any in pieces": (lambda a: (a > 0.9999).any(0), (torch.rand(40001, 3),)),
     "rows longer than registers": (lambda a: a.softmax(-1) * 2, (torch.randn(2, 9001),)),
     "columns": (lambda a: (a * 2).sum(0), (torch.randn(301, 5),)),
     "all elements": (lambda a: (a * 2).mean(), (torch.randn(37, 5),)),
