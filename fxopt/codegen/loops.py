@@ -26,6 +26,12 @@ REDUCTIONS: dict[Any, str] = {
     aten.mean.default: "mean",
     aten.amax.default: "max",
     aten.amin.default: "min",
+    aten.any.dim: "any",
+    aten.any.dims: "any",
+    aten.any.default: "any",
+    aten.all.dim: "all",
+    aten.all.dims: "all",
+    aten.all.default: "all",
     aten.var_mean.correction: "moments",
 }
 

@@ -20,12 +20,24 @@ if TYPE_CHECKING:
 def reduced(tracer: Tracer, node: fx.Node, operand: Statement) -> Statement:
     """`operand` reduced over the loop's reduced axes, as `node` says; sums as wide as eager's."""
     how, dtype = REDUCTIONS[node.target], node.meta["val"].dtype
+    if how in ("any", "all"):
+        return _quantified(tracer, node, operand, "max" if how == "any" else "min")
     adds = how in ("sum", "mean")
     accumulated = _accumulator(operand.dtype) if adds else operand.dtype
     total = _total(tracer, node, operand, accumulated, "sum" if adds else how)
     if how != "mean":
         return tracer.compute(node, (total.name,), rounded(total.name, accumulated, dtype))
     return tracer.compute(node, *_over_count(tracer, node, total, 0, dtype))
+
+
+def _quantified(tracer: Tracer, node: fx.Node, operand: Statement, how: str) -> Statement:
+    """``any`` is the largest of ones and zeros, ``all`` the smallest; NaN is true, as in eager."""
+    truth = f"{cast(operand.name, operand.dtype, torch.bool)}.to(tl.int32)"
+    number = tracer.compute(node, (operand.name,), truth, torch.int32)
+    total = tracer.add(Reduce, node, (number.name,), torch.int32, how=how)
+    return tracer.compute(
+        node, (total.name,), cast(f"({total.name} != 0)", torch.bool, node.meta["val"].dtype)
+    )
 
 
 def moments(tracer: Tracer, node: fx.Node, operand: Statement) -> tuple[Statement, Statement]:

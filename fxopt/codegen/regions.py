@@ -24,6 +24,7 @@ from fxopt.codegen.region import Region, body_of, can_emit, outputs_of
 from fxopt.codegen.trace import CannotEmit, view_base
 from fxopt.codegen.view_index import is_view
 from fxopt.ir.cost import bytes_of, tensors_of
+from fxopt.ir.facts import argument
 
 MAX_MEMBERS = 96
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional")
@@ -48,10 +49,16 @@ def is_barrier(node: fx.Node) -> bool:
     """Whether nothing may be moved across `node`: it writes, communicates, or draws random numbers."""
     if not isinstance(node.target, OpOverload):
         return False
-    tags = node.target.tags
-    if torch.Tag.nondeterministic_seeded in tags or node.target.namespace in _COLLECTIVES:
+    if node.target.namespace in _COLLECTIVES or node.target._schema.is_mutable:
         return True
-    return node.target._schema.is_mutable
+    return torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node)
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether `node` is an attention without dropout, which draws no numbers whatever its tags say."""
+    assert isinstance(node.target, OpOverload)
+    names = {one.name for one in node.target._schema.arguments}
+    return "dropout_p" in names and argument(node, "dropout_p") == 0
 
 
 class _Grower:

@@ -78,7 +78,8 @@ def _partial(
 ) -> Body:
     cut = body.reduced[0]
     piece = axis("piece", pieces)
-    position = piece.symbol * length + cut.symbol
+    within = cut.symbol if length > 1 else sympy.Integer(0)  # an axis of one element has no index
+    position = piece.symbol * length + within
     whole = same(pieces * length, cut.size)
     inside = () if whole else (Condition(position, cut.size),)
     axes = tuple(replace(one, size=sympy.Integer(length)) if one is cut else one for one in body.axes)

@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.codegen.emit import emit_kernels
 from fxopt.codegen.kernels import kernel_of
-from fxopt.codegen.regions import Partition, partition
+from fxopt.codegen.regions import Partition, is_barrier, partition
 from fxopt.options import Options
 
+aten = torch.ops.aten
 CPU = frozenset({"cpu"})
 x, y = torch.randn(6, 8), torch.randn(6, 8)
 
@@ -219,6 +220,24 @@ def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
     assert "tl.program_id(0).to(tl.int64)" in kernel.jit
     small = partition(graph_of(lambda a: a.exp() + 1, x).graph, CPU).regions[0]
     assert "int64" not in kernel_of(small, None).jit
+
+
+def test_attention_without_dropout_draws_no_numbers() -> None:
+    def function(a: torch.Tensor, dropout: float) -> torch.Tensor:
+        before = a.exp() + 1
+        attended = aten._scaled_dot_product_flash_attention_for_cpu(a, a, a, dropout)[0]
+        return before * 2 + attended
+
+    heads = torch.randn(1, 2, 4, 8)
+    together = regions_of(lambda a: function(a, 0.0), heads)
+    assert members(together) == [["exp", "add", "mul", "add_1"]]
+    barrier, *_ = (
+        node
+        for node in graph_of(lambda a: function(a, 0.5), heads).graph.find_nodes(
+            op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default
+        )
+    )
+    assert is_barrier(barrier)
 
 
 def test_evidence_has_numbers(tmp_path: Any) -> None:

@@ -73,6 +73,16 @@ def scattered(a: Value, b: Value) -> Value:
     return halves * b + aten.slice_scatter(a, b[1:4] * 2, 0, -4, -1)
 
 
+def norm_gradient(gradient: Value, more: Value, x: Value, weight: Value) -> tuple[Value, ...]:
+    """Two kernels need the same products: the rows', and the sums over columns."""
+    wide = (gradient + more).float()
+    variance, mean = torch.var_mean(x.float(), -1, keepdim=True, correction=0)
+    scale = (variance + 1e-5).rsqrt()
+    normal, weighted = (x.float() - mean) * scale, wide * weight.float()
+    away = weighted.mean(-1, keepdim=True) + normal * (weighted * normal).mean(-1, keepdim=True)
+    return (scale * (weighted - away)).to(x.dtype), (wide * normal).sum(0), wide.sum(0)
+
+
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "pointwise of special values": (lambda a: torch.relu(a) + a.abs() * 2, (special(),)),
     "comparisons of special values": (lambda a: torch.where(a > 0, a, -a).clamp(-2, 2), (special(),)),
@@ -86,6 +96,13 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "mixed dtypes": (lambda a, b: (a + b) * 0.1 + a, (torch.randn(5, 6).half(), torch.randn(5, 6))),
     "integers": (lambda a: ((a * 3 + 1) & 6).sum(-1) - 2, (torch.randint(-9, 9, (4, 11)),)),
     "a sum of booleans": (lambda a: (a > 0).sum(-1) + 1, (torch.randn(4, 11),)),
+    "any and all of special values": (
+        lambda a: (torch.any(a, 0), torch.any(a * 0, -1), torch.all(a, 1, keepdim=True)),
+        (special(),),
+    ),
+    "all of conditions": (lambda a: torch.where((a > -2).all(-1, keepdim=True), a, 0), (torch.randn(7, 9),)),
+    "any of bytes": (lambda a: (a & 1).any(), (torch.randint(0, 2, (5, 9), dtype=torch.uint8) * 2,)),
+    "any in pieces": (lambda a: (a > 0.9999).any(0), (torch.rand(40001, 3),)),
     "rows longer than registers": (lambda a: a.softmax(-1) * 2, (torch.randn(2, 9001),)),
     "columns": (lambda a: (a * 2).sum(0), (torch.randn(301, 5),)),
     "all elements": (lambda a: (a * 2).mean(), (torch.randn(37, 5),)),
@@ -94,6 +111,11 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "largest in pieces": (lambda a: (-a.abs()).amax(0), (torch.rand(40001, 2) + 1,)),
     "pieces of integers": (lambda a: (a - 7).amin(), (torch.randint(9, 99, (201, 301)),)),
     "pieces of two dimensions": (lambda a: (a + a).sum([0, 1]), (torch.randn(33, 1201, 3),)),
+    "pieces of whole slices": (lambda a: (a[:, 1:] * 2).sum([0, 1]), (torch.randn(6, 401, 3),)),
+    "computed again": (
+        norm_gradient,
+        tuple(torch.randn(70, 40).bfloat16() for _ in range(3)) + (torch.ones(40).bfloat16(),),
+    ),
     "middle dimension": (lambda a: a - a.mean(1, keepdim=True), (torch.randn(3, 7, 5),)),
     "group norm": (lambda a: F.group_norm(a, 2), (torch.randn(2, 6, 5),)),
     "rotate-half RoPE": (rope, (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))),
