@@ -11,7 +11,6 @@ import torch
 from fxopt.ir.quantized_weight import QuantizedWeight, ceil_div, pack_nibbles
 from fxopt.ir.weight_formats import FORMATS, INT4, Format
 
-
 # Of a weight, rounded at once: what is needed in between is some ten times as large.
 _NUMBERS_AT_ONCE = 2**20
 
