@@ -24,6 +24,7 @@ from fxopt.frontend.kv_append import insert_appends
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.frontend.packed_weights import PackedInputs, hide_parameters, packed_inputs, show_parameters
 from fxopt.frontend.replays import NAME as REPLAY
 from fxopt.frontend.replays import Step, find_step, is_wanted
 from fxopt.frontend.retrace import CannotNormalize
@@ -41,6 +42,8 @@ from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
 from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import Plan, with_growing_caches
+from fxopt.runtime.packed_weights import with_packed_weights
+from fxopt.runtime.quantized_linear import register_processor
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
@@ -75,6 +78,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("absorb-latent-attention", "fxopt.passes.absorb_latent_attention:AbsorbLatentAttention"),
     # last: no pass above has to know the op that it makes of an attention
     ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
+    # likewise for linear layers, which the loss and latent attention have taken theirs of
+    ("substitute-qlinear", "fxopt.passes.substitute_qlinear:SubstituteQlinear"),
 )
 
 
@@ -109,6 +114,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     unless `options.strict`.
     """
     register_ops()
+    register_processor()
     with recorded(gm) as record:
         dump = Dump.open(options.dump, record)
         dump.write("dynamo", gm)
@@ -140,6 +146,7 @@ class _Optimized:
     growing: Plan
     frame: Frame | None
     step: Step | None
+    packed: PackedInputs | None
 
 
 def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
@@ -156,6 +163,8 @@ def _around(
 ) -> Callable[..., Any]:
     """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
     instead, step = when_changed(optimized.known, captured), optimized.step
+    if optimized.packed is not None:
+        compiled = with_packed_weights(compiled, optimized.packed.packed, optimized.packed.first)
     if step is not None:
         compiled = step.around(compiled, lambda reason: record.note_refusal(REPLAY, reason))
         instead = step.unless_fit(instead, captured)
@@ -189,8 +198,9 @@ def _optimize(
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
-            rewrite(normal, options, record, dump)
-            step, notes = find_step(normal, growing, options)
+            packed = _rewrite(normal, example_inputs, options, record, dump)
+            # A step is replayed with the inputs that Dynamo gives.
+            step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
         with record.timed("lower"):
             lowered = lower(normal, record)
@@ -207,7 +217,22 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return _Optimized(lowered, known, growing, frame, step)
+    return _Optimized(lowered, known, growing, frame, step, packed)
+
+
+def _rewrite(
+    normal: fx.GraphModule, inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+) -> PackedInputs | None:
+    """All passes; what they may know of parameters, and what they made of these, where any is quantized."""
+    if not options.quantize:
+        rewrite(normal, options, record, dump)
+        return None
+    show_parameters(normal, inputs)
+    try:
+        rewrite(normal, options, record, dump)
+    finally:
+        hide_parameters(normal)
+    return packed_inputs(normal)
 
 
 def _growing(
