@@ -149,6 +149,11 @@ class QuantizedWeight:
         """The codes (N, K), one in each entry: int8, float8_e4m3fn, or uint8 from 0 to 15."""
         return unpack_nibbles(self.codes, self.in_features) if self.format.bits == 4 else self.codes
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Some of its output features; views of the same memory."""
+        parts = {name: each[start:stop] for name, each in self.tensors.items() if name != "columns"}
+        return self.replaced(**parts)
+
     def per_column(self, of_groups: torch.Tensor) -> torch.Tensor:
         """Numbers of groups (N, ceil(K / G)), repeated for each of their columns: (N, K)."""
         return of_groups.repeat_interleave(self.group_size, 1)[:, : self.in_features]

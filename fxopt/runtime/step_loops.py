@@ -8,12 +8,8 @@ first call of `generate`. Until then, and where there is no compiler, those in P
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import logging
-import os
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from operator import is_
@@ -23,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import guards
+
+from fxopt.runtime.native_code import library_of
 
 log = logging.getLogger("fxopt")
 
@@ -189,28 +187,9 @@ CURRENT = Current()
 
 def _compiled() -> Any:
     """The module of `step_loops.cpp`, from Inductor's cache where it is there."""
-    from filelock import FileLock
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    key = (_SOURCE.read_text(), torch.__version__, sys.version, torch._C._GLIBCXX_USE_CXX11_ABI)
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = Path(cache_dir(), "fxopt", f"{_SOURCE.stem}-{name}.so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # others wait for the first process that compiles it
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                os.replace(_build_in(folder), path)
+    path = library_of(_SOURCE)
     spec = importlib.util.spec_from_file_location(_SOURCE.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _build_in(folder: str) -> str:
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
-    options = CppTorchOptions(include_pytorch=True, warning_all=False)
-    builder = CppBuilder(_SOURCE.stem, str(_SOURCE), options, folder)
-    builder.build()
-    return str(builder.get_target_file_path())

@@ -11,6 +11,7 @@ from fxopt.ir.ops import (
     block_attention,
     decode_attention,
     linear_cross_entropy,
+    packed_linear,
     row_attention,
     shift_window,
     snapshot,
@@ -20,6 +21,7 @@ from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
+from fxopt.ir.ops.qlinear import QLINEAR
 from fxopt.ir.ops.quantized_attention import QUANTIZED_ATTENTION
 from fxopt.ir.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 
@@ -30,6 +32,7 @@ OPS: tuple[SemanticOp, ...] = (
     ADD_RMS_NORM,
     LAYER_NORM,
     LINEAR_CROSS_ENTROPY,
+    QLINEAR,
 )
 
 _lock = threading.Lock()
@@ -49,6 +52,7 @@ def register_ops() -> None:
         decode_attention.register(library)
         row_attention.register(library)
         linear_cross_entropy.register(library)
+        packed_linear.register(library)
         shift_window.register(library)
         snapshot.register(library)
         uniform.register(library)

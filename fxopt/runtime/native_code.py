@@ -1,0 +1,53 @@
+"""Shared libraries from the C++ files beside this one, compiled once and kept beside Inductor's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def library_of(source: Path) -> Path:
+    """The compiled form of a file, made now unless it is in the cache.
+
+    It may use torch's headers and any instruction of this processor. The key of the cache is made of the
+    text, the versions of torch and Python, and the processor.
+
+    Raises:
+        Exception: whatever Inductor's builder raises where there is no compiler.
+    """
+    from filelock import FileLock
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    abi, processor = torch._C._GLIBCXX_USE_CXX11_ABI, torch.backends.cpu.get_cpu_capability()
+    key = (source.read_text(), torch.__version__, sys.version, abi, processor, _features())
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = Path(cache_dir(), "fxopt", f"{source.stem}-{name}.so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # others wait for the first process that compiles it
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                os.replace(_build_in(source, folder), path)
+    return path
+
+
+def _features() -> str:
+    """What this processor can do, where the system says so: a cache may be shared between machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+
+
+def _build_in(source: Path, folder: str) -> str:
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    options = CppTorchOptions(include_pytorch=True, warning_all=False)
+    builder = CppBuilder(source.stem, str(source), options, folder)
+    builder.build()
+    return str(builder.get_target_file_path())

@@ -1,0 +1,436 @@
+// Products of activations with quantized weights on processors with AVX-512 and VNNI, called through
+// fxopt/runtime/quantized_linear.py. The layout of weights is that of fxopt/ir/quantized_weight.py; they are
+// read as they are stored, and no second copy of them is kept.
+//
+// Letters: M tokens, N output features, K input features, G columns of a group.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VNNI__)
+#define FXOPT_HAS_KERNELS 1
+#include <immintrin.h>
+#endif
+
+extern "C" int fxopt_has_kernels() {
+#ifdef FXOPT_HAS_KERNELS
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#ifdef FXOPT_HAS_KERNELS
+
+namespace {
+
+enum Number : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Code : int32_t { kNibble = 0, kInt8 = 1, kFloat8 = 2 };
+
+inline __m512 widened(const uint16_t* bits, Number number, __mmask16 live) {
+  const __m256i loaded = _mm256_maskz_loadu_epi16(live, bits);
+  if (number == kFloat16) {
+    return _mm512_cvtph_ps(loaded);
+  }
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
+}
+
+inline __m512 load(const void* numbers, int64_t place, Number number, __mmask16 live) {
+  if (number == kFloat32) {
+    return _mm512_maskz_loadu_ps(live, static_cast<const float*>(numbers) + place);
+  }
+  return widened(static_cast<const uint16_t*>(numbers) + place, number, live);
+}
+
+inline void store(void* numbers, int64_t place, Number number, __mmask16 live, __m512 values) {
+  if (number == kFloat32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(numbers) + place, live, values);
+    return;
+  }
+  __m256i bits;
+  if (number == kFloat16) {
+    bits = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {  // to the nearest, ties to even; NaN stays NaN
+    const __m512i wide = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(numbers) + place, live, bits);
+}
+
+inline __mmask16 first(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+inline float one(const void* numbers, int64_t place, Number number) {
+  return _mm512_cvtss_f32(load(numbers, place, number, 1));
+}
+
+void to_float(const void* numbers, int64_t place, Number number, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 live = first(count - i);
+    _mm512_mask_storeu_ps(out + i, live, load(numbers, place + i, number, live));
+  }
+}
+
+}  // namespace
+
+// What is passed for each product.
+struct Product {
+  const void* x;         // (M, K)
+  const void* codes;     // (N, bytes of a row)
+  const void* scales;    // (N, groups)
+  const void* offsets;   // likewise, or null
+  const void* bias;      // (N,) or null
+  const float* table;    // 16 values of codes of 4 bits
+  void* out;             // (M, N), of the dtype of x
+  int64_t M, N, K, group, groups, row_bytes;
+  int64_t out_stride;    // between rows of `out`
+  int32_t x_number, scale_number, offset_number, bias_number, code, threads;
+};
+
+namespace {
+
+// ---- weights alone are quantized: what a code stands for is multiplied in float32 ----
+
+// 16 weights from a place in a row of 8-bit codes, not scaled.
+inline __m512 eight_bits(const uint8_t* codes, int32_t code, __mmask16 live) {
+  const __m128i loaded = _mm_maskz_loadu_epi8(live, codes);
+  if (code == kInt8) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(loaded));
+  }
+  // e4m3: the exponent and mantissa as those of a float32 with another bias, which a product corrects.
+  const __m512i wide = _mm512_cvtepu8_epi32(loaded);
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x80)), 24);
+  const __m512i rest = _mm512_and_si512(wide, _mm512_set1_epi32(0x7f));
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_slli_epi32(rest, 20));
+  const __m512 scaled = _mm512_mul_ps(magnitude, _mm512_castsi512_ps(_mm512_set1_epi32((120 + 127) << 23)));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(rest, _mm512_set1_epi32(0x7f));
+  const __m512i bits = _mm512_or_si512(_mm512_castps_si512(scaled), sign);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+
+// Scales and offsets of one row, in float32.
+struct RowNumbers {
+  std::vector<float> scales, offsets;
+  explicit RowNumbers(int64_t groups) : scales(groups), offsets(groups, 0.0f) {}
+  void read(const Product& p, int64_t row) {
+    to_float(p.scales, row * p.groups, Number(p.scale_number), p.groups, scales.data());
+    if (p.offsets != nullptr) {
+      to_float(p.offsets, row * p.groups, Number(p.offset_number), p.groups, offsets.data());
+    }
+  }
+};
+
+// Results are finished 16 features at a time, kRows of which are computed together.
+constexpr int kRows = 4;
+constexpr int kBlock = 16;
+
+// Of each of four vectors the sum of its entries.
+inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d left = _mm512_castps_pd(ab), right = _mm512_castps_pd(cd);
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+inline __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti32x8_epi32(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Products of kRows rows of weights with T tokens, to sums[t][0 to kRows). Of codes of 4 bits: the table is
+// scaled once a group, so that a weight costs one permutation.
+template <int T>
+void nibble_rows(const Product& p, const float* x, int64_t padded, const uint8_t* const* codes,
+                 const RowNumbers* numbers, float (*sums)[kBlock]) {
+  __m512 total[kRows][T];
+  for (auto& row : total) {
+    for (auto& each : row) each = _mm512_setzero_ps();
+  }
+  const __m512 table = _mm512_loadu_ps(p.table);
+  for (int64_t group = 0; group < p.groups; ++group) {
+    __m512 scaled[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      scaled[r] = _mm512_fmadd_ps(table, _mm512_set1_ps(numbers[r].scales[group]),
+                                  _mm512_set1_ps(numbers[r].offsets[group]));
+    }
+    const int64_t stop = group + 1 == p.groups ? padded : (group + 1) * p.group;
+    for (int64_t k = group * p.group; k < stop; k += 32) {
+      __m512 low[kRows], high[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[r] + k / 2));
+        const __m512i wide = _mm512_cvtepu8_epi32(bytes);  // a permutation looks at four bits of an index
+        low[r] = _mm512_permutexvar_ps(wide, scaled[r]);
+        high[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), scaled[r]);
+      }
+      for (int t = 0; t < T; ++t) {
+        const __m512 left = _mm512_loadu_ps(x + t * padded + k);
+        const __m512 right = _mm512_loadu_ps(x + t * padded + k + 16);
+        for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_fmadd_ps(low[r], left, total[r][t]);
+        for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_fmadd_ps(high[r], right, total[r][t]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    _mm_storeu_ps(sums[t], sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
+  }
+}
+
+template <int T, int32_t kCode>
+void eight_bit_rows(const Product& p, const float* x, int64_t padded, const uint8_t* const* codes,
+                    const RowNumbers* numbers, float (*sums)[kBlock]) {
+  __m512 total[kRows][T];
+  for (auto& row : total) {
+    for (auto& each : row) each = _mm512_setzero_ps();
+  }
+  for (int64_t group = 0; group < p.groups; ++group) {
+    const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
+    __m512 scale[kRows], offset[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      scale[r] = _mm512_set1_ps(numbers[r].scales[group]);
+      offset[r] = _mm512_set1_ps(numbers[r].offsets[group]);
+    }
+    const auto step = [&](int64_t k, __mmask16 live) {
+      __m512 weights[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        weights[r] = _mm512_fmadd_ps(eight_bits(codes[r] + k, kCode, live), scale[r], offset[r]);
+      }
+      for (int t = 0; t < T; ++t) {
+        const __m512 here = _mm512_maskz_loadu_ps(live, x + t * padded + k);
+        for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_fmadd_ps(weights[r], here, total[r][t]);
+      }
+    };
+    int64_t k = group * p.group;
+    for (; k + 16 <= stop; k += 16) step(k, 0xffff);
+    if (k < stop) step(k, first(stop - k));
+  }
+  for (int t = 0; t < T; ++t) {
+    _mm_storeu_ps(sums[t], sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
+  }
+}
+
+// Adds the bias and stores up to 16 features of a token.
+inline void finish(const Product& p, int64_t token, int64_t row, __mmask16 live, __m512 sums) {
+  if (p.bias != nullptr) sums = _mm512_add_ps(sums, load(p.bias, row, Number(p.bias_number), live));
+  store(p.out, token * p.out_stride + row, Number(p.x_number), live, sums);
+}
+
+// Where kRows rows begin; beyond the last row it stands for those that are missing.
+inline void find_rows(const Product& p, int64_t row, const uint8_t** rows) {
+  const auto* all = static_cast<const uint8_t*>(p.codes);
+  for (int r = 0; r < kRows; ++r) rows[r] = all + (row + r < p.N ? row + r : p.N - 1) * p.row_bytes;
+}
+
+template <int T>
+void tokens_of_block(const Product& p, const float* x, int64_t padded, int64_t token, int64_t row,
+                     const RowNumbers* numbers) {
+  alignas(64) float sums[T][kBlock] = {};
+  const float* here = x + token * padded;
+  for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
+    const uint8_t* codes[kRows];
+    find_rows(p, row + r, codes);
+    auto* part = reinterpret_cast<float(*)[kBlock]>(&sums[0][r]);
+    if (p.code == kNibble) {
+      nibble_rows<T>(p, here, padded, codes, numbers + r, part);
+    } else if (p.code == kInt8) {
+      eight_bit_rows<T, kInt8>(p, here, padded, codes, numbers + r, part);
+    } else {
+      eight_bit_rows<T, kFloat8>(p, here, padded, codes, numbers + r, part);
+    }
+  }
+  for (int t = 0; t < T; ++t) finish(p, token + t, row, first(p.N - row), _mm512_load_ps(sums[t]));
+}
+
+}  // namespace
+
+// out = x @ w^T + bias. Every group of codes of 4 bits begins at a multiple of 32 columns.
+extern "C" void fxopt_weight_only(const Product* given) {
+  const Product p = *given;
+  const int64_t padded = (p.K + 31) / 32 * 32;
+  std::vector<float> x(p.M * padded, 0.0f);
+  for (int64_t token = 0; token < p.M; ++token) {
+    to_float(p.x, token * p.K, Number(p.x_number), p.K, x.data() + token * padded);
+  }
+#pragma omp parallel num_threads(p.threads)
+  {
+    std::vector<RowNumbers> numbers(kBlock, RowNumbers(p.groups));
+    const RowNumbers* of_rows = numbers.data();
+#pragma omp for
+    for (int64_t row = 0; row < p.N; row += kBlock) {
+      for (int64_t r = 0; r < kBlock; ++r) numbers[r].read(p, row + r < p.N ? row + r : p.N - 1);
+      int64_t token = 0;
+      for (; token + 4 <= p.M; token += 4) tokens_of_block<4>(p, x.data(), padded, token, row, of_rows);
+      for (; token + 2 <= p.M; token += 2) tokens_of_block<2>(p, x.data(), padded, token, row, of_rows);
+      for (; token < p.M; ++token) tokens_of_block<1>(p, x.data(), padded, token, row, of_rows);
+    }
+  }
+}
+
+// out = w, (N, K) of the dtype of `x_number`; `x` and `bias` are not read.
+extern "C" void fxopt_dequantize(const Product* given) {
+  const Product p = *given;
+  const auto* all = static_cast<const uint8_t*>(p.codes);
+#pragma omp parallel num_threads(p.threads)
+  {
+    RowNumbers numbers(p.groups);
+    const __m512 table = p.code == kNibble ? _mm512_loadu_ps(p.table) : _mm512_setzero_ps();
+#pragma omp for
+    for (int64_t row = 0; row < p.N; ++row) {
+      numbers.read(p, row);
+      const uint8_t* codes = all + row * p.row_bytes;
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
+        const __m512 scale = _mm512_set1_ps(numbers.scales[group]);
+        const __m512 offset = _mm512_set1_ps(numbers.offsets[group]);
+        const __m512 scaled = _mm512_fmadd_ps(table, scale, offset);
+        for (int64_t k = group * p.group; k < stop; k += p.code == kNibble ? 32 : 16) {
+          const __mmask16 live = first(stop - k);
+          const int64_t place = row * p.out_stride + k;
+          if (p.code != kNibble) {
+            const __m512 weights = _mm512_fmadd_ps(eight_bits(codes + k, p.code, live), scale, offset);
+            store(p.out, place, Number(p.x_number), live, weights);
+            continue;
+          }
+          const __m512i wide =
+              _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k / 2)));
+          store(p.out, place, Number(p.x_number), live, _mm512_permutexvar_ps(wide, scaled));
+          if (stop - k > 16) {
+            store(p.out, place + 16, Number(p.x_number), first(stop - k - 16),
+                  _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), scaled));
+          }
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+// ---- activations are quantized, too: products of 8-bit integers, added up in 32 bits ----
+
+// One token to unsigned codes (its integers plus 128), `padded` of them. Returns the scale.
+float quantize_token(const Product& p, int64_t token, int64_t padded, uint8_t* codes) {
+  const auto number = Number(p.x_number);
+  const int64_t start = token * p.K;
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 nan = 0;
+  for (int64_t k = 0; k < p.K; k += 16) {
+    const __m512 x = load(p.x, start + k, number, first(p.K - k));
+    nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    most = _mm512_max_ps(most, _mm512_abs_ps(x));
+  }
+  const float largest = nan ? __builtin_nanf("") : _mm512_reduce_max_ps(most);
+  const float scale = largest / 127.0f;
+  const __m512 divisor = _mm512_set1_ps(scale == 0.0f ? 1.0f : scale);
+  for (int64_t k = 0; k < padded; k += 16) {
+    const __m512 x = k < p.K ? load(p.x, start + k, number, first(p.K - k)) : _mm512_setzero_ps();
+    const __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(x, divisor));
+    const __m512i moved = _mm512_add_epi32(code, _mm512_set1_epi32(128));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtusepi32_epi8(moved));
+  }
+  return scale;
+}
+
+// Sums of kRows rows of weights with T tokens, to sums[t][0 to kRows); 128 times the sum of a row is in them.
+template <int T, bool kSumRows>
+void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* const* rows,
+                  int32_t (*sums)[kBlock], int32_t* of_rows) {
+  __m512i total[kRows][T], alone[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    alone[r] = _mm512_setzero_si512();
+    for (int t = 0; t < T; ++t) total[r][t] = _mm512_setzero_si512();
+  }
+  const __m512i ones = _mm512_set1_epi8(1);
+  const auto step = [&](int64_t k, __mmask64 live) {
+    __m512i weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = _mm512_maskz_loadu_epi8(live, rows[r] + k);
+    for (int t = 0; t < T; ++t) {
+      const __m512i here = _mm512_loadu_si512(x + t * padded + k);
+      for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_dpbusd_epi32(total[r][t], here, weights[r]);
+    }
+    if (kSumRows) {
+      for (int r = 0; r < kRows; ++r) alone[r] = _mm512_dpbusd_epi32(alone[r], ones, weights[r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 64 <= K; k += 64) step(k, ~0ull);
+  if (k < K) step(k, (1ull << (K - k)) - 1);
+  for (int t = 0; t < T; ++t) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[t]),
+                     sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
+  }
+  if (kSumRows) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(of_rows), sums_of(alone[0], alone[1], alone[2], alone[3]));
+  }
+}
+
+// What a block of 16 features needs besides its codes.
+struct Block {
+  const uint8_t* x;
+  const float* x_scales;
+  int64_t padded, row;
+  __m512 scales;
+  alignas(64) int32_t of_rows[kBlock];
+};
+
+template <int T, bool kSumRows>
+void integer_tokens(const Product& p, Block& block, int64_t token) {
+  alignas(64) int32_t sums[T][kBlock] = {};
+  for (int64_t r = 0; r < kBlock && block.row + r < p.N; r += kRows) {
+    const uint8_t* rows[kRows];
+    find_rows(p, block.row + r, rows);
+    auto* part = reinterpret_cast<int32_t(*)[kBlock]>(&sums[0][r]);
+    integer_rows<T, kSumRows>(p.K, block.padded, block.x + token * block.padded, rows, part, block.of_rows + r);
+  }
+  const __m512i moved = _mm512_slli_epi32(_mm512_load_si512(block.of_rows), 7);
+  for (int t = 0; t < T; ++t) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums[t]), moved));
+    const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(block.x_scales[token + t]));
+    finish(p, token + t, block.row, first(p.N - block.row), _mm512_mul_ps(scaled, block.scales));
+  }
+}
+
+}  // namespace
+
+// out = quantized(x) @ w^T + bias; one group a row, no offsets, codes of int8.
+extern "C" void fxopt_int8_dynamic(const Product* given) {
+  const Product p = *given;
+  const int64_t padded = (p.K + 63) / 64 * 64;
+  std::vector<uint8_t> x(p.M * padded);
+  std::vector<float> x_scales(p.M);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for
+    for (int64_t token = 0; token < p.M; ++token) {
+      x_scales[token] = quantize_token(p, token, padded, x.data() + token * padded);
+    }
+#pragma omp for
+    for (int64_t row = 0; row < p.N; row += kBlock) {
+      Block block{x.data(), x_scales.data(), padded, row, load(p.scales, row, Number(p.scale_number), first(p.N - row)), {}};
+      int64_t token = 0;
+      if (p.M >= 4) {
+        integer_tokens<4, true>(p, block, 0);
+        for (token = 4; token + 4 <= p.M; token += 4) integer_tokens<4, false>(p, block, token);
+      } else {
+        integer_tokens<1, true>(p, block, 0);
+        token = 1;
+      }
+      for (; token + 2 <= p.M; token += 2) integer_tokens<2, false>(p, block, token);
+      for (; token < p.M; ++token) integer_tokens<1, false>(p, block, token);
+    }
+  }
+}
+
+#endif

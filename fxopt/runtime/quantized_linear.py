@@ -1,0 +1,249 @@
+"""``fxopt::packed_linear`` on a processor: which of three ways computes it, by the number of tokens M.
+
+    integers   int8 weights and int8 activations: products of bytes (`quantized_linear.cpp`, AVX-512 VNNI),
+               and `torch._int_mm` for many tokens
+    codes      weights are widened in registers (`quantized_linear.cpp`), for few tokens
+    dense      some rows of the weight at a time are widened, and multiplied by torch's own product
+
+None keeps a second copy of the weight. From which M on the last is faster depends on the machine: the first
+call of a kind measures it, once per process, within a few milliseconds. Without AVX-512 and VNNI, or a C++
+compiler, weights are widened by torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.ir.ops.op import NAMESPACE, without_autocast
+from fxopt.ir.ops.packed_linear import packed_linear, packed_linear_backward, round_tokens
+from fxopt.ir.quantized_weight import QuantizedWeight
+from fxopt.ir.weight_formats import FORMATS
+
+log = logging.getLogger("fxopt")
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
+# Of the weight, widened at once: they stay in the processor's cache.
+_DENSE_NUMBERS = 2**20
+# Measured on one core, 2048 x 2048: 0.6x the time of `torch._int_mm` at M = 32, 1.4x at M = 128.
+_INT_MM_TOKENS = 64
+# Numbers of tokens at which ways are compared, and the weight (N, K) that they are compared with.
+_PROBED, _PROBED_SHAPE = (4, 8, 16, 32, 64), (256, 1024)
+
+_TENSORS = ("x", "codes", "scales", "offsets", "bias", "table", "out")
+_SIZES = ("tokens", "rows", "columns", "group", "groups", "row_bytes", "out_stride")
+_KINDS = ("x_number", "scale_number", "offset_number", "bias_number", "code", "threads")
+
+
+class _Product(ctypes.Structure):
+    """`Product` of quantized_linear.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _TENSORS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int32) for name in _KINDS),
+    )
+
+
+@functools.cache
+def native() -> Any:
+    """The compiled library, or None where it cannot be used; that is said once, in the log."""
+    from fxopt.runtime.native_code import library_of
+
+    try:
+        library = ctypes.CDLL(str(library_of(_SOURCE)))
+    except Exception as error:
+        log.info("fxopt: quantized linears are computed by torch alone: %s", error)
+        return None
+    return library if library.fxopt_has_kernels() else None
+
+
+def register_processor() -> None:
+    """Have `fxopt::packed_linear` computed here on CPUs. Idempotent; after `register_ops`."""
+    _implementations()
+
+
+@functools.cache
+def _implementations() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    library.impl("packed_linear", packed_linear_on_processor, "CPU")
+    library.impl("packed_linear_backward", backward_on_processor, "CPU")
+    return library
+
+
+@without_autocast
+def packed_linear_on_processor(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    format: str,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """`packed_linear` by the fastest way."""
+    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets)
+    given = x if columns is None else x.index_select(-1, columns)
+    tokens = given.reshape(-1, x.shape[-1]).contiguous()
+    if not _is_native(tokens, weight, bias):
+        kinds = {"format": format, "group_size": group_size, "activation": activation}
+        return packed_linear(x, codes, scales, offsets, columns, bias, **kinds)  # type: ignore[no-any-return]
+    out = tokens.new_empty((tokens.shape[0], codes.shape[0]))
+    route(weight, tokens, activation)(tokens, weight, bias, out)
+    return out.view((*x.shape[:-1], codes.shape[0]))
+
+
+def _is_native(tokens: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> bool:
+    numbers = [each.dtype for each in (tokens, weight.scales, weight.offsets, bias) if each is not None]
+    aligned = weight.format.bits == 8 or weight.group_size % 32 == 0 or weight.scales.shape[1] == 1
+    contiguous = all(each.is_contiguous() for each in weight.tensors.values())
+    if not aligned or not contiguous or not _NUMBERS.keys() >= set(numbers):
+        return False
+    return weight.shape[0] > 0 and weight.shape[1] > 0 and native() is not None
+
+
+Way = Callable[[torch.Tensor, QuantizedWeight, torch.Tensor | None, torch.Tensor], None]
+
+
+def route(weight: QuantizedWeight, tokens: torch.Tensor, activation: str) -> Way:
+    """How a product with tokens (M, K) is computed."""
+    count = tokens.shape[0]
+    if count == 0:
+        return lambda *_: None
+    if activation:
+        whole = weight.scales.shape[1] == 1 and weight.offsets is None
+        if activation == "int8" and weight.format.name == "int8" and whole:
+            return integers if count < _INT_MM_TOKENS else many_integers
+        return lambda x, *rest: _in_dense(_rounded(x, activation), *rest)
+    return codes_in_registers if count < dense_from(weight.format.name, tokens.dtype) else dense
+
+
+def integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    """Products of bytes, for few tokens."""
+    _call("fxopt_int8_dynamic", x, weight, bias, out)
+
+
+def many_integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    """Products of bytes by torch, for many tokens."""
+    codes, scale = round_tokens(x.float(), "int8")
+    wide = torch._int_mm(codes, weight.codes.t()).float().mul_(scale).mul_(weight.scales.float().t())
+    out.copy_(wide if bias is None else wide.add_(bias))
+
+
+def codes_in_registers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    """Weights are widened where they are multiplied."""
+    _call("fxopt_weight_only", x, weight, bias, out)
+
+
+def dense(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    """Rows of the weight are widened in turn, for torch's product."""
+    # That of float16 takes ten times as long as that of float32.
+    _in_dense(x.float() if x.dtype is torch.float16 else x, weight, bias, out)
+
+
+def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
+    codes, scale = round_tokens(x.float(), activation)
+    return codes.float() * scale
+
+
+def _in_dense(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    for start, rows in widened_rows(weight, x.dtype):
+        stop = start + rows.shape[0]
+        part = None if bias is None else bias[start:stop].to(x.dtype)
+        out[:, start:stop] = torch.nn.functional.linear(x, rows, part)
+
+
+def widened_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
+    """Yields (first row, dense rows of the weight in `dtype`); the memory is used again for the next."""
+    rows, columns = weight.shape
+    step = max(16, _DENSE_NUMBERS // columns)
+    memory = torch.empty((min(step, rows), columns), dtype=dtype)
+    for start in range(0, rows, step):
+        part = weight.rows(start, min(start + step, rows))
+        here = memory[: part.shape[0]]
+        _call("fxopt_dequantize", here, part, None, here)
+        yield start, here
+
+
+@without_autocast
+def backward_on_processor(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    *,
+    format: str,
+    group_size: int,
+    in_features: int,
+) -> torch.Tensor:
+    """`packed_linear_backward`, some rows of the weight at a time."""
+    weight = QuantizedWeight(FORMATS[format], in_features, group_size, codes, scales, offsets)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if not _is_native(rows, weight, None):
+        kinds = {"format": format, "group_size": group_size, "in_features": in_features}
+        return packed_linear_backward(grad, codes, scales, offsets, columns, **kinds)  # type: ignore[no-any-return]
+    total = rows.new_zeros((rows.shape[0], in_features), dtype=torch.float32)
+    for start, wide in widened_rows(weight, torch.float32):
+        total += rows[:, start : start + wide.shape[0]].float() @ wide
+    if columns is not None:
+        total = torch.empty_like(total).index_copy_(1, columns, total)
+    return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+def _call(
+    name: str, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Call a function of the library; `x` may be any tensor of the dtype of `out` where it is not read."""
+    table = weight.format.table if weight.format.values else None
+    tensors = (x, weight.codes, weight.scales, weight.offsets, bias, table, out)
+    numbers = (x, weight.scales, weight.offsets, bias)
+    given = _Product(
+        *(None if each is None else each.data_ptr() for each in tensors),
+        x.shape[0],
+        *weight.shape,
+        weight.group_size,
+        weight.scales.shape[1],
+        weight.codes.shape[1],
+        out.stride(0),
+        *(0 if each is None else _NUMBERS[each.dtype] for each in numbers),
+        _CODES[weight.codes.dtype],
+        torch.get_num_threads(),
+    )
+    getattr(native(), name)(ctypes.byref(given))
+
+
+@functools.cache
+def dense_from(format: str, dtype: torch.dtype) -> int:
+    """The number of tokens from which on widened rows are faster than codes in registers: measured once."""
+    from fxopt.ir.quantize import quantize
+
+    weight = quantize(torch.linspace(-1, 1, _PROBED_SHAPE[0] * _PROBED_SHAPE[1]).view(_PROBED_SHAPE), format)
+    for count in _PROBED:
+        x = torch.ones(count, _PROBED_SHAPE[1], dtype=dtype)
+        out = x.new_empty(count, _PROBED_SHAPE[0])
+        if _seconds(dense, x, weight, out) < _seconds(codes_in_registers, x, weight, out):
+            return count
+    return 2 * _PROBED[-1]
+
+
+def _seconds(way: Way, x: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor) -> float:
+    """The shortest of four runs."""
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        way(x, weight, None, out)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
