@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxopt.errors import FxoptError
     from fxopt.integrations.cross_compile import cross_compile
     from fxopt.integrations.generate import compile_config
+    from fxopt.integrations.invalidate import invalidate
     from fxopt.integrations.loss_only import loss_only
     from fxopt.integrations.quantized_cache import QuantizedCache
     from fxopt.integrations.static_quantized_cache import StaticQuantizedCache
@@ -29,6 +30,7 @@ _PUBLIC = {
     "compile_config": "fxopt.integrations.generate",
     "cross_compile": "fxopt.integrations.cross_compile",
     "explain": "fxopt.report.explain",
+    "invalidate": "fxopt.integrations.invalidate",
     "loss_only": "fxopt.integrations.loss_only",
     "warmup": "fxopt.integrations.warmup",
     "QuantizedCache": "fxopt.integrations.quantized_cache",
@@ -49,6 +51,7 @@ __all__ = [
     "compile_config",
     "cross_compile",
     "explain",
+    "invalidate",
     "loss_only",
     "warmup",
 ]

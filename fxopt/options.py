@@ -29,9 +29,13 @@ VERIFY = ("nothing", "masks")
 KERNELS = ("auto", "always", "never")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
 # Those of the fields that can change the compiled result.
-DECISIVE = ("mode", "host", "disable", "fuel", "target", "interpret", "kernels", "tune_seconds", "replay")
+DECISIVE = (
+    "mode", "host", "disable", "fuel", "target", "interpret", "kernels", "tune_seconds", "replay", "quantize",
+    "group_size", "skip",
+)  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 REPLAY = ("auto", "never", "always")
+QUANTIZE = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic", "none")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Options:
             ``"fp8"`` rows with a scale for each head and token, half of the memory of bfloat16; ``"auto"`` is
             what the model computes in. A cache that is passed to `generate` stays what it is; see
             ``fxopt.QuantizedCache``.
+        quantize: what the weights of linear layers are stored as: ``"int8"``, ``"int4"``, ``"nf4"``,
+            ``"fp4"``, ``"fp8"``; ``"int8-dynamic"`` and ``"fp8-dynamic"`` round activations, too, with a
+            scale for each token. Or a mapping from patterns of layers' names to these or ``"none"``, of which
+            the first that fits decides. Heads, tied, small and float32 layers are left alone unless a pattern
+            other than ``"*"`` names them. None quantizes nothing.
+        group_size: columns that share a scale; 0 is all. None is 32 for int4 and 64 for nf4 and fp4.
+        skip: patterns of the names of layers that are not quantized.
         dump: directory into which every stage is written as a runnable Python file. None writes nothing.
         target: the GPU that kernels are compiled for, ``"sm_90"`` or ``"h200"``, see `fxopt.ir.target`. None
             is the GPU at hand.
@@ -83,6 +94,9 @@ class Options:
     fast_decode: bool = True
     replay: str = "auto"
     kv_cache_dtype: str = "auto"
+    quantize: tuple[tuple[str, str], ...] = ()
+    group_size: int | None = None
+    skip: tuple[str, ...] = ()
     dump: str | None = None
     target: str | None = None
     kernels: str = "auto"
@@ -213,6 +227,12 @@ _WANTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "replay": ((str,), "a string"),
     "tune_seconds": ((int, float, type(None)), "a number or None"),
     "fuel": ((int, type(None)), "an integer or None"),
+    "quantize": (
+        (str, Mapping, tuple, list, type(None)),
+        "a format, a mapping of patterns to formats, or None",
+    ),
+    "group_size": ((int, type(None)), "an integer or None"),
+    "skip": ((str, list, tuple, set, frozenset), "a pattern or a list of patterns"),
     "dump": ((str, os.PathLike, type(None)), "a directory name or None"),
     "target": ((str, type(None)), "the name of a GPU or None"),
     "cache_dir": ((str, os.PathLike, type(None)), "a directory name or None"),
@@ -239,6 +259,12 @@ def _checked(name: str, value: Any, said: str) -> Any:
         raise OptionValueError(name=said, value=value, nearest="", valid="integers from 1 on")
     if name == "disable":
         return _names(value, said)
+    if name == "quantize":
+        return _rules(value, said)
+    if name == "skip":
+        return (value,) if isinstance(value, str) else tuple(value)
+    if name == "group_size" and value is not None and (value < 0 or value % 16):
+        raise OptionValueError(name=said, value=value, nearest="", valid="multiples of 16 from 0 on, or None")
     if name == "target" and value is not None:
         return check_target(value)
     return os.fspath(value) if name in ("dump", "cache_dir") and value is not None else value
@@ -261,6 +287,22 @@ def check_target(text: str) -> str:
     elif name in ("cpu", "x86_64", "aarch64"):
         reason = "is no GPU; on a CPU the host compiles the kernels' plain-torch bodies"
     raise UnsupportedTarget(target=text, reason=reason, valid=", ".join(TARGETS))
+
+
+def _rules(value: Any, said: str) -> tuple[tuple[str, str], ...]:
+    """(pattern, format) in order."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = {"*": value}
+    rules = [(pattern, "none" if kind is None else kind) for pattern, kind in dict(value).items()]
+    for pattern, kind in rules:
+        if not isinstance(pattern, str) or not isinstance(kind, str):
+            raise OptionTypeError(name=said, wanted="names", value=value, kind=type(value).__name__)
+        if kind.replace("_", "-") not in QUANTIZE:
+            near = nearest("valid values", kind, QUANTIZE)
+            raise OptionValueError(name=said, value=kind, nearest=near, valid=", ".join(QUANTIZE))
+    return tuple((pattern, kind.replace("_", "-")) for pattern, kind in rules)
 
 
 def _names(value: Any, said: str) -> tuple[str, ...]:

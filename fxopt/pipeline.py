@@ -26,6 +26,7 @@ from fxopt.frontend.kv_append import insert_appends
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
+from fxopt.frontend.packed_weights import PackedInputs, hide_parameters, packed_inputs, show_parameters
 from fxopt.frontend.replays import NAME as REPLAY
 from fxopt.frontend.replays import Step, find_step, is_wanted
 from fxopt.frontend.retrace import CannotNormalize
@@ -43,6 +44,8 @@ from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
 from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import Plan, with_growing_caches
+from fxopt.runtime.packed_weights import with_packed_weights
+from fxopt.runtime.quantized_linear import register_processor
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
@@ -77,6 +80,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("absorb-latent-attention", "fxopt.passes.absorb_latent_attention:AbsorbLatentAttention"),
     # last: no pass above has to know the op that it makes of an attention
     ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
+    # likewise for linear layers, which the loss and latent attention have taken theirs of
+    ("substitute-qlinear", "fxopt.passes.substitute_qlinear:SubstituteQlinear"),
 )
 
 
@@ -111,6 +116,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     unless `options.strict`.
     """
     register_ops()
+    register_processor()
     with recorded(gm) as record:
         dump = Dump.open(options.dump, record)
         dump.write("dynamo", gm)
@@ -145,6 +151,7 @@ class _Optimized:
     growing: Plan
     frame: Frame | None
     step: Step | None
+    packed: PackedInputs | None
 
 
 def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
@@ -164,6 +171,8 @@ def _around(
     instead, step = when_changed(optimized.known, captured), optimized.step
     if optimized.adopted is not None:
         instead = optimized.adopted.unless_changed(instead, captured)
+    if optimized.packed is not None:
+        compiled = with_packed_weights(compiled, optimized.packed.packed, optimized.packed.first)
     if step is not None:
         compiled = step.around(compiled, lambda reason: record.note_refusal(REPLAY, reason))
         instead = step.unless_fit(instead, captured)
@@ -197,8 +206,9 @@ def _optimize(
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
-            rewrite(normal, options, record, dump)
-            step, notes = find_step(normal, growing, options)
+            packed = _rewrite(normal, example_inputs, options, record, dump)
+            # A step is replayed with the inputs that Dynamo gives.
+            step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
         with record.timed("lower"):
             lowered = lower(normal, record)
@@ -215,7 +225,7 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return _Optimized(lowered, known, adopted, growing, frame, step)
+    return _Optimized(lowered, known, adopted, growing, frame, step, packed)
 
 
 def _normalize(
@@ -227,6 +237,21 @@ def _normalize(
     adopted, evidence = adopt(normal, inputs, typed, bool({ADOPT_QUANTIZED, "all"} & set(options.disable)))
     record.evidence += evidence
     return normal, adopted
+
+
+def _rewrite(
+    normal: fx.GraphModule, inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+) -> PackedInputs | None:
+    """All passes; what they may know of parameters, and what they made of these, where any is quantized."""
+    if not options.quantize:
+        rewrite(normal, options, record, dump)
+        return None
+    show_parameters(normal, inputs)
+    try:
+        rewrite(normal, options, record, dump)
+    finally:
+        hide_parameters(normal)
+    return packed_inputs(normal)
 
 
 def _growing(

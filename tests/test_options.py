@@ -148,3 +148,29 @@ def test_errors_survive_pickling() -> None:
 )
 def test_kernels_are_measured_on_request_alone(mode: str, given: dict[str, float], seconds: float) -> None:
     assert parse(mode, given).measuring_seconds == seconds
+
+
+def test_quantize_takes_a_format_or_rules_in_order() -> None:
+    assert parse(options={"quantize": "int8_dynamic"}).quantize == (("*", "int8-dynamic"),)
+    rules = {"*.down_proj": "int8", "*.up_proj": None, "*": "int4"}
+    wanted = (("*.down_proj", "int8"), ("*.up_proj", "none"), ("*", "int4"))
+    assert parse(options={"quantize": rules}).quantize == wanted
+    assert parse(options={"quantize": None}).quantize == ()
+    assert parse(options={"skip": "*.o_proj"}).skip == ("*.o_proj",)
+    assert parse(options={"quantize": "int4"}).fingerprint != parse(options={"quantize": "nf4"}).fingerprint
+
+
+@pytest.mark.parametrize(
+    "bad", [{"quantize": "int5"}, {"quantize": {"*": "nf5"}}, {"group_size": 40}, {"group_size": -32}]
+)
+def test_wrong_formats_and_groups(bad: dict[str, object]) -> None:
+    with pytest.raises(OptionValueError):
+        parse(options=bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"quantize": 8}, {"quantize": {3: "int8"}}, {"group_size": "32"}, {"skip": 3}]
+)
+def test_wrong_types_of_quantization(bad: dict[str, object]) -> None:
+    with pytest.raises(OptionTypeError):
+        parse(options=bad)

@@ -1,8 +1,8 @@
 """Linear modules of other libraries -> `QuantizedLinear`, before the first call of a model.
 
 For what no backend gets to see whole: modules that read numbers from the device, change their weights in the
-first call, or call ops that graphs cannot hold. The library's tensors are let go: only fxopt's layout is kept,
-and where that is the same memory, nothing is copied.
+first call, or call ops that graphs cannot hold. The library's tensors are let go: only fxopt's layout is
+kept, and where that is the same memory, nothing is copied.
 """
 
 from __future__ import annotations

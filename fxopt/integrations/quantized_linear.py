@@ -1,4 +1,4 @@
-"""A linear layer whose weight is in fxopt's layout: what `adopt_modules` puts in the place of other libraries'."""
+"""A linear layer whose weight is in fxopt's layout: what `adopt_modules` puts in the place of others."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class QuantizedLinear(nn.Module):
         self.threshold, self.compute_dtype = threshold, compute_dtype
         for name in _PARTS:
             self.register_buffer(name, getattr(weight, name))
-        own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", own)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -66,12 +67,14 @@ class QuantizedLinear(nn.Module):
                 given, self.codes, self.scales, self.offsets, self.columns, bias,
                 format=self.format, group_size=self.group_size, activation=self.activation,
             )  # fmt: skip
-        return out.to(x.dtype)
+        own: torch.Tensor = out.to(x.dtype)
+        return own
 
     def extra_repr(self) -> str:
         rounded = f", activation={self.activation}" if self.activation else ""
         apart = f", threshold={self.threshold}" if self.threshold else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}, group_size={self.group_size}{rounded}{apart}, source={self.source!r}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}, group_size={self.group_size}"
+            f"{rounded}{apart}, source={self.source!r}"
         )

@@ -17,7 +17,12 @@ class NotFinite(ValueError):
 
 
 def quantize(
-    dense: torch.Tensor, name: str, group_size: int | None = None, *, symmetric: bool = False
+    dense: torch.Tensor,
+    name: str,
+    group_size: int | None = None,
+    *,
+    symmetric: bool = False,
+    checked: bool = True,
 ) -> QuantizedWeight:
     """Round a weight to a format.
 
@@ -27,19 +32,20 @@ def quantize(
         group_size: columns that share a scale; None is the format's default, 0 is all.
         symmetric: int4 only: without offsets. Otherwise the codes of a group cover what lies between its
             smallest and its largest weight.
+        checked: raise for infinities and NaN; else their groups become NaN.
 
     Returns:
         the nearest codes; int8, fp8, nf4 and fp4 scaled by the largest magnitude of each group.
 
     Raises:
-        NotFinite: `dense` has an infinity or NaN.
+        NotFinite: `dense` has an infinity or NaN, and `checked`.
         KeyError: no such format.
     """
     kind = FORMATS[name]
     group = kind.default_group if group_size is None else group_size
     group = min(group or dense.shape[1], dense.shape[1])
     wide = dense.detach().float()
-    if not wide.isfinite().all():
+    if checked and not wide.isfinite().all():
         raise NotFinite("it has entries that are not finite")
     scales, offsets = group_scales(wide, kind, group, symmetric)
     codes = nearest_codes(wide, kind, *(spread(each, group, dense.shape[1]) for each in (scales, offsets)))

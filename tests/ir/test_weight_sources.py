@@ -1,4 +1,4 @@
-"""Weights packed by hand as each library does: the codes come out bit for bit, the weight as defined there."""
+"""Weights packed by hand as each library does: the codes come out bit for bit, and the weight as defined."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_int4_as_pytorch_packs_it(shape: tuple[int, int]) -> None:
 
 
 def test_int4_in_tiles() -> None:
-    """The layout of GPUs: lane t of 8 x 32 codes holds row t / 4, columns 2 (t % 4) + 0, 1, 8, 9, and 16 on."""
+    """The layout of GPUs: lane t of 8 x 32 codes has row t / 4, columns 2 (t % 4) + 0, 1, 8, 9, and 16 on."""
 
     def pack(codes: torch.Tensor) -> torch.Tensor:
         tiles = codes.int().view(N // 8, 8, K // 128, 4, 2, 2, 4, 2)

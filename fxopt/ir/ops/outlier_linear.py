@@ -1,8 +1,8 @@
-"""``fxopt::outlier_linear``: x @ w^T + bias with int8 weights, and features of x with a large entry multiplied apart.
+"""``fxopt::outlier_linear``: x @ w^T + bias with int8 weights, and features of x with a large entry apart.
 
-A feature with an entry of at least `threshold` in any token would cost all others of that token their precision:
-it keeps its own. Dettmers et al., "LLM.int8()", 2022, section 3.2. No number is read from a device: there, both
-products are of all features. On a processor the features are picked.
+A feature with an entry of at least `threshold` in any token would cost all others of that token their
+precision: it keeps its own. Dettmers et al., "LLM.int8()", 2022, section 3.2. No number is read from a
+device: there, both products are of all features. On a processor the features are picked.
 
     x                 (..., K), floating
     codes, scales     int8 (N, K) and (N, 1), as `fxopt.ir.quantized_weight` has them
@@ -17,9 +17,7 @@ import torch
 
 from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
 
-SCHEMA = (
-    "outlier_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, *, float threshold) -> Tensor"
-)
+SCHEMA = "outlier_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, *, float threshold) -> Tensor"
 _INT8 = {"format": "int8", "activation": "int8"}
 
 
@@ -37,19 +35,19 @@ def outlier_linear(
     apart = (x.abs() >= threshold).flatten(0, -2).any(0)
     on_processor = x.device.type == "cpu"
     if on_processor and not apart.any():
-        return product(x, codes, scales, None, None, bias, group_size=group, **_INT8)  # type: ignore[no-any-return]
-    rounded = product(
-        x.masked_fill(apart, 0), codes, scales, None, None, bias, group_size=group, **_INT8
-    )
+        found: torch.Tensor = product(x, codes, scales, None, None, bias, group_size=group, **_INT8)
+        return found
+    rounded = product(x.masked_fill(apart, 0), codes, scales, None, None, bias, group_size=group, **_INT8)
     if on_processor:
         places = apart.nonzero().flatten()
         part = codes.index_select(1, places).to(x.dtype) * scales.to(x.dtype)
-        return rounded + torch.nn.functional.linear(x.index_select(-1, places), part)  # type: ignore[no-any-return]
-    rest = x.masked_fill(apart.logical_not(), 0)
-    exact = product(
-        rest, codes, scales, None, None, None, format="int8", group_size=group, activation=""
-    )
-    return rounded + exact  # type: ignore[no-any-return]
+        exact = torch.nn.functional.linear(x.index_select(-1, places), part)
+    else:
+        rest = x.masked_fill(apart.logical_not(), 0)
+        kinds = {"format": "int8", "group_size": group, "activation": ""}
+        exact = product(rest, codes, scales, None, None, None, **kinds)
+    summed: torch.Tensor = rounded + exact
+    return summed
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

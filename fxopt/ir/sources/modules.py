@@ -184,8 +184,11 @@ def _compressed_weight(module: Any, how: Any) -> Any:
         return compressed_tensors.from_mxfp4(packed, module.weight_scale)
     rows, columns = module.weight.shape
     blocks: dict[str, Any] = {
-        "tensor": (rows, columns), "channel": (1, columns), "group": (1, how.group_size), "block": how.block_structure
-    }  # fmt: skip
+        "tensor": (rows, columns),
+        "channel": (1, columns),
+        "group": (1, how.group_size),
+        "block": how.block_structure,
+    }
     if strategy not in blocks or index is not None:
         raise CannotConvert(f"scales for each {strategy}")
     high, wide = blocks[strategy]
@@ -209,7 +212,7 @@ def _text(value: Any) -> str:
 
 
 def _block_fp8(module: Any) -> Layer | None:
-    """Fine-grained FP8, as DeepSeek-V3 introduced it; without the rounding of activations, which it does for speed."""
+    """Fine-grained FP8 of DeepSeek-V3, without the rounding of activations, which it does for speed."""
     if not _is(module, "FP8Linear") or getattr(module, "weight_scale_inv", None) is None:
         return None
     if getattr(module, "activation_scheme", "dynamic") != "dynamic":
@@ -223,7 +226,7 @@ def _block_fp8(module: Any) -> Layer | None:
 
 
 def _typed(module: Any) -> Layer | None:
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     is_linear = isinstance(module, nn.Linear) or _is(module, "QLinear")
     if not is_linear or not is_known(weight):
         return None
