@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.frontend.adopt import NAME as ADOPT_QUANTIZED
-from fxopt.frontend.adopt import Adopted, adopt, typed_places
+from fxopt.frontend.adopt import Adopted, adopt, check_dtypes, typed_places
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.frames import captured_frame
 from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
@@ -233,6 +233,7 @@ def _normalize(
 ) -> tuple[fx.GraphModule, Adopted | None]:
     """The normalized graph, in which weights that a library has quantized are fxopt's."""
     typed = typed_places(inputs)
+    check_dtypes(gm, typed)
     normal = normalize(gm, inputs, typed)
     adopted, evidence = adopt(normal, inputs, typed, bool({ADOPT_QUANTIZED, "all"} & set(options.disable)))
     record.evidence += evidence

@@ -90,6 +90,23 @@ def typed_places(inputs: Sequence[Any]) -> tuple[int, ...]:
     return tuple(place for place, value in enumerate(inputs) if is_known(value))
 
 
+def check_dtypes(gm: fx.GraphModule, typed: Sequence[int]) -> None:
+    """Raises CannotNormalize when a library gave Dynamo a wrong dtype for the result of a product: the code
+    behind it was traced for that. optimum-quanto 0.2 says float32 for int4 weights, and gives bfloat16.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = {placeholders[place] for place in typed}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or len(node.args) < 2 or not weights & set(node.all_input_nodes):
+            continue
+        made, given = (getattr(each, "meta", {}).get("example_value") for each in (node, node.args[0]))
+        if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor) and made.dtype != given.dtype:
+            raise CannotNormalize(
+                f"{node.name} was traced as {made.dtype} of {given.dtype} by its library; "
+                "fxopt.prepare(model) replaces such layers before they are traced"
+            )
+
+
 def adopt(
     gm: fx.GraphModule, inputs: Sequence[Any], typed: Sequence[int], disabled: bool
 ) -> tuple[Adopted | None, list[Evidence]]:
@@ -105,12 +122,33 @@ def adopt(
     """
     if not typed and not _has_codes(inputs):
         return None, []
+    idle = set() if disabled else _drop_idle_writes(gm, inputs)
     run = _Adoption(gm, inputs, typed)
+    run.seen = {place: Seen(inputs[place]) for place in idle}
     for node in list(gm.graph.nodes):
         if not node._erased:
             run.visit(node, disabled)
     run.finish()
     return Adopted(run.seen, tuple(typed)) if run.seen else None, run.evidence
+
+
+def _drop_idle_writes(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[int]:
+    """Without ``a.set_(b)`` of inputs that share their memory already: so bitsandbytes ends its int8 layers.
+
+    Returns:
+        the places of these inputs.
+    """
+    placeholders = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    found: set[int] = set()
+    for node in gm.graph.find_nodes(op="call_function", target=aten.set_.source_Tensor):
+        places = [placeholders.get(each, len(inputs)) for each in node.all_input_nodes]
+        if node.users or len(places) != 2 or max(places) >= len(inputs):
+            continue
+        one, other = (inputs[place] for place in places)
+        if one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride():
+            gm.graph.erase_node(node)
+            found.update(places)
+    return found
 
 
 def _has_codes(inputs: Sequence[Any]) -> bool:

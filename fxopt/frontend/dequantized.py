@@ -68,9 +68,9 @@ def _decoded(values: StaticValues, weight: fx.Node, transposed: bool) -> Any:
     count = env[weight].numel()
     own = env[weight].t() if transposed else env[weight]
     reason = "no codes among what the weight is computed of"
-    for node in reversed(part):
-        if not _may_be_codes(env[node], count):
-            continue
+    candidates = [node for node in reversed(part) if _may_be_codes(env[node], count)]
+    # Codes less their zero points are whole numbers, too, and of more bits.
+    for node in sorted(candidates, key=lambda each: not _has_4_bits(env[each])):
         try:
             found = decode(env[node].detach(), _evaluated(part, env, node, weight, transposed))
         except (CannotConvert, RuntimeError, IndexError) as refusal:
@@ -93,6 +93,13 @@ def _may_be_codes(value: Any, count: int) -> bool:
     if not -128 <= lowest <= highest <= 255:
         return False
     return not value.is_floating_point() or bool((value == value.round()).all())
+
+
+def _has_4_bits(codes: torch.Tensor) -> bool:
+    if codes.dtype is torch.float8_e4m3fn:
+        return False
+    lowest, highest = codes.aminmax()
+    return bool((lowest >= 0 and highest <= 15) or (lowest >= -8 and highest <= 7))
 
 
 def _evaluated(

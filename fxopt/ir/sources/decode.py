@@ -65,7 +65,8 @@ def _of_integers(
     base = dequantize(torch.zeros_like(codes))
     step = dequantize(torch.ones_like(codes)) - base
     found = torch.where(step == 0, 0.0, (dense - base) / torch.where(step == 0, 1.0, step)).round()
-    _check(base + step * found, dense)
+    within = bool(((found >= lowest) & (found <= highest)).all())
+    _check(base + step * found if within else base, dense)
     name, middle = _format(lowest, highest)
     (steps, bases), group = _of_groups(step, base)
     # Codes of fxopt count from the middle of their range.

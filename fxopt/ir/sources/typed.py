@@ -60,7 +60,7 @@ def _int8(weight: Any, codes: Any, scale: Any, block: Any) -> _Converted:
         raise CannotConvert("activations are rounded with a scale that is given")
     if getattr(weight, "reduce_range", False):
         raise CannotConvert("activations are rounded to a smaller range")
-    activation = _activation(weight.act_quant_kwargs, "int8_full", torch.int8)
+    activation = _activation(weight.act_quant_kwargs, "int8", torch.int8)
     return affine.from_blocks(codes, scale, _block(block), getattr(weight, "zero_point", None)), activation
 
 
@@ -70,7 +70,10 @@ def _float8(weight: Any, codes: Any, scale: Any, block: Any) -> _Converted:
 
 
 def _activation(options: Any, name: str, dtype: torch.dtype) -> str:
-    """How activations are rounded, from the options of torchao's quantizer of tensors."""
+    """How activations are rounded, from the options of torchao's quantizer of tensors.
+
+    To int8 with a scale for each token, as here; its largest number is 127.5 of a step, and here 127.
+    """
     if options is None:
         return ""
     granularity = type(getattr(options, "granularity", None)).__name__
