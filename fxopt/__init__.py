@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxopt.backend import backend
     from fxopt.errors import FxoptError
+    from fxopt.integrations.calibrate import calibrate
     from fxopt.integrations.cross_compile import cross_compile
     from fxopt.integrations.generate import compile_config
     from fxopt.integrations.invalidate import invalidate
+    from fxopt.integrations.load_quantized import load_quantized
     from fxopt.integrations.loss_only import loss_only
+    from fxopt.integrations.prepare import prepare
     from fxopt.integrations.quantized_cache import QuantizedCache
     from fxopt.integrations.static_quantized_cache import StaticQuantizedCache
     from fxopt.integrations.warmup import warmup
@@ -27,11 +30,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "backend": "fxopt.backend",
+    "calibrate": "fxopt.integrations.calibrate",
     "compile_config": "fxopt.integrations.generate",
     "cross_compile": "fxopt.integrations.cross_compile",
     "explain": "fxopt.report.explain",
     "invalidate": "fxopt.integrations.invalidate",
+    "load_quantized": "fxopt.integrations.load_quantized",
     "loss_only": "fxopt.integrations.loss_only",
+    "prepare": "fxopt.integrations.prepare",
     "warmup": "fxopt.integrations.warmup",
     "QuantizedCache": "fxopt.integrations.quantized_cache",
     "StaticQuantizedCache": "fxopt.integrations.static_quantized_cache",
@@ -48,11 +54,14 @@ __all__ = [
     "StaticQuantizedCache",
     "__version__",
     "backend",
+    "calibrate",
     "compile_config",
     "cross_compile",
     "explain",
     "invalidate",
+    "load_quantized",
     "loss_only",
+    "prepare",
     "warmup",
 ]
 

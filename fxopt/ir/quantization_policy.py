@@ -49,12 +49,14 @@ class Layer:
         shape: (N, K) of the weight.
         tied: who else reads the weight, or nothing.
         kept_wide: the model keeps this layer in float32 while others are of 16 bits.
+        makes_logits: the model says that this is its last layer; names say so, too.
     """
 
     name: str
     shape: tuple[int, int]
     tied: str = ""
     kept_wide: bool = False
+    makes_logits: bool = False
 
 
 def scheme_of(layer: Layer, options: Options) -> Scheme | str:
@@ -82,7 +84,7 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 
 def _left_by_default(layer: Layer) -> str:
-    if is_head(layer.name):
+    if layer.makes_logits or is_head(layer.name):
         return "it makes the logits"
     if layer.tied:
         return f"its weight is also read by {layer.tied}"

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.ir.quantized_weight import QuantizedWeight, ceil_div
+from fxopt.ir.quantized_weight import QuantizedWeight, ceil_div, pack_nibbles
 from fxopt.ir.weight_formats import FORMATS, INT4, Format
+
+# Of a weight, rounded at once: what is needed in between is some ten times as large.
+_NUMBERS_AT_ONCE = 2**20
 
 
 class NotFinite(ValueError):
@@ -44,12 +47,25 @@ def quantize(
     kind = FORMATS[name]
     group = kind.default_group if group_size is None else group_size
     group = min(group or dense.shape[1], dense.shape[1])
-    wide = dense.detach().float()
+    step = max(1, _NUMBERS_AT_ONCE // max(1, dense.shape[1]))
+    parts = [_rounded(rows.float(), kind, group, symmetric, checked) for rows in dense.detach().split(step)]
+    codes, scales = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+    offsets = (
+        torch.cat([part[2] for part in parts if part[2] is not None]) if parts[0][2] is not None else None
+    )
+    stored = {"codes": codes, "scales": scales, "offsets": offsets}
+    return QuantizedWeight(kind, dense.shape[1], group, **stored)
+
+
+def _rounded(
+    wide: torch.Tensor, kind: Format, group: int, symmetric: bool, checked: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Stored codes, scales and offsets of some rows, in float32."""
     if checked and not wide.isfinite().all():
         raise NotFinite("it has entries that are not finite")
     scales, offsets = group_scales(wide, kind, group, symmetric)
-    codes = nearest_codes(wide, kind, *(spread(each, group, dense.shape[1]) for each in (scales, offsets)))
-    return QuantizedWeight.from_codes(name, codes, scales, group_size=group, offsets=offsets)
+    codes = nearest_codes(wide, kind, *(spread(each, group, wide.shape[1]) for each in (scales, offsets)))
+    return (pack_nibbles(codes) if kind.bits == 4 else codes), scales, offsets
 
 
 def group_scales(

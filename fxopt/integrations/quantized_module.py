@@ -1,0 +1,106 @@
+"""`QuantizedLinear`: the module that `fxopt.prepare` puts in the place of a linear layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.ir.ops import register_ops
+from fxopt.ir.quantized_weight import QuantizedWeight
+from fxopt.ir.weight_formats import FORMATS
+from fxopt.runtime.quantized_linear import register_processor
+
+# The buffers of a weight, in the order of the op's arguments.
+PARTS = ("codes", "scales", "offsets", "columns")
+# The buffer that says what the others mean: JSON as bytes, so that a state is complete in itself.
+MEANING = "meaning"
+
+
+class QuantizedLinear(nn.Module):
+    """x @ w^T + bias with a quantized weight w: (..., K) -> (..., N), of the dtype of x.
+
+    The parts of the weight are buffers, which keep their dtypes when the module is converted. In eager mode
+    and in any compiled graph the product is the same op; it has gradients for x and the bias.
+    """
+
+    def __init__(self, weight: QuantizedWeight, activation: str, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        register_ops()
+        register_processor()
+        self.format, self.activation = weight.format.name, activation
+        self.group_size, self.in_features = weight.group_size, weight.in_features
+        self.out_features = weight.shape[0]
+        for name in PARTS:
+            self.register_buffer(name, _stored(getattr(weight, name)))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer(MEANING, torch.frombuffer(bytearray(self._meaning()), dtype=torch.uint8))
+
+    def _meaning(self) -> bytes:
+        kept = {name: getattr(self, name) for name in ("format", "activation", "group_size", "in_features")}
+        return json.dumps(kept).encode()
+
+    @staticmethod
+    def described(state: dict[str, torch.Tensor], prefix: str) -> QuantizedLinear:
+        """The module whose buffers are those of `state` below `prefix`, which ends with a dot."""
+        kept: dict[str, Any] = json.loads(bytes(state[prefix + MEANING].tolist()))
+        kind = FORMATS[kept["format"]]
+        codes = state[prefix + "codes"].view(kind.storage)
+        parts = (state.get(prefix + name) for name in PARTS[1:])
+        weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, *parts)  # type: ignore[arg-type]
+        return QuantizedLinear(weight, kept["activation"], state.get(prefix + "bias"))
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The codes, for code that looks at a layer's dtype or device; products with them raise."""
+        return self.codes
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is stored."""
+        kind = FORMATS[self.format]
+        parts = (self.codes.view(kind.storage), self.scales, self.offsets, self.columns)
+        return QuantizedWeight(kind, self.in_features, self.group_size, *parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = self.codes.view(torch.float8_e4m3fn) if self.format == "fp8_e4m3" else self.codes
+        kinds = {"format": self.format, "group_size": self.group_size, "activation": self.activation}
+        parts = (codes, self.scales, self.offsets, self.columns)
+        out: torch.Tensor = torch.ops.fxopt.qlinear(_computed(x), *parts, self.bias, **kinds)
+        return out
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        kinds = f"format={self.format}, group_size={self.group_size}, activation={self.activation!r}"
+        return f"{shape}, bias={self.bias is not None}, {kinds}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Devices change, dtypes of the weight's parts do not."""
+        kept = {name: getattr(self, name) for name in (*PARTS, MEANING)}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+def _computed(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that autocast has linear layers compute in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _stored(part: torch.Tensor | None) -> torch.Tensor | None:
+    """Bytes for float8, which conversions of dtype would widen, and which not every file format has."""
+    return part.view(torch.uint8) if part is not None and part.dtype is torch.float8_e4m3fn else part
