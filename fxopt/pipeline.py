@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import fx
 
+from fxopt.frontend.adopt import NAME as ADOPT_QUANTIZED
+from fxopt.frontend.adopt import Adopted, adopt, check_dtypes, typed_places
 from fxopt.frontend.driver import run_rewrite
 from fxopt.frontend.frames import captured_frame
 from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
@@ -91,7 +93,7 @@ def pass_names() -> tuple[str, ...]:
 
 def optional_names() -> tuple[str, ...]:
     """What the option `disable` can name."""
-    return (KNOWN_BUFFERS, APPEND_KV_CACHE, *pass_names(), EMIT_KERNELS)
+    return (ADOPT_QUANTIZED, KNOWN_BUFFERS, APPEND_KV_CACHE, *pass_names(), EMIT_KERNELS)
 
 
 @functools.cache
@@ -127,6 +129,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             inputs = _inputs(optimized, example_inputs)
             alone = options if optimized.step is None else without_graphs(options)
             compiled = _host(host, optimized.gm, inputs, alone, record)
+            if optimized.adopted is not None:
+                compiled = optimized.adopted.around(compiled)
             return _around(compiled, optimized, gm.forward, record)
         except CONTROL_FLOW:
             raise
@@ -143,6 +147,7 @@ class _Optimized:
 
     gm: fx.GraphModule
     known: list[KnownBuffer]
+    adopted: Adopted | None
     growing: Plan
     frame: Frame | None
     step: Step | None
@@ -152,7 +157,8 @@ class _Optimized:
 def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
     """Examples of what the host's callable takes: caches come with room for new rows, lengths in a tensor."""
     placeholders = optimized.gm.graph.find_nodes(op="placeholder")
-    given = [*inputs, *(val(node) for node in placeholders[len(inputs) :])]
+    plain = inputs if optimized.adopted is None else optimized.adopted.plain(inputs)
+    given = [*plain, *(val(node) for node in placeholders[len(inputs) :])]
     for append in optimized.growing.appends:
         given[append.source] = val(placeholders[append.source])
     return given
@@ -163,6 +169,8 @@ def _around(
 ) -> Callable[..., Any]:
     """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
     instead, step = when_changed(optimized.known, captured), optimized.step
+    if optimized.adopted is not None:
+        instead = optimized.adopted.unless_changed(instead, captured)
     if optimized.packed is not None:
         compiled = with_packed_weights(compiled, optimized.packed.packed, optimized.packed.first)
     if step is not None:
@@ -170,7 +178,7 @@ def _around(
         instead = step.unless_fit(instead, captured)
     if optimized.growing:
         return with_growing_caches(compiled, optimized.growing, instead, optimized.frame)
-    return checked(compiled, instead) if optimized.known else compiled
+    return checked(compiled, instead) if optimized.known or optimized.adopted is not None else compiled
 
 
 def _host(
@@ -189,7 +197,7 @@ def _optimize(
     """
     try:
         with record.timed("normalize"):
-            normal = normalize(gm, example_inputs)
+            normal, adopted = _normalize(gm, example_inputs, options, record)
             off = {KNOWN_BUFFERS, "all"} & set(options.disable)
             known = [] if off else compute_known_buffers(normal, example_inputs)
             growing = _growing(gm, normal, example_inputs, options, record)
@@ -217,7 +225,19 @@ def _optimize(
         if options.strict:
             raise
         return None
-    return _Optimized(lowered, known, growing, frame, step, packed)
+    return _Optimized(lowered, known, adopted, growing, frame, step, packed)
+
+
+def _normalize(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> tuple[fx.GraphModule, Adopted | None]:
+    """The normalized graph, in which weights that a library has quantized are fxopt's."""
+    typed = typed_places(inputs)
+    check_dtypes(gm, typed)
+    normal = normalize(gm, inputs, typed)
+    adopted, evidence = adopt(normal, inputs, typed, bool({ADOPT_QUANTIZED, "all"} & set(options.disable)))
+    record.evidence += evidence
+    return normal, adopted
 
 
 def _rewrite(

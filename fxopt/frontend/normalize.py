@@ -26,7 +26,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.traceback import preserve_node_meta
 
-from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh, traced
+from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh, is_subclass, traced
 from fxopt.frontend.subgraphs import PLAIN_CALLS
 from fxopt.frontend.vmap import fold_vmap
 
@@ -35,19 +35,22 @@ NEEDS_GRAD_KEY = "fxopt_needs_grad"
 PARAMETER_KEY = "fxopt_parameter"
 
 
-def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any], typed: Sequence[int] = ()) -> fx.GraphModule:
     """Return an equivalent graph module in pre-dispatch ATen. `gm` is left as it was.
 
     Args:
         gm: what Dynamo gave to the backend, or one piece that DDPOptimizer cut from it.
         example_inputs: one value for each placeholder, real or fake.
+        typed: places of tensor subclasses for which plain tensors of their shape are to stand in the
+        result. It
+            is equivalent once nobody reads these.
 
     Raises:
         CannotNormalize: with what stands in the way. Whatever else the re-trace raises is passed on.
     """
     mode = _fake_mode(gm, example_inputs)
     with preserve_state():
-        return _normalize(gm, _fake_inputs(gm, example_inputs, mode), mode)
+        return _normalize(gm, _fake_inputs(gm, example_inputs, mode, typed), mode)
 
 
 @contextmanager
@@ -153,14 +156,22 @@ def _fake_mode(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeTensorM
     return mode
 
 
-def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+def _fake_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode, typed: Sequence[int]
+) -> list[Any]:
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(example_inputs):
         raise CannotNormalize(f"{len(placeholders)} placeholders, {len(example_inputs)} inputs")
-    return [
-        fresh(_recorded(node, value, mode), mode)
-        for node, value in zip(placeholders, example_inputs, strict=True)
-    ]
+    values = [_recorded(node, value, mode) for node, value in zip(placeholders, example_inputs, strict=True)]
+    for place in typed:
+        values[place] = _stand_in(values[place], mode)
+    return [fresh(value, mode) for value in values]
+
+
+def _stand_in(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A plain tensor with the shape, dtype and device of a tensor subclass."""
+    with mode:
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _recorded(node: fx.Node, value: Any, mode: FakeTensorMode) -> Any:
@@ -199,7 +210,7 @@ def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
 
 def _note_input(value: Any, node: fx.Node, storages: dict[int, int]) -> None:
     """Inputs that share storage share a number: a write through one is seen as a write to the other."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or is_subclass(value):
         return
     key = value.untyped_storage()._cdata
     node.meta[ALIAS_KEY] = storages.setdefault(key, len(storages))

@@ -11,6 +11,7 @@ from fxopt.ir.ops import (
     block_attention,
     decode_attention,
     linear_cross_entropy,
+    outlier_linear,
     packed_linear,
     row_attention,
     shift_window,
@@ -53,6 +54,7 @@ def register_ops() -> None:
         row_attention.register(library)
         linear_cross_entropy.register(library)
         packed_linear.register(library)
+        outlier_linear.register(library)
         shift_window.register(library)
         snapshot.register(library)
         uniform.register(library)

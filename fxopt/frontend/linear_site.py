@@ -1,0 +1,30 @@
+"""A product of activations with a static weight: what is read of it before it is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxopt.ir.sources.found import Found
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product x @ w^T + bias, and what makes w.
+
+    Attributes:
+        root: the node that is replaced. x: (..., K). bias: (N,), or None.
+        weights: static nodes that w is made of.
+        convert: their values -> the weight.
+        key: names `convert` and what else decides its result.
+    """
+
+    root: fx.Node
+    x: fx.Node
+    bias: fx.Node | None
+    weights: tuple[fx.Node, ...]
+    convert: Callable[[Sequence[torch.Tensor]], Found]
+    key: object

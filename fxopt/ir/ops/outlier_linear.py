@@ -1,0 +1,82 @@
+"""``fxopt::outlier_linear``: x @ w^T + bias with int8 weights, and features of x with a large entry apart.
+
+A feature with an entry of at least `threshold` in any token would cost all others of that token their
+precision: it keeps its own. Dettmers et al., "LLM.int8()", 2022, section 3.2. No number is read from a
+device: there, both products are of all features. On a processor the features are picked.
+
+    x                 (..., K), floating
+    codes, scales     int8 (N, K) and (N, 1), as `fxopt.ir.quantized_weight` has them
+    bias              (N,) or None
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
+
+SCHEMA = "outlier_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, *, float threshold) -> Tensor"
+_INT8 = {"format": "int8", "activation": "int8"}
+
+
+@without_autocast
+def outlier_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """The result (..., N), of the dtype of x."""
+    group, product = x.shape[-1], torch.ops.fxopt.packed_linear
+    apart = (x.abs() >= threshold).flatten(0, -2).any(0)
+    on_processor = x.device.type == "cpu"
+    if on_processor and not apart.any():
+        found: torch.Tensor = product(x, codes, scales, None, None, bias, group_size=group, **_INT8)
+        return found
+    rounded = product(x.masked_fill(apart, 0), codes, scales, None, None, bias, group_size=group, **_INT8)
+    if on_processor:
+        places = apart.nonzero().flatten()
+        part = codes.index_select(1, places).to(x.dtype) * scales.to(x.dtype)
+        exact = torch.nn.functional.linear(x.index_select(-1, places), part)
+    else:
+        rest = x.masked_fill(apart.logical_not(), 0)
+        kinds = {"format": "int8", "group_size": group, "activation": ""}
+        exact = product(rest, codes, scales, None, None, None, **kinds)
+    summed: torch.Tensor = rounded + exact
+    return summed
+
+
+def _fake(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _save(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    x, codes, scales, bias = inputs
+    ctx.save_for_backward(codes, scales)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    of_x = of_bias = None
+    codes, scales = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        of_x = torch.ops.fxopt.packed_linear_backward(
+            grad, codes, scales, None, None,
+            format="int8", group_size=ctx.in_features, in_features=ctx.in_features,
+        )  # fmt: skip
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return of_x, None, None, of_bias
+
+
+def register(library: torch.library.Library) -> None:
+    """Make the op and its gradient known to torch's dispatcher."""
+    define_op(library, SCHEMA, outlier_linear, _fake)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::outlier_linear", _gradients, setup_context=_save, lib=library
+    )
