@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sympy.core.function import AppliedUndef
 
 from fxopt.codegen.attention_functions import backward_functions, extra_arguments, with_helpers
@@ -78,7 +79,7 @@ def backward_kernel(
     names = [one.name for one in extra]
     parts = (
         backward_functions(spec, None if number is None else number.access),
-        *map(template, ("attention_forward", "attention_backward", "attention_sums")),
+        *map(template, ("attention_forward", "attention_backward", "attention_delta", "attention_sums")),
     )
     return KernelFile(
         name="attention_backward",
@@ -118,7 +119,10 @@ def _scratch(number: Number | None) -> list[Output]:
 def _launches(
     spec: Spec, number: Number | None, queries: Tiles, keys: Tiles, extra: tuple[Argument, ...]
 ) -> list[Launch]:
-    found = [_delta(spec), _queries(spec, number, queries, extra), _keys(spec, keys, extra)]
+    # The weights of a row with a sink do not sum up to one.
+    again = spec.sinks is None and (spec.dtype is torch.float32 or number is not None)
+    delta = _delta_again(spec, queries, extra) if again else _delta(spec)
+    found = [delta, _queries(spec, number, queries, extra), _keys(spec, keys, extra)]
     if spec.sinks is not None:
         found.append(_sinks(spec))
     if number is not None:
@@ -141,6 +145,21 @@ def _delta(spec: Spec) -> Launch:
     constants = (("WIDTH_V", spec.width_v), ("BLOCK_DV", padded_width(spec.width_v)), ("BLOCK_M", 32))
     return Launch(
         "_attention_delta_kernel", arguments, ("triton.cdiv(rows, BLOCK_M) * heads * batch",), constants
+    )
+
+
+def _delta_again(spec: Spec, tiles: Tiles, extra: tuple[Argument, ...]) -> Launch:
+    arguments = (
+        *_operands(spec, *_GIVEN),
+        *_SUMS,
+        *(each for pair in _GIVEN for each in strides(*pair)),
+        *counts("batch", "groups", "rows", "columns"),
+        *extra,
+    )
+    constants = tuple(one for one in _constants(spec, tiles, spec.columns) if one[0] != "OF_SCORES")
+    grid = ("triton.cdiv(rows * GROUP, BLOCK_M) * groups * batch",)
+    return Launch(
+        "_attention_delta_again_kernel", arguments, grid, constants, tiles.num_warps, tiles.num_stages
     )
 
 

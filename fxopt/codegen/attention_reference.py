@@ -92,13 +92,14 @@ def _dead_weights(spec: Spec, text: TorchText) -> list[str]:
         number = "float('nan')" if spec.dead_code == 2 else "1.0 / columns"
         return [f"weights = torch.where(dead[..., None], {number}, weights)"]
     stopped = [f"c{place}" for place in spec.stopped]
-    nan = " * float('nan')" if spec.dead_code == 2 else ""
+    nan = spec.dead_code == 2
     held = [f"{name} = {name}.detach()" for name in stopped if name in spec.score.captures]
     return [
         *held,
         f"alike = {text.number(spec.score.result)}",
         "alike = torch.softmax((alike - alike.detach()).expand(s.shape), -1)",
-        f"weights = torch.where(dead[..., None], alike{nan}, weights)",
+        "weights = torch.where(dead[..., None], alike, weights)",
+        *(["weights = weights * torch.where(dead[..., None], float('nan'), 1.0)"] if nan else []),
     ]
 
 

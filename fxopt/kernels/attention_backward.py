@@ -3,8 +3,8 @@
     P = exp(score(S) - m) / l     D = rowsum(dO * O)     dV = P^T dO     dP = dO V^T
     dS = P * (dP - D) * score'    dQ = scale * dS K      dK = scale * dS^T Q
 
-Source: Dao, "FlashAttention-2", 2023, section 3.1 and algorithm 2. Three launches: D for each row; dQ, of
-which a program sums one tile over the keys that it sees; dK and dV, of which a program sums one tile over the
+Source: Dao, "FlashAttention-2", 2023, section 3.1 and algorithm 2. Three launches: D for each row
+(`attention_delta`); dQ, of which a program sums one tile over the keys that it sees; dK and dV, of which a program sums one tile over the
 (query, head) pairs that see it, those of all heads that share the keys. Nothing is added atomically, so that
 equal inputs give equal bits. Dropout multiplies P in dV, and dP, by the numbers of the forward.
 
@@ -39,26 +39,6 @@ from fxopt.kernels.example_functions import (
 )
 
 # --- All below is copied into kernels' files as it stands.
-
-
-@triton.jit
-def _attention_delta_kernel(
-    grad_ptr, out_ptr, delta_ptr, grad_stride_b, grad_stride_h, grad_stride_s, out_stride_b, out_stride_h,
-    out_stride_s, heads, rows, WIDTH_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """rowsum(dO * O) of BLOCK_M rows of one head, in float32."""
-    tiles = tl.cdiv(rows, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    h, b = (head % heads).to(tl.int64), (head // heads).to(tl.int64)
-    q = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    grad = load_rows(
-        grad_ptr + b * grad_stride_b + h * grad_stride_h, q, grad_stride_s, rows, WIDTH_V, BLOCK_DV, True
-    )
-    out = load_rows(
-        out_ptr + b * out_stride_b + h * out_stride_h, q, out_stride_s, rows, WIDTH_V, BLOCK_DV, True
-    )
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + head.to(tl.int64) * rows + q, delta, mask=q < rows)
 
 
 @triton.jit
