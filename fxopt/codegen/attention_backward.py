@@ -35,7 +35,7 @@ ROWS = 128  # of a program that reads every row once
 
 @dataclass(frozen=True)
 class Number:
-    """A captured number by sequence or head whose gradient is wanted: the entry, and its place in captures."""
+    """A captured number by sequence or head whose gradient is wanted: the entry, its place in captures."""
 
     access: Any
     place: int

@@ -104,7 +104,7 @@ def _dead_weights(spec: Spec, text: TorchText) -> list[str]:
 
 
 def backward_reference(spec: Spec, learned: Sequence[int]) -> str:
-    """``def reference(grad, out, sums, query, ...)``, by autograd, behind the forward that it differentiates."""
+    """``def reference(grad, out, sums, query, ...)``, by autograd, behind the forward."""
     names = operand_names(spec)
     wanted = ["query", "key", "value", *(["sinks"] if spec.sinks is not None else [])]
     wanted += list(numbered("c", [None] * len(spec.captures)))

@@ -58,8 +58,8 @@ class Spec:
     def subtracts_first(self) -> bool:
         """log2(e) is multiplied behind the subtraction of the largest score, which costs an operation.
 
-        A captured number may be as large as float32 has them, and in float32 a product of the score is rounded
-        by more than the difference has digits to lose.
+        A captured number may be as large as float32 has them, and in float32 the product of a score is
+        rounded by more than its difference to the largest one can lose.
         """
         captured = any(self.capture(name).dtype.is_floating_point for name in self.score.captures)
         return captured or self.dtype is torch.float32

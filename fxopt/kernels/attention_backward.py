@@ -4,9 +4,10 @@
     dS = P * (dP - D) * score'    dQ = scale * dS K      dK = scale * dS^T Q
 
 Source: Dao, "FlashAttention-2", 2023, section 3.1 and algorithm 2. Three launches: D for each row
-(`attention_delta`); dQ, of which a program sums one tile over the keys that it sees; dK and dV, of which a program sums one tile over the
-(query, head) pairs that see it, those of all heads that share the keys. Nothing is added atomically, so that
-equal inputs give equal bits. Dropout multiplies P in dV, and dP, by the numbers of the forward.
+(`attention_delta`); dQ, of which a program sums one tile over the keys that it sees; dK and dV, of which a
+program sums one tile over the (query, head) pairs that see it, those of all heads that share the keys.
+Nothing is added atomically, so that equal inputs give equal bits. Dropout multiplies P in dV, and dP, by the
+numbers of the forward.
 
 A row without a live key that gives the mean of V (`DEAD_ROWS` 1) has equal weights for all keys; with `STOPS`
 its scores get no gradient. One that gives NaN (2) has weights of NaN. `LEARNED` rows of the gradient are
@@ -116,9 +117,9 @@ def add_to_queries(
 def add_to_keys(
     of_key, of_value, k_tile, v_tile, q_base, grad_base, sums_ptr, delta_ptr, q_stride_h, q_stride_s,
     grad_stride_h, grad_stride_s, start, end, batch, b, group, k, heads, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, MODE: tl.constexpr,
-    DEAD_ROWS: tl.constexpr, STOPS: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    MODE: tl.constexpr, DEAD_ROWS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """What the pairs ``[start, end)`` add to dK and dV of a tile of keys. Scores are (keys, pairs)."""
     for place in tl.range(start, end, BLOCK_M):

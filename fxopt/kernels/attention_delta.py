@@ -3,8 +3,8 @@
     D = rowsum(dO * O), or rowsum(P * dP) / rowsum(P)
 
 They are equal but for rounding. The first reads two rows. The second computes the scores once more, and is
-rounded as dP itself is: in a row of few keys the difference dP - D is small, and with the first it loses up to
-half of its digits more. It is for float32, and for gradients of numbers that whole rows share.
+rounded as dP itself is: in a row of few keys the difference dP - D is small, and with the first it loses up
+to half of its digits more. It is for float32, and for gradients of numbers that whole rows share.
 """
 
 import triton
@@ -100,8 +100,8 @@ def _attention_delta_again_kernel(
     if DEAD_ROWS != 0 and not STOPS:
         end = tl.where(tl.max(dead.to(tl.int32), 0) > 0, columns, 0)
         acc, total = add_to_delta(
-            acc, total, q_tile, grad_tile, top[:, None], dead_share(dead, columns, DEAD_ROWS)[:, None], k_base,
-            v_base, k_stride_s, v_stride_s, 0, end, b, h, q, heads, rows, columns, captured,
+            acc, total, q_tile, grad_tile, top[:, None], dead_share(dead, columns, DEAD_ROWS)[:, None],
+            k_base, v_base, k_stride_s, v_stride_s, 0, end, b, h, q, heads, rows, columns, captured,
             SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, 2,
         )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)

@@ -9,10 +9,10 @@ For each tile of queries, with m and l of each row, and every tile of its keys:
 and O / l at the end. Source: Dao, "FlashAttention-2", 2023, section 3.1; Milakov and Gimelshein, "Online
 normalizer calculation for softmax", 2018. exp is exp2 with log2(e) in the factor of the scores.
 
-Rows of a tile are (query, head of a group) pairs, heads fastest: K and V are read once for all heads that share
-them. Programs of one group of heads are neighbours and find its keys in the L2 cache; those with the most keys
-begin first. Numerics: products of operands are summed in float32, P is rounded to the dtype of V for its
-product, O is rounded once. A row without a live key gives 0, NaN or the mean of V (`DEAD_ROWS`).
+Rows of a tile are (query, head of a group) pairs, heads fastest: K and V are read once for all heads that
+share them. Programs of one group of heads are neighbours and find its keys in the L2 cache; those with the
+most keys begin first. Numerics: products of operands are summed in float32, P is rounded to the dtype of V
+for its product, O is rounded once. A row without a live key gives 0, NaN or the mean of V (`DEAD_ROWS`).
 
     q_ptr, k_ptr, v_ptr    (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv), of any strides but the last, 1
     out_ptr                (B, Hq, Sq, Dv)
@@ -196,9 +196,10 @@ def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_s, batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr, DEAD_ROWS: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr,
+    DEAD_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of (query, head) pairs of one group of heads."""
     pairs, heads = rows * GROUP, groups * GROUP
