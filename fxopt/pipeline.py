@@ -23,7 +23,7 @@ from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
 from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle, when_changed
 from fxopt.frontend.kv_append import NAME as APPEND_KV_CACHE
 from fxopt.frontend.kv_append import insert_appends
-from fxopt.frontend.lower import lower
+from fxopt.frontend.lower import Kernels, lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.frontend.packed_weights import PackedInputs, hide_parameters, packed_inputs, show_parameters
@@ -35,7 +35,7 @@ from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.hosts.inductor import without_graphs
-from fxopt.hosts.kernels import EMIT_KERNELS
+from fxopt.hosts.kernels import EMIT_KERNELS, kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
 from fxopt.ir.ops import register_ops
@@ -122,7 +122,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         dump.write("dynamo", gm)
         host = choose_host(options, example_inputs)
         record.host = host.name
-        optimized = _optimize(gm, example_inputs, options, record, dump)
+        optimized = _optimize(gm, example_inputs, options, record, dump, host.name)
         if optimized is None:
             return _host(host, gm, example_inputs, options, record)
         try:
@@ -189,7 +189,12 @@ def _host(
 
 
 def _optimize(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    record: GraphRecord,
+    dump: Dump,
+    host: str,
 ) -> _Optimized | None:
     """normalize -> rewrite -> lower; None when the untouched graph is to be used.
 
@@ -211,7 +216,7 @@ def _optimize(
             step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
         with record.timed("lower"):
-            lowered = lower(normal, record)
+            lowered = lower(normal, record, _kernels(host, options, example_inputs))
             known, notes = settle(lowered, known)
             record.evidence += notes
         dump.write("lowered", lowered)
@@ -253,6 +258,16 @@ def _rewrite(
     finally:
         hide_parameters(normal)
     return packed_inputs(normal)
+
+
+def _kernels(host: str, options: Options, example_inputs: Sequence[Any]) -> Kernels | None:
+    """What says of a semantic op whether the host puts a kernel in its place."""
+    devices = kernel_devices(host, options, example_inputs)
+    if not devices:
+        return None
+    from fxopt.codegen.attention_emit import kernel_serves
+
+    return functools.partial(kernel_serves, devices=devices)
 
 
 def _growing(

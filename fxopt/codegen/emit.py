@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxopt.codegen.attention_emit import emit_attention
 from fxopt.codegen.choose_products import candidates, choose, compared, large_products
 from fxopt.codegen.copies import erase_unread, with_copies
 from fxopt.codegen.kernel_file import KernelFile
@@ -90,6 +92,7 @@ def emit_kernels(
         target = target_of(options)
     except UnsupportedTarget as error:
         return [], [Evidence(NAME, "graph", "-", Status.DISABLED, str(error))]
+    made, done = emit_semantic_ops(gm, options, call=call)
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     usable, evidence = _usable(emitted, gm.graph)
@@ -109,7 +112,18 @@ def emit_kernels(
     evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
     gm.graph.lint()
     gm.recompile()
-    return [one.kernel for one in chosen], evidence
+    return made + [one.kernel for one in chosen], done + evidence
+
+
+def emit_semantic_ops(
+    gm: fx.GraphModule, options: Options, *, call: bool
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of semantic ops that are still whole behind autograd, and what was done."""
+    launched = functools.partial(as_op, cache=cache_of(options)) if call else None
+    kernels, evidence = emit_attention(gm.graph, target_of(options), launched)
+    gm.graph.lint()
+    gm.recompile()
+    return kernels, evidence
 
 
 def _call_all(

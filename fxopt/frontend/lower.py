@@ -7,6 +7,7 @@ model share it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
 from fxopt.frontend.restore_writes import restore_writes
 from fxopt.frontend.retrace import traced
+from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
@@ -27,11 +29,18 @@ from fxopt.report.record import GraphRecord
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
-def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-    """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`."""
+Kernels = Callable[[fx.Node, Facts], Verdict]
+
+
+def lower(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | None = None) -> fx.GraphModule:
+    """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`.
+
+    Args:
+        kernels: says of a call whether the host will put a kernel in its place. None: it makes none.
+    """
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
-            _lower_graph(module, record)
+            _lower_graph(module, record, kernels)
             restore_writes(module)
             restore_constants(module)
             module.recompile()
@@ -46,13 +55,13 @@ def _forget_outputs(subgraph: fx.GraphModule) -> None:
         node.meta.pop("val", None)
 
 
-def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
+def _lower_graph(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | None) -> None:
     unused: dict[fx.Node, None] = {}
     calls = [(node, op) for node in gm.graph.nodes if (op := semantic_op(node)) is not None]
     if not calls:
         return
     mode = fake_mode_of(gm.graph)
-    facts = Facts(gm.graph)
+    facts = Facts(gm.graph, kernels)
     layout = output_layout(gm.graph)
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:

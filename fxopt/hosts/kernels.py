@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.hosts.host import Notes
@@ -33,6 +34,25 @@ def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
     """Whether a GPU was named for a graph that is on the CPU alone."""
     devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
     return options.target is not None and devices <= {"cpu"}
+
+
+def kernel_devices(host: str, options: Options, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """Types of devices for whose semantic ops the host of this name puts kernels."""
+    if not wants_kernels(options):
+        return frozenset()
+    if host == "eager":
+        return frozenset({"cpu", "cuda"} if makes_kernels(options, example_inputs) else ())
+    devices = {value.device for value in example_inputs if hasattr(value, "device")}
+    return frozenset({"cuda"} if any(map(_runs_kernels, devices)) else ())
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    from fxopt.codegen.attention_emit import LEAST_ARCH
+
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= LEAST_ARCH
 
 
 def compile_with_kernels(

@@ -6,23 +6,29 @@ storages do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from fxopt.ir.contract import Verdict
 from fxopt.ir.facts import drops, is_call, is_opaque, is_tensor, is_write, location, val
 
 aten = torch.ops.aten
 
 
 class Facts:
-    """Answers about one graph, kept up to date with `update` while a pass edits it."""
+    """Answers about one graph, kept up to date with `update` while a pass edits it.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        kernels: says of the call of a semantic op whether a kernel will take its place; None: none is made.
+    """
+
+    def __init__(self, graph: fx.Graph, kernels: Callable[[fx.Node, Facts], Verdict] | None = None) -> None:
         self.graph = graph
+        self.kernels = kernels
         self._aliases = _Aliases()
         self._writers: list[fx.Node] = []
         self._modes: dict[fx.Node, Mode] = _modes(graph)

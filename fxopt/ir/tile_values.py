@@ -147,11 +147,8 @@ def _total(parts: Sequence[Computed]) -> Computed:
 
 
 def _sum(expression: Any) -> Computed:
-    """``(k - q)*c0[h]`` for ``k*c0[h] - q*c0[h]``: the parts would lose digits that their difference has."""
-    groups: dict[Any, dict[Any, list[Any]]] = {}
-    for term in sympy.Add.make_args(sympy.expand(expression)):
-        scale, whole, real = _factors(term)
-        groups.setdefault(real, {}).setdefault(scale, []).append(whole)
+    """The groups of `grouped_terms`, summed."""
+    groups = grouped_terms(expression)
     parts = [(_number(real), _of_integers(scales)) for real, scales in groups.items()]
 
     def compute(tile: TileValues) -> Any:
@@ -159,6 +156,19 @@ def _sum(expression: Any) -> Computed:
         return functools.reduce(operator.add, products)
 
     return compute
+
+
+def grouped_terms(expression: Any) -> dict[Any, dict[Any, list[Any]]]:
+    """``(k - q)*c0[h]`` for ``k*c0[h] - q*c0[h]``: the parts would lose digits that their difference has.
+
+    Returns:
+        what is no integer -> a positive number -> integers: the sum of the products of all three.
+    """
+    groups: dict[Any, dict[Any, list[Any]]] = {}
+    for term in sympy.Add.make_args(sympy.expand(expression)):
+        scale, whole, real = _factors(term)
+        groups.setdefault(real, {}).setdefault(scale, []).append(whole)
+    return groups
 
 
 def _factors(term: Any) -> tuple[Any, Any, Any]:
