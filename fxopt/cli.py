@@ -106,28 +106,54 @@ def demo(
 @app.command()
 def bench(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="As for explain; none: the whole suite.")
+        list[str] | None,
+        typer.Argument(
+            help="A suite (hf, generate, train, attention, fusion, compile), then models as for explain; "
+            "without a suite: hf, without models: all that the suite has."
+        ),
     ] = None,
     models: Annotated[str | None, typer.Option(help="The same, separated by commas.")] = None,
-    size: Annotated[str, typer.Option("--size", "--sizes", help="tiny or small.")] = "small",
+    size: Annotated[str, typer.Option("--size", "--sizes", help="tiny, small or full (GPU).")] = "small",
     infer: Annotated[bool, typer.Option("--infer", help="Inference only.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Training only.")] = False,
     attention: Attention = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time for the timing of one row.")] = 4.0,
-    batch: Batch = None,
-    seq: Seq = None,
+    mode: Annotated[str | None, typer.Option(help="torch.compile's mode, of fxopt and Inductor.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.05, help="Time for the timing of one row; 4, with tiny 1.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, by commas.")] = None,
+    seq: Annotated[str | None, typer.Option("--seq", "--lengths", help="Lengths, by commas.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Depths for the suite compile, by commas.")] = None,
+    caches: Annotated[str, typer.Option(help="For the suite generate, by commas.")] = "dynamic,static",
+    kv: Annotated[str, typer.Option(help="auto, int8, fp8; for generate, by commas.")] = "auto",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that a row of generate writes.")] = 32,
+    tuned: Annotated[
+        bool, typer.Option("--max-autotune", help="Inductor with max-autotune beside the others.")
+    ] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Empty caches for training rows, too.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="compile: the first generate of decoders.")
+    ] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="compile: processes for each figure.")] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare with float64.")] = False,
     disable: Disable = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON lines there.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows that --out has of the same plan and commit.")
+    ] = False,
 ) -> None:
-    """fxopt against TorchInductor, side by side in one process; Ctrl-C keeps what was measured."""
+    """fxopt beside TorchInductor and others, in one process; Ctrl-C keeps what was measured."""
     from fxopt.commands import bench as command
+    from fxopt.suites.plan import SUITES, Plan
 
-    names = [*(targets or []), *(models or "").split(",")]
-    plan = command.Plan(
-        models=tuple(name.strip() for name in names if name.strip()),
+    names = [name for name in targets or [] if name.strip()]
+    suite = names.pop(0) if names and names[0] in SUITES else "hf"
+    plan = Plan(
+        suite=suite,
+        models=(*names, *_words(models)),
         size=size,
         infer=infer or not train,
         train=train or not infer,
@@ -135,13 +161,35 @@ def bench(
         dtype=dtype,
         device=device,
         threads=threads,
+        mode=mode,
         seconds=seconds,
-        batch=batch,
-        seq=seq,
+        batches=_numbers("--batch", batch),
+        lengths=_numbers("--seq", seq),
+        layers=_numbers("--layers", layers),
+        caches=_words(caches),
+        kv=_words(kv),
+        tokens=tokens,
+        tuned=tuned,
+        cold=cold,
+        generate=generate,
+        repeats=repeats,
+        check=not no_check,
         options=_disabled(disable),
         out=out,
+        resume=resume,
     )
     raise typer.Exit(command.run(plan, Console()))
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{flag} wants positive numbers, separated by commas, and not {text!r}")
+    return tuple(map(int, words))
 
 
 cache_app = typer.Typer(

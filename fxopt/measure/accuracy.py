@@ -84,6 +84,26 @@ def comparable(eager: Any, reference: Any) -> bool:
     return True
 
 
+def dashboard_passes(candidate: Any, eager: Any, reference: Any, *, training: bool) -> bool:
+    """The rule by which PyTorch's performance dashboard says that a compiled model is right.
+
+    Close to eager by a tolerance, or else not much further from float64 than eager: the root mean square of
+    the error is compared tensor by tensor. Tolerances are those of the dashboard's Hugging Face suite
+    (benchmarks/dynamo/huggingface.py of PyTorch), the rule is `same` of torch itself.
+    """
+    from torch._dynamo.utils import same
+
+    ours, theirs, exact = floating(candidate), floating(eager), floating(reference)
+    if not len(ours) == len(theirs) == len(exact):
+        return False
+    tolerance = 1e-2 if training else 1e-3
+    return bool(same(theirs, ours, exact, tol=tolerance, equal_nan=True, log_error=_ignore))
+
+
+def _ignore(*_: Any) -> None:
+    """The verdict says it all."""
+
+
 def allowed_error(eager: Any, reference: Any) -> float:
     """Twice eager's error plus one unit in the last place at the largest entry."""
     unit = 0.0
