@@ -13,6 +13,8 @@ from fxopt.measure.noise import FASTER, NOISY, SLOWER, TOO_NOISY, name_of, summa
 from fxopt.measure.results import Results, Row
 from fxopt.suites.plan import Plan, Suite, load
 
+# Of the table where there is no terminal.
+_WIDTH = 180
 _COLOURS = {SLOWER: "red", FASTER: "green", NOISY: "yellow"}
 
 
@@ -35,7 +37,8 @@ def run(plan: Plan, console: Console) -> int:
         stopped = jobs.run(
             todo, results, console, resume=plan.resume, line=lambda row: _line(row, keys), failed=release
         )
-    console.print(_table(suite, results.rows, keys))
+    wide = console if console.is_terminal else Console(width=_WIDTH)
+    wide.print(_table(suite, results.rows, keys))
     for row in results.rows:
         for note in _notes(row):
             console.print(f"{name_of(row, keys)}: {note}", highlight=False)

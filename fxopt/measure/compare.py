@@ -86,12 +86,6 @@ class Comparison:
         return self.timings.ratio(BASELINE, TWIN)
 
     @property
-    def over(self) -> dict[str, Ratio]:
-        """The times of all others by fxopt's."""
-        others = [name for name in self.timings.seconds if name not in (BASELINE, CANDIDATE, TWIN)]
-        return {name: self.timings.ratio(name, CANDIDATE) for name in others}
-
-    @property
     def records(self) -> list[GraphRecord]:
         """fxopt's graphs."""
         return self.compiled[CANDIDATE].records
@@ -105,26 +99,36 @@ class Comparison:
     @property
     def faults(self) -> list[str]:
         """What fxopt survived: each is a bug of fxopt."""
-        return [f"{stage}: {message}" for record in self.records for stage, message in record.failures]
+        return faults_of(self.records)
 
     def row(self) -> dict[str, Any]:
         """As plain values, in the names that all results use."""
-        found: dict[str, Any] = {
-            "ratio": self.speed.as_dict(),
-            "noise": self.noise.as_dict(),
-            "over": {name: ratio.as_dict() for name, ratio in self.over.items()},
-            "seconds": {name: self.timings.median(name) for name in self.timings.seconds if name != TWIN},
-            "spread": {name: self.timings.spread(name) for name in self.timings.seconds if name != TWIN},
-            "rounds": len(self.timings.seconds[CANDIDATE]),
-            "sites": self.sites,
-            "faults": self.faults,
-        }
+        found = figures(self.timings) | {"sites": self.sites, "faults": self.faults}
         if self.peaks:
             found["peak_bytes"] = self.peaks
         if self.checked is not None:
             found["errors"], found["accepted"] = self.checked.errors, self.checked.accepted
             found["dashboard"] = self.checked.dashboard
         return found
+
+
+def figures(times: Timings) -> dict[str, Any]:
+    """The ratios and times of a row: of fxopt, Inductor, Inductor again, and others, by whatever name."""
+    names = [name for name in times.seconds if name != TWIN]
+    others = [name for name in names if name not in (BASELINE, CANDIDATE)]
+    return {
+        "ratio": times.ratio(BASELINE, CANDIDATE).as_dict(),
+        "noise": times.ratio(BASELINE, TWIN).as_dict(),
+        "over": {name: times.ratio(name, CANDIDATE).as_dict() for name in others},
+        "seconds": {name: times.median(name) for name in names},
+        "spread": {name: times.spread(name) for name in names},
+        "rounds": len(times.seconds[CANDIDATE]),
+    }
+
+
+def faults_of(records: Sequence[GraphRecord]) -> list[str]:
+    """What fxopt survived in these graphs."""
+    return [f"{stage}: {message}" for record in records for stage, message in record.failures]
 
 
 def compare(

@@ -80,7 +80,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
 # More model types of the dashboard's list, and decoders that are newer than it.
 MORE: tuple[str, ...] = (
     "camembert", "convbert", "fnet", "gpt_neo", "gptj", "layoutlm", "longformer", "m2m_100", "mobilebert",
-    "mt5", "xlnet", "gemma3_text", "gpt_oss", "modernbert", "deepseek_v3", "granite", "olmo2", "qwen3_moe",
+    "mt5", "xlnet", "gemma3_text", "gpt_oss", "modernbert", "deepseek_v3", "granite", "olmo2",
     "smollm3", "glm4", "starcoder2",
 )  # fmt: skip
 

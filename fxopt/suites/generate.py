@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fxopt.commands.targets import Request, resolve
+from fxopt.measure.compare import faults_of, figures
 from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TWIN, how
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
@@ -70,14 +71,10 @@ def _row(phase: str, measured: Callable[[], Row], key: Row, tokens: int) -> Row:
     found = measured()
     times: Timings = found[phase]
     count = key["batch"] * (key["length"] if phase == "prompt" else 1)
-    names = [name for name in times.seconds if name != TWIN]
-    row = {
-        "ratio": times.ratio(BASELINE, CANDIDATE).as_dict(),
-        "noise": times.ratio(BASELINE, TWIN).as_dict(),
-        "over": {EAGER: times.ratio(EAGER, CANDIDATE).as_dict()},
-        "seconds": {name: times.median(name) for name in names},
-        "spread": {name: times.spread(name) for name in names},
-        "tokens_per_second": {name: count / times.median(name) for name in names},
+    row = figures(times)
+    seconds = row["seconds"]
+    row |= {
+        "tokens_per_second": {name: count / each for name, each in seconds.items()},
         "same_tokens": found["same_tokens"],
         "accepted": found["accepted"],
         "faults": found["faults"],
@@ -85,7 +82,7 @@ def _row(phase: str, measured: Callable[[], Row], key: Row, tokens: int) -> Row:
     }
     if phase == "decode":
         floor = found["bytes"] / found["bandwidth"]
-        row["floor"] = {name: floor / times.median(name) for name in names}
+        row["floor"] = {name: floor / each for name, each in seconds.items()}
         row |= {"bytes": found["bytes"], "bandwidth": found["bandwidth"]}
     return row
 
@@ -106,14 +103,13 @@ def _measure(plan: Plan, model: str, cache: str, kv: str, batch: int, length: in
     steps[TWIN] = steps[BASELINE]
     turns = {f"{name}/{place}": step for name, pair in steps.items() for place, step in enumerate(pair)}
     times = interleave(turns, budget_seconds=4 * plan.budget)
-    faults = [f"{stage}: {text}" for record in records for stage, text in record.failures]
     same = (texts[CANDIDATE] == texts[EAGER]).double().mean().item()
     found = {
         **_phases(times, list(steps), plan.tokens),
         "same_tokens": same,
         # Rounding may choose another token: in float32, with rows as they are, it does not.
         "accepted": same == 1.0 or plan.dtype != "float32" or kv != "auto",
-        "faults": faults,
+        "faults": faults_of(records),
         "peak_bytes": {name: peak_bytes(steps[name][1]) for name in (EAGER, BASELINE, CANDIDATE)},
         "bytes": _token_bytes(subject, batch, length + plan.tokens // 2),
         "bandwidth": copy_bandwidth(plan.device),
