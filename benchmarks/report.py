@@ -16,6 +16,7 @@ from benchmarks.report_against import changes
 from benchmarks.report_page import render
 from benchmarks.report_plots import draw_all
 from benchmarks.report_runs import RESULTS, Run, history, reasons, record, run_of, runs, slower
+from fxopt.measure.results import replace_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images" / "benchmarks"
@@ -33,7 +34,7 @@ def write(console: Console, results: Path, out: Path | None) -> int:
     past = record(found, results / "history.jsonl")
     place, images = (PAGE, IMAGES) if out is None else (out / "benchmarks.md", out / "images" / "benchmarks")
     drawn = draw_all(found, past, images)
-    place.write_text(render(found, reasons(), past, drawn))
+    replace_text(place, render(found, reasons(), past, drawn))
     console.print(f"written to {place}, with {len(drawn)} pictures")
     missing = [f"{run.name}: {name}" for run in found for name in unexplained(run)]
     for name in missing:

@@ -20,8 +20,11 @@ _MANY = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 2.5)
 
 
 def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[str]:
-    """Draw what there are figures for; the names of the pictures."""
-    import matplotlib
+    """Draw what there are figures for; the names of the pictures. Without matplotlib there are none."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,11 +66,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that fxopt is loaded from, with `+` when its files were changed since."""
+    """The commit of the checkout that fxopt is loaded from, with `+` when its files were changed since.
+
+    Where it is installed elsewhere, what a file COMMIT in the package says.
+    """
     root = _root()
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     if head is None or _git(root, "rev-parse", "--show-toplevel") != str(root):
-        return None
+        note = root / "fxopt" / "COMMIT"
+        return note.read_text().strip() or None if note.is_file() else None
     return head + ("+" if _git(root, "status", "--porcelain", "--", "fxopt", "passes") else "")
 
 

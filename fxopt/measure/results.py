@@ -109,7 +109,7 @@ def read(path: Path) -> Results:
     text = path.read_text()
     lines = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else []
     whole = _document(lines) if lines else json.loads(text)
-    if not {"machine", "rows"} <= whole.keys():
+    if not (isinstance(whole, dict) and {"machine", "rows"} <= whole.keys()):
         raise ValueError(f"{path} holds no results")
     return Results(
         path, whole.get("plan", {}), rows=whole["rows"], summary=whole.get("summary", {}),

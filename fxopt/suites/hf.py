@@ -30,7 +30,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def jobs(plan: Plan) -> list[Job]:
     """One for each architecture and phase."""
     names = plan.models or tuple(FULL if plan.size == "full" else suite_of(plan.size))
-    todo = cases(names, infer=plan.infer, train=plan.train)
+    todo = [
+        case
+        for case in cases(names, infer=plan.infer, train=plan.train)
+        if not case.training or case.model not in FULL or FULL[case.model].trained
+    ]
     return [
         Job({"model": case.model, "phase": case.phase}, functools.partial(_one, plan, case)) for case in todo
     ]
