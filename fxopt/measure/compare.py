@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,28 +162,8 @@ def compare(
     torch._dynamo.reset()
     names = (BASELINE, CANDIDATE, *([TUNED] if tuned else []))
     plain = subject.step(subject.model)
-    with empty_folder() as folder:
-
-        def make(name: str) -> Step:
-            cache = str(folder / name / "kernels") if cold else None
-            return subject.step(compile_with(subject.model, name, options, mode=mode, cache=cache))
-
-        def compile_all() -> tuple[dict[str, Step], dict[str, Compiled]]:
-            steps, compiled = {name: make(name) for name in names}, {}
-            for name, step in steps.items():
-                if not cold:
-                    compiled[name] = called_twice(subject.answering(step))
-                    continue
-                with caches_in(folder / name):
-                    compiled[name] = called_twice(subject.answering(step))
-            return steps, compiled
-
-        steps, compiled = compile_all()
-        warm: dict[str, float] = {}
-        if cold:
-            torch._dynamo.reset()
-            steps, again = compile_all()
-            warm = {name: one.seconds for name, one in again.items()}
+    make = functools.partial(_compile_all, subject, names, options, mode)
+    steps, compiled, warm = _cold_and_warm(make) if cold else (*make(None), {})
     checked = _check(subject, plain, compiled) if check else None
     candidates = {BASELINE: steps[BASELINE], CANDIDATE: steps[CANDIDATE], TWIN: steps[BASELINE]}
     candidates |= {EAGER: plain} if eager else {}
@@ -189,6 +172,39 @@ def compare(
         step()
     peaks = {name: peak_bytes(step) for name, step in candidates.items() if name != TWIN} if memory else {}
     return Comparison(interleave(candidates, **timing), compiled, warm, peaks, checked)
+
+
+Made = tuple[dict[str, Step], dict[str, Compiled]]
+
+
+def _compile_all(
+    subject: Subject,
+    names: Sequence[str],
+    options: Mapping[str, Any] | None,
+    mode: str | None,
+    folder: Path | None,
+) -> Made:
+    """The steps, each called twice; with `folder`, each has caches of its own in it."""
+    steps: dict[str, Step] = {}
+    compiled: dict[str, Compiled] = {}
+    for name in names:
+        own = folder / name if folder is not None else None
+        cache = str(own / "kernels") if own is not None else None
+        steps[name] = subject.step(compile_with(subject.model, name, options, mode=mode, cache=cache))
+        with caches_in(own) if own is not None else nullcontext():
+            compiled[name] = called_twice(subject.answering(steps[name]))
+    return steps, compiled
+
+
+def _cold_and_warm(
+    make: Callable[[Path], Made],
+) -> tuple[dict[str, Step], dict[str, Compiled], dict[str, float]]:
+    """The steps; what compiling them took with empty caches, and again with what that left on disk."""
+    with empty_folder() as folder:
+        _, compiled = make(folder)
+        torch._dynamo.reset()
+        steps, again = make(folder)
+    return steps, compiled, {name: one.seconds for name, one in again.items()}
 
 
 def _check(subject: Subject, plain: Step, compiled: Mapping[str, Compiled]) -> Checked:
