@@ -24,6 +24,7 @@ from benchmarks.coverage_models import ENTRIES, Entry
 from benchmarks.coverage_page import FORMS, Row, render
 from fxopt.measure.machine import commit, describe
 from fxopt.measure.models import CannotBuild
+from fxopt.measure.results import Results
 from fxopt.measure.suite import release
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,8 +135,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def write(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
-    lines = [{"kind": "machine", **machine}, *rows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Results(path, {}, rows=rows, machine=machine).write()
 
 
 if __name__ == "__main__":

@@ -7,21 +7,21 @@ outgrown their memory once; what is reported is the worst of the steps, as a sha
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from benchmarks.decoding import Row, write
 from benchmarks.growing_cache import random_cache
+from benchmarks.running import add_arguments, run
 from fxopt.measure.compiled import compile_with
+from fxopt.measure.jobs import Job
 from fxopt.measure.memory import peak_bytes
+from fxopt.measure.results import Row
 from fxopt.runtime.kv_state import MOST, STATE
 
 BACKENDS = ("eager", "inductor", "fxopt")
@@ -32,13 +32,8 @@ def main() -> int:
     if arguments.backend:
         print(json.dumps(measure(arguments)))
         return 0
-    console = Console()
-    rows = [_in_a_process(backend) for backend in track(BACKENDS, "memory", console=console, transient=True)]
-    console.print(_table(rows))
-    if arguments.out:
-        write(arguments.out, arguments, rows)
-        console.print(f"written to {arguments.out}")
-    return 0
+    jobs = [Job({"backend": name}, functools.partial(_in_a_process, name)) for name in BACKENDS]
+    return run(arguments, jobs, _table)[1]
 
 
 def measure(arguments: argparse.Namespace) -> Row:
@@ -63,7 +58,6 @@ def measure(arguments: argparse.Namespace) -> Row:
             rows, memory = _held(cache)
             slack.append((memory - rows) / rows)
     return {
-        "backend": arguments.backend,
         "cache": held,
         "steps": len(slack),
         "measured": len(peaks),
@@ -115,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--length", type=int, default=12800, help="tokens that are there")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    add_arguments(parser)
     parser.add_argument("--backend", default="", help=argparse.SUPPRESS)
     return parser
 

@@ -7,20 +7,18 @@ the ratio of times, and the peak of memory of a step.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from benchmarks.running import add_arguments, run
 from fxopt.integrations.loss_only import loss_only
 from fxopt.measure.compare import Comparison, compare
-from fxopt.measure.machine import describe
+from fxopt.measure.jobs import Job
 from fxopt.measure.models import Subject
 
 PASS = "fuse-linear-cross-entropy"
@@ -59,29 +57,18 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    try:
-        for case in track(list(cases(arguments)), "cross-entropy", console=console, transient=True):
-            found = compare(
-                case.subject(arguments.hidden), memory=True, check=False, budget_seconds=arguments.seconds
-            )
-            rows.append(_row(case, found))
-    except KeyboardInterrupt:
-        console.print("stopped; what was measured is kept")
-    console.print(_table(rows))
-    if arguments.out:
-        plan = {"hidden": arguments.hidden, "threads": arguments.threads}
-        text = json.dumps({"machine": describe(), "plan": plan, "rows": rows}, indent=1, default=str)
-        arguments.out.write_text(text + "\n")
-        console.print(f"written to {arguments.out}")
-    return 0
+    jobs = [Job(asdict(case), functools.partial(measure, case, arguments)) for case in cases(arguments)]
+    return run(arguments, jobs, _table)[1]
 
 
-def _row(case: Case, found: Comparison) -> dict[str, Any]:
+def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one line."""
+    subject = case.subject(arguments.hidden)
+    return _row(compare(subject, memory=True, check=False, budget_seconds=arguments.seconds))
+
+
+def _row(found: Comparison) -> dict[str, Any]:
     return {
-        **asdict(case),
         "ratio": found.speed.as_dict(),
         "noise": found.noise.as_dict(),
         "seconds": {name: found.timings.median(name) for name in ("inductor", "fxopt")},
@@ -115,9 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         help="vocabulary:tokens:dtype, or vocabulary:tokens:dtype:part ignored; by commas",
     )
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the timing of one line")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    add_arguments(parser, seconds=10.0)
     return parser
 
 

@@ -1,47 +1,34 @@
-"""What the benchmarks of decoding share: the loop over their cases, the timing of a step, table and file."""
+"""What the benchmarks of decoding share: the loop over their cases, the timing of a step, the table."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from benchmarks.running import run as run_all
 from fxopt.measure.compiled import compile_with
-from fxopt.measure.machine import describe
+from fxopt.measure.jobs import Job
+from fxopt.measure.results import Row
 from fxopt.measure.timing import interleave
 
 BACKENDS = ("eager", "inductor", "inductor again", "fxopt")
-Row = dict[str, Any]
 Step = Callable[[], torch.Tensor]
 
 
 def run(
     arguments: argparse.Namespace,
-    cases: Sequence[tuple[int, int]],
-    measure: Callable[[argparse.Namespace, int, int], Row],
+    cases: Sequence[Mapping[str, int]],
+    measure: Callable[..., Row],
     title: str,
 ) -> int:
     """Measure all cases, print them as a table, and write them to the file that was asked for."""
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    rows: list[Row] = []
-    try:
-        for case in track(cases, title, console=console, transient=True):
-            rows.append(measure(arguments, *case))
-    except KeyboardInterrupt:
-        console.print("stopped; what was measured is kept")
-    console.print(table(rows, f"one token over {title}, milliseconds"))
-    if arguments.out:
-        write(arguments.out, arguments, rows)
-        console.print(f"written to {arguments.out}")
-    return 0
+    jobs = [Job(case, functools.partial(measure, arguments, **case)) for case in cases]
+    return run_all(arguments, jobs, lambda rows: table(rows, f"one token over {title}, milliseconds"))[1]
 
 
 def compile_all(model: Any) -> dict[str, Any]:
@@ -72,21 +59,3 @@ def table(rows: Sequence[Row], title: str) -> Table:
         ratios = [f"{row[name]['median']:.2f}" for name in ("over_inductor", "over_eager", "noise")]
         made.add_row(*(str(row[name]) for name in keys), *times, *ratios)
     return made
-
-
-def write(path: Path, arguments: argparse.Namespace, rows: Sequence[Row]) -> None:
-    """The rows as JSON, with the machine and the command."""
-    found = {"machine": describe(), "plan": vars(arguments), "rows": rows}
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
-
-
-def numbers(text: str) -> list[int]:
-    """What is given by commas."""
-    return [int(part) for part in text.split(",")]
-
-
-def add_common(parser: argparse.ArgumentParser, *, seconds: float) -> None:
-    """The arguments that `run` and `compared` need."""
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=seconds, help="for the timing of one line")
-    parser.add_argument("--out", type=Path, help="a JSON file")

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from benchmarks.fusion_page import SHALLOW, cells, render
 from fxopt.measure.machine import describe
+from fxopt.measure.results import replace_text
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, PAGE = ROOT / "results" / "fusion.json", ROOT.parent / "docs" / "fusion.md"
@@ -42,7 +43,7 @@ def main() -> int:
         others = [one for one in kept["rows"] if (one["model"], one["phase"]) != case]
         rows = sorted([*others, row], key=lambda one: CASES.index((one["model"], one["phase"])))
         kept = {"machine": describe(), "target": arguments.target, "rows": rows}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        replace_text(RESULTS, json.dumps(kept, indent=1) + "\n")
         PAGE.write_text(render(kept))
     PAGE.write_text(render(kept))
     for row in kept["rows"]:

@@ -24,6 +24,7 @@ from benchmarks.equality_scenarios import SCENARIOS, write
 from fxopt.ir.contract import Status
 from fxopt.measure.compiled import compile_with
 from fxopt.measure.machine import describe
+from fxopt.measure.results import Results
 from fxopt.measure.suite import release
 from fxopt.report.record import GraphRecord, collect
 from fxopt.runtime.kv_state import STATE
@@ -157,8 +158,7 @@ def read(path: Path) -> tuple[Row, list[Row]]:
 
 
 def write_rows(path: Path, machine: Row, rows: list[Row]) -> None:
-    lines = [{"kind": "machine", **machine}, *rows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Results(path, {}, rows=rows, machine=machine).write()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in parts of under nine minutes each: tests, then benchmarks.
+# All that needs a GPU, in parts of under nine minutes each, 25 minutes together: tests, suites, the report.
 #
 #   benchmarks/gpu.sh OUT [PART ...]     without parts: all that OUT does not have yet, in order
 #
-# Needs torch, triton, transformers and pytest, and no network. OUT gets the results, the log of each part, and
-# summary.txt. A part that was stopped or went wrong is run again by the next call. REHEARSE=1 runs small versions on a CPU.
+# Needs torch, triton, transformers and pytest, and no network. OUT gets the results, the log of each part,
+# report/ and summary.txt. A part that was stopped or went wrong is run again by the next call, and a suite goes
+# on where it was stopped. REHEARSE=1 runs small versions on a CPU.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu.sh OUT [PART ...]}
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-limit=${LIMIT:-530} # seconds for a part
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+
+# Seconds that each part may take; together 25 minutes. LIMIT replaces them all.
+declare -A limits=(
+    [install]=60 [doctor]=40 [fusion]=140 [kernel-tests]=200 [attention]=160 [generation-tests]=220
+    [hf]=270 [generate]=220 [train]=150 [report]=40
+)
+order=(install doctor fusion kernel-tests attention hf generate train generation-tests report)
 
 # What is installed, and beside it what is not part of the package. The checkout's own `fxopt` lacks its passes.
 mkdir -p "$out/site"
@@ -23,34 +30,76 @@ cd "$out/site" || exit 1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$out/site"
 export FXOPT_CACHE_DIR="$out/kernels" TORCHINDUCTOR_CACHE_DIR="$out/inductor"
 if [[ ${REHEARSE:-0} == 1 ]]; then
-    export FXOPT_REHEARSE_GPU=1 TRITON_INTERPRET=1
+    export FXOPT_REHEARSE_GPU=1
 fi
+
+suite() { # name, then arguments for a rehearsal, --, arguments for a GPU
+    local name=$1 small=() full=() word
+    shift
+    while [[ $1 != -- ]]; do small+=("$1"); shift; done
+    shift
+    full=("$@")
+    if [[ ${REHEARSE:-0} == 1 ]]; then
+        "$python" -m fxopt bench "$name" --size tiny --seconds 0.1 --out "$out/$name-tiny-cpu.jsonl" --resume "${small[@]}"
+    else
+        "$python" -m fxopt bench "$name" --size full --device cuda --dtype bfloat16 \
+            --out "$out/$name-full-gpu.jsonl" --resume "${full[@]}"
+    fi
+}
+
+install() {
+    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target "$out/site" "$root" || return
+    # The results are to say of which commit they are, and what is installed has no history.
+    { git -C "$root" rev-parse --short=12 HEAD > "$out/site/fxopt/COMMIT"; } 2> /dev/null || rm -f "$out/site/fxopt/COMMIT"
+}
+
+interpreted() { # kernels of a rehearsal run in Triton's interpreter; suites need Inductor, which it cannot serve
+    [[ ${REHEARSE:-0} == 1 ]] && export TRITON_INTERPRET=1
+    "$@"
+}
 
 part() { # its command, by name
     case $1 in
-        install) "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target "$out/site" "$root" ;;
+        install) install ;;
         doctor) "$python" -m fxopt doctor ;;
-        kernel-tests) "$python" -m pytest -q -p no:cacheprovider "$root"/tests/gpu/test_kernels.py ${REHEARSE:+-k "norm or softmax or columns"} ;;
-        generation-tests) "$python" -m pytest -q -p no:cacheprovider "$root"/tests/gpu/test_generation.py ${REHEARSE:+-k llama} ;;
-        kernels) "$python" -m benchmarks.kernels --out "$out/kernels.json" \
-            ${REHEARSE:+--shapes 8x256 --dtypes bfloat16 --seconds 0.1} ;;
+        kernel-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
+            "$root"/tests/gpu/test_kernels.py ${REHEARSE:+-k "norm or softmax or columns"} ;;
+        generation-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
+            "$root"/tests/gpu/test_generation.py ${REHEARSE:+-k llama} ;;
+        fusion) interpreted suite fusion --models gate -- --seconds 1 ;;
+        attention) suite attention --lengths 64 -- --seconds 1 ;;
+        hf) suite hf --models bert --infer -- --seconds 2 ;;
+        generate) suite generate --models llama --batch 1 --lengths 8 --caches dynamic --tokens 2 -- \
+            --mode reduce-overhead --seconds 2 --kv auto,int8 ;;
+        train) suite train --models bert -- --seconds 2 ;;
+        report) "$python" -m benchmarks.report --results "$out" --out "$out/report" ;;
         *) echo "unknown part $1" >&2; return 2 ;;
     esac
 }
 
+finished() { # part, exit code: whether it need not be run again. What fails a test or a row is an answer, too.
+    case $1 in
+        *-tests | report) [[ $2 == 0 || $2 == 1 ]] ;;
+        fusion | attention | hf | generate | train)
+            [[ $2 == 0 || $2 == 1 ]] && grep -qs '"kind": "summary"' "$out/$1"-*.jsonl ;;
+        *) [[ $2 == 0 ]] ;;
+    esac
+}
+
 parts=("$@")
-[[ ${#parts[@]} == 0 ]] && parts=(install doctor kernels kernel-tests generation-tests)
+[[ ${#parts[@]} == 0 ]] && parts=("${order[@]}")
 for name in "${parts[@]}"; do
     [[ $# == 0 && -f $out/$name.done ]] && continue
     echo "== $name"
     start=$SECONDS
-    export -f part
+    export -f part suite install interpreted
     export out python root
-    timeout "$limit" bash -c 'part "$1"' part "$name" 2>&1 | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-15}"
+    # As from the keyboard: a suite that is stopped writes what it has.
+    timeout -s INT -k 20 "${LIMIT:-${limits[$name]:-500}}" bash -c 'part "$1"' part "$name" 2>&1 \
+        | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-15}"
     code=${PIPESTATUS[0]}
     echo "$name: exit $code after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
-    # Tests that fail are an answer, too.
-    [[ $code == 0 || ($code == 1 && $name == *-tests) ]] && touch "$out/$name.done"
+    finished "$name" "$code" && touch "$out/$name.done"
 done
-grep -hE "^(FAILED|ERROR)" "$out"/*.log > "$out/failures.txt" 2>/dev/null
+grep -hE "^(FAILED|ERROR)|: error:|Error: " "$out"/*.log > "$out/failures.txt" 2>/dev/null
 echo "results in $out; $(wc -l < "$out/failures.txt") failures"

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.decoding import Row, Step, add_common, compared, compile_all, numbers, run
+from benchmarks.decoding import Row, Step, compared, compile_all, run
 from benchmarks.latent_model import cached_sizes, latent_model
+from benchmarks.running import add_arguments, numbers
 
 # hidden size, intermediate size, layers, query heads, key heads, vocabulary
 SHAPES = {
@@ -28,7 +29,8 @@ LATENT = "latent"
 
 def main() -> int:
     arguments = _parser().parse_args()
-    cases = list(itertools.product(numbers(arguments.batches), numbers(arguments.lengths)))
+    pairs = itertools.product(numbers(arguments.batches), numbers(arguments.lengths))
+    cases = [{"batch": batch, "length": length} for batch, length in pairs]
     return run(arguments, cases, measure, "a growing cache")
 
 
@@ -40,7 +42,7 @@ def measure(arguments: argparse.Namespace, batch: int, length: int) -> Row:
         for _ in range(4):  # compiles: for the first length, and for all others
             for each in steps.values():
                 each()
-        return {"batch": batch, "length": length, **compared(steps, arguments.seconds)}
+        return compared(steps, arguments.seconds)
 
 
 def decoder(shape: str, dtype: torch.dtype) -> Any:
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batches", default="1,8", help="by commas")
     parser.add_argument("--lengths", default="64,512,2048,4096", help="tokens that are there, by commas")
-    add_common(parser, seconds=8.0)
+    add_arguments(parser, seconds=8.0)
     return parser
 
 

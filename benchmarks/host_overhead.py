@@ -8,20 +8,18 @@ caches. All figures are CPU time of the thread, in microseconds for a token.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from fxopt.measure.machine import describe
+from benchmarks.running import add_arguments, numbers, run
+from fxopt.measure.jobs import Job
 from fxopt.runtime.decode_path import DecodePath
 from fxopt.runtime.kv_calls import GrowingCall, noted
 from fxopt.runtime.step_loops import CURRENT
@@ -32,20 +30,13 @@ _WARM = 8
 
 def main() -> int:
     arguments = _parser().parse_args()
-    torch.set_num_threads(1)
-    console = Console()
     if not arguments.python:
         CURRENT.build(wait=True)
-    layers = [int(number) for number in arguments.layers.split(",")]
-    rows = [measure(number, arguments.steps) for number in track(layers, "host overhead", console=console)]
-    console.print(_table(rows))
-    if arguments.out:
-        text = json.dumps(
-            {"machine": describe(), "plan": vars(arguments), "rows": rows}, indent=1, default=str
-        )
-        arguments.out.write_text(text + "\n")
-        console.print(f"written to {arguments.out}")
-    return 0
+    jobs = [
+        Job({"layers": layers}, functools.partial(measure, layers, arguments.steps))
+        for layers in numbers(arguments.layers)
+    ]
+    return run(arguments, jobs, _table)[1]
 
 
 def measure(layers: int, steps: int) -> dict[str, Any]:
@@ -79,7 +70,6 @@ def measure(layers: int, steps: int) -> dict[str, Any]:
                 step(name)
     medians = {name: round(1e6 * statistics.median(found), 1) for name, found in spent.seconds.items()}
     return {
-        "layers": layers,
         "microseconds": medians,
         "on_top_of_the_step": round(medians["past the guards"] - medians["step past the guards"], 1),
         "steps_past_the_guards": (DecodePath.taken - taken) / steps,
@@ -172,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", default="8,32", help="numbers of layers")
     parser.add_argument("--steps", type=int, default=400, help="tokens that are timed")
     parser.add_argument("--python", action="store_true", help="as where there is no compiler")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    add_arguments(parser)
     return parser
 
 

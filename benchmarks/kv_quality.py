@@ -13,22 +13,22 @@ a cache of each kind, fed one by one. Reported are
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fxopt
-from fxopt.measure.machine import describe
+from benchmarks.running import add_arguments, run
+from fxopt.measure.jobs import Job, progress
+from fxopt.measure.results import Row
 
 VOCABULARY, LENGTH = 64, 96
 CACHES = ("exact", "bfloat16", "int8", "fp8")
@@ -39,16 +39,12 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     console = Console()
-    model, loss = train(arguments.seconds, arguments.batch, console)
+    model, loss = train(arguments.training, arguments.batch, console)
     console.print(f"trained to a loss of {loss:.3f} a token")
-    rows = measure(model, sequences(arguments.sequences))
-    attention = {name: attention_error(name) for name in CACHES[1:]}
-    console.print(_table(rows, attention))
-    if arguments.out:
-        found = {"machine": describe(), "loss": loss, "rows": rows, "attention": attention}
-        arguments.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
-        console.print(f"written to {arguments.out}")
-    return 0
+    ids = sequences(arguments.sequences)
+    exact = _logits(model, ids, "exact")
+    jobs = [Job({"cache": name}, functools.partial(measure, name, model, ids, exact)) for name in CACHES]
+    return run(arguments, jobs, _table)[1]
 
 
 def sequences(count: int) -> torch.Tensor:
@@ -68,8 +64,8 @@ def train(seconds: float, batch: int, console: Console) -> tuple[Any, float]:
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     end, loss = time.monotonic() + seconds, math.inf
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("training", total=seconds)
+    with progress(console) as bar:
+        task = bar.add_task("training", total=seconds)
         while time.monotonic() < end:
             ids = sequences(batch)
             found = _losses(model(ids).logits, ids)[:, LENGTH // 2 :].mean()
@@ -77,9 +73,8 @@ def train(seconds: float, batch: int, console: Console) -> tuple[Any, float]:
             optimizer.step()
             optimizer.zero_grad()
             loss = found.item()
-            progress.update(
-                task, completed=seconds - (end - time.monotonic()), description=f"loss {loss:.3f}"
-            )
+            done = round(seconds - (end - time.monotonic()))
+            bar.update(task, completed=done, description=f"loss {loss:.3f}, seconds")
     return model.eval(), loss
 
 
@@ -89,21 +84,17 @@ def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """One line for each kind of cache."""
-    exact = _logits(model, ids, "exact")
-    rows = []
-    for name in CACHES:
-        logits = exact if name == "exact" else _logits(model, ids, name)
-        losses = _losses(logits, ids)
-        rows.append({
-            "cache": name,
-            "perplexity_repeated": losses[:, LENGTH // 2 :].mean().exp().item(),
-            "perplexity": losses.mean().exp().item(),
-            "logits": ((logits - exact).square().mean().sqrt() / exact.std()).item(),
-            "choices": (logits.argmax(-1) == exact.argmax(-1)).float().mean().item(),
-        })  # fmt: skip
-    return rows
+def measure(name: str, model: Any, ids: torch.Tensor, exact: torch.Tensor) -> Row:
+    """The line of one kind of cache. `exact`: the logits over an exact one."""
+    logits = exact if name == "exact" else _logits(model, ids, name)
+    losses = _losses(logits, ids)
+    return {
+        "perplexity_repeated": losses[:, LENGTH // 2 :].mean().exp().item(),
+        "perplexity": losses.mean().exp().item(),
+        "logits": ((logits - exact).square().mean().sqrt() / exact.std()).item(),
+        "choices": (logits.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+        "attention": None if name == "exact" else attention_error(name),
+    }
 
 
 def _logits(model: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
@@ -139,12 +130,12 @@ def attention_error(name: str, keys: int = 4096, width: int = 64) -> float:
     return ((attend(*held) - exact).norm() / exact.norm()).item()
 
 
-def _table(rows: list[dict[str, Any]], attention: dict[str, float]) -> Table:
+def _table(rows: list[Row]) -> Table:
     table = Table(title="a small language model over caches of several kinds")
     for name in ("cache", "perplexity, repeated", "perplexity, all", "logits", "same choice", "attention"):
         table.add_column(name, justify="right")
     for row in rows:
-        error = f"{attention[row['cache']]:.1e}" if row["cache"] in attention else "-"
+        error = "-" if row["attention"] is None else f"{row['attention']:.1e}"
         table.add_row(
             row["cache"], f"{row['perplexity_repeated']:.4f}", f"{row['perplexity']:.3f}",
             f"{row['logits']:.1e}", f"{row['choices']:.2%}", error,
@@ -154,12 +145,11 @@ def _table(rows: list[dict[str, Any]], attention: dict[str, float]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training")
+    parser.add_argument("--training", type=float, default=60.0, help="seconds of training")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sequences", type=int, default=64, help="to measure on")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    add_arguments(parser)
     return parser
 
 

@@ -7,20 +7,20 @@ phase: the ratio of times, the peak of memory of both, and how the attention was
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from benchmarks.running import add_arguments, run
 from fxopt.measure.compare import Comparison, compare
-from fxopt.measure.machine import describe
+from fxopt.measure.jobs import Job
 from fxopt.measure.models import Subject, build
+from fxopt.measure.results import read
 from fxopt.measure.shrink import Scale
 
 WINDOW = 512
@@ -63,36 +63,27 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.draw:
-        plot(
-            json.loads(arguments.draw.read_text())["rows"],
-            arguments.plot or arguments.draw.with_suffix(".png"),
-        )
+        plot(read(arguments.draw).rows, arguments.plot or arguments.draw.with_suffix(".png"))
         return 0
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    try:
-        for case in track(list(cases(arguments)), "long sequences", console=console, transient=True):
-            found = compare(case.subject(), memory=True, check=False, budget_seconds=arguments.seconds)
-            rows.append(_row(case, found))
-    except KeyboardInterrupt:
-        console.print("stopped; what was measured is kept")
-    console.print(_table(rows))
-    if arguments.out:
-        text = json.dumps({"machine": describe(), "rows": rows}, indent=1, default=str)
-        arguments.out.write_text(text + "\n")
-        console.print(f"written to {arguments.out}")
-    if arguments.plot:
+    jobs = [
+        Job(asdict(case), functools.partial(measure, case, arguments.seconds)) for case in cases(arguments)
+    ]
+    rows, code = run(arguments, jobs, _table)
+    if arguments.plot and rows:
         plot(rows, arguments.plot)
-    return 0
+    return code
 
 
-def _row(case: Case, found: Comparison) -> dict[str, Any]:
+def measure(case: Case, seconds: float) -> dict[str, Any]:
+    """The figures of one line."""
+    return _row(compare(case.subject(), memory=True, check=False, budget_seconds=seconds))
+
+
+def _row(found: Comparison) -> dict[str, Any]:
     providers = [
         provider for record in found.records for op, provider, _ in record.providers if op == "attention"
     ]
     return {
-        **asdict(case),
         "ratio": found.speed.as_dict(),
         "noise": found.noise.as_dict(),
         "seconds": {name: found.timings.median(name) for name in ("inductor", "fxopt")},
@@ -158,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", default="512,1024,2048,4096", help="numbers of tokens, by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="by commas")
     parser.add_argument("--train", action="store_true", help="training too")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the timing of one line")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    add_arguments(parser, seconds=3.0)
     parser.add_argument("--plot", type=Path, help="a PNG or SVG file")
     parser.add_argument("--draw", type=Path, help="a JSON file of an earlier run, to be drawn only")
     return parser

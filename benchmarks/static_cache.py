@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.decoding import Row, Step, add_common, compared, compile_all, numbers, run
+from benchmarks.decoding import Row, Step, compared, compile_all, run
 from benchmarks.latent_model import cached_sizes, latent_model
+from benchmarks.running import add_arguments, numbers
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     cases = [
-        (room, filled)
+        {"batch": arguments.batch, "room": room, "filled": filled}
         for room in numbers(arguments.rooms)
         for filled in ([room] if arguments.sliding else numbers(arguments.filled))
         if arguments.sliding or filled < room
@@ -30,19 +31,18 @@ def main() -> int:
     return run(arguments, cases, measure, "a static cache")
 
 
-def measure(arguments: argparse.Namespace, room: int, filled: int) -> Row:
+def measure(arguments: argparse.Namespace, batch: int, room: int, filled: int) -> Row:
     """One line: a decoding step at one filling of a cache."""
     model = _model(arguments, room)
     config = model.config
-    entries = [torch.randn(arguments.batch, *size) for size in cached_sizes(config, room)]
+    entries = [torch.randn(batch, *size) for size in cached_sizes(config, room)]
     steps = {name: _step(call, config, entries, filled) for name, call in compile_all(model).items()}
     with torch.no_grad():
         logits = {name: step() for name, step in steps.items()}
         with float64_everywhere():
             exact = _step(copy.deepcopy(model).double(), config, entries, filled)()
         _judge(logits, exact)
-        case = {"batch": arguments.batch, "room": room, "filled": filled}
-        return {**case, **compared(steps, arguments.seconds)}
+        return compared(steps, arguments.seconds)
 
 
 def _judge(logits: dict[str, torch.Tensor], exact: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--latent", action="store_true", help="multi-head latent attention, as DeepSeek has it"
     )
     parser.add_argument("--sliding", action="store_true", help="windows of sliding layers, which are full")
-    add_common(parser, seconds=6.0)
+    add_arguments(parser, seconds=6.0)
     return parser
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from fxopt.suites.plan import Plan
 
 app = typer.Typer(
     name="fxopt",
@@ -23,6 +26,39 @@ Attention = Annotated[str | None, typer.Option("--attn", help="eager or sdpa; de
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Disable = Annotated[str | None, typer.Option(help="Passes not to run, separated by commas; or all.")]
+
+# The options of `bench`.
+Suite = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="A suite (hf, generate, train, attention, fusion, compile), then models as for explain; "
+        "without a suite: hf, without models: all that the suite has."
+    ),
+]
+Models = Annotated[str | None, typer.Option(help="Models, separated by commas.")]
+Size = Annotated[str, typer.Option("--size", "--sizes", help="tiny, small or full (GPU).")]
+Infer = Annotated[bool, typer.Option("--infer", help="Inference only.")]
+Train = Annotated[bool, typer.Option("--train", help="Training only.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
+Mode = Annotated[str | None, typer.Option(help="torch.compile's mode, of fxopt and Inductor.")]
+Seconds = Annotated[
+    float | None, typer.Option(min=0.05, help="Time for the timing of one row; 4, with tiny 1.")
+]
+Batches = Annotated[str | None, typer.Option(help="Batch sizes, by commas.")]
+Lengths = Annotated[str | None, typer.Option("--seq", "--lengths", help="Lengths, by commas.")]
+Layers = Annotated[str | None, typer.Option(help="compile: depths, by commas.")]
+Caches = Annotated[str, typer.Option(help="generate: dynamic, static, by commas.")]
+Kv = Annotated[str, typer.Option(help="generate: auto, int8, fp8, by commas.")]
+Tokens = Annotated[int, typer.Option(min=2, help="generate: tokens that a row writes.")]
+Tuned = Annotated[bool, typer.Option("--max-autotune", help="Inductor with max-autotune, too.")]
+Cold = Annotated[bool, typer.Option("--cold", help="hf: empty caches for training rows, too.")]
+Generate = Annotated[bool, typer.Option("--generate", help="compile: the first generate of decoders.")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="compile: processes for each figure.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not compare with float64.")]
+Out = Annotated[Path | None, typer.Option(help="Write JSON lines there.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep the rows that --out has of the same plan and commit.")
+]
 
 
 def main() -> None:
@@ -105,43 +141,70 @@ def demo(
 
 @app.command()
 def bench(
-    targets: Annotated[
-        list[str] | None, typer.Argument(help="As for explain; none: the whole suite.")
-    ] = None,
-    models: Annotated[str | None, typer.Option(help="The same, separated by commas.")] = None,
-    size: Annotated[str, typer.Option("--size", "--sizes", help="tiny or small.")] = "small",
-    infer: Annotated[bool, typer.Option("--infer", help="Inference only.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Training only.")] = False,
+    targets: Suite = None,
+    models: Models = None,
+    size: Size = "small",
+    infer: Infer = False,
+    train: Train = False,
     attention: Attention = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time for the timing of one row.")] = 4.0,
-    batch: Batch = None,
-    seq: Seq = None,
+    threads: Threads = 1,
+    mode: Mode = None,
+    seconds: Seconds = None,
+    batch: Batches = None,
+    seq: Lengths = None,
+    layers: Layers = None,
+    caches: Caches = "dynamic,static",
+    kv: Kv = "auto",
+    tokens: Tokens = 32,
+    tuned: Tuned = False,
+    cold: Cold = False,
+    generate: Generate = False,
+    repeats: Repeats = None,
+    no_check: NoCheck = False,
     disable: Disable = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON lines there.")] = None,
+    out: Out = None,
+    resume: Resume = False,
 ) -> None:
-    """fxopt against TorchInductor, side by side in one process; Ctrl-C keeps what was measured."""
+    """fxopt beside TorchInductor and others, in one process; Ctrl-C keeps what was measured."""
+    given = dict(locals())
     from fxopt.commands import bench as command
 
-    names = [*(targets or []), *(models or "").split(",")]
-    plan = command.Plan(
-        models=tuple(name.strip() for name in names if name.strip()),
-        size=size,
-        infer=infer or not train,
-        train=train or not infer,
-        attention=attention,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        seconds=seconds,
-        batch=batch,
-        seq=seq,
-        options=_disabled(disable),
-        out=out,
-    )
-    raise typer.Exit(command.run(plan, Console()))
+    raise typer.Exit(command.run(_plan(given), Console()))
+
+
+def _plan(given: dict[str, Any]) -> Plan:
+    """The plan of `bench` from its options, by name."""
+    from fxopt.suites.plan import SUITES, Plan
+
+    names = [name for name in given.pop("targets") or [] if name.strip()]
+    suite = names.pop(0) if names and names[0] in SUITES else "hf"
+    infer, train = given.pop("infer"), given.pop("train")
+    changed = {
+        "models": (*names, *_words(given.pop("models"))),
+        "infer": infer or not train,
+        "train": train or not infer,
+        "batches": _numbers("--batch", given.pop("batch")),
+        "lengths": _numbers("--seq", given.pop("seq")),
+        "layers": _numbers("--layers", given.pop("layers")),
+        "caches": _words(given.pop("caches")),
+        "kv": _words(given.pop("kv")),
+        "check": not given.pop("no_check"),
+        "options": _disabled(given.pop("disable")),
+    }
+    return Plan(suite=suite, **changed, **given)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{flag} wants positive numbers, separated by commas, and not {text!r}")
+    return tuple(map(int, words))
 
 
 cache_app = typer.Typer(

@@ -30,6 +30,7 @@ LEVELS = {
     "pipeline": 4,
     "backend": 4,
     "measure": 5,
+    "suites": 5,
     "commands": 5,
     "cli": 5,
     "__main__": 5,
@@ -199,6 +200,8 @@ def test_environment_is_read_in_one_place() -> None:
 # Besides options.py: who sets or shows variables of other programs, or writes files that do.
 ENVIRONMENT_READERS = {
     "fxopt/codegen/kernel_file.py",
+    "fxopt/measure/compiled.py",
+    "fxopt/suites/train.py",
     "fxopt/integrations/autoload.py",
     "fxopt/commands/doctor.py",
     "fxopt/commands/demo.py",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt import __version__, cli
-from fxopt.commands import bench
+from fxopt.suites import hf
 from support.cli import Run
 
 TARGETS = """
@@ -218,8 +218,10 @@ def _row(model: str, ratio: float, **more: Any) -> dict[str, Any]:
         "model": model,
         "phase": "infer",
         "ratio": interval,
-        "noise": interval | {"median": 1.0},
+        "noise": dict.fromkeys(interval, 1.0),
+        "over": {},
         "seconds": {"inductor": 0.002, "fxopt": 0.001},
+        "dynamo": {"fxopt": {"graphs": 1, "breaks": 0, "recompiles": 0}},
         "sites": {"some-pass": 2},
         "accepted": True,
         "faults": [],
@@ -247,7 +249,7 @@ class TestBench:
         self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         rows = iter([_row("a", 1.25), KeyboardInterrupt()])
-        monkeypatch.setattr(bench, "_one", lambda plan, case: _next(rows))
+        monkeypatch.setattr(hf, "_one", lambda plan, case: _next(rows))
         out = tmp_path / "b.jsonl"
         result = run("bench", "a", "b", "c", "--infer", "--out", str(out))
         assert result.exit_code == 130
@@ -258,14 +260,12 @@ class TestBench:
     def test_a_model_that_fails_does_not_stop_the_rest(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from fxopt.measure import suite
-
         def measure(case: Any, *rest: Any, **more: Any) -> dict[str, Any]:
             if case.model == "bert":
                 raise RuntimeError("boom")
             return _row(case.model, 1.0)
 
-        monkeypatch.setattr(suite, "measure", measure)
+        monkeypatch.setattr(hf, "measure", measure)
         result = run("bench", "bert", "gpt2", "--infer", "--size", "tiny")
         assert result.exit_code == 1
         assert "RuntimeError: boom" in result.stdout
@@ -277,22 +277,14 @@ class TestBench:
     def test_a_defect_is_an_exit_code(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, defect: dict[str, Any]
     ) -> None:
-        monkeypatch.setattr(bench, "_one", lambda plan, case: _row("a", 1.0, **defect))
+        monkeypatch.setattr(hf, "_one", lambda plan, case: _row("a", 1.0, **defect))
         assert run("bench", "a", "--infer").exit_code == 1
-
-    def test_summary(self) -> None:
-        rows = [_row("a", 0.5), _row("b", 2.0), {"model": "c", "phase": "infer", "error": "x"}]
-        summary = bench.summarize(rows)
-        assert summary["geomean"] == 1.0
-        assert (summary["min"], summary["min_row"]) == (0.5, "a infer")
-        assert summary["below_floor"] == ["a infer"]
-        assert bench.summarize([]) == {"rows": 0}
 
     def test_infinite_errors_are_json(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
     ) -> None:
         row = _row("a", 1.0, errors={"fxopt": float("inf")}, accepted=False)
-        monkeypatch.setattr(bench, "_one", lambda plan, case: dict(row))
+        monkeypatch.setattr(hf, "_one", lambda plan, case: dict(row))
         out = tmp_path / "b.jsonl"
         run("bench", "a", "--infer", "--out", str(out))
         json.loads(out.read_text().splitlines()[1], parse_constant=pytest.fail)

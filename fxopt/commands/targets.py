@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import UserError
+from fxopt.measure.full_models import FULL
 from fxopt.measure.models import Subject, build, from_config, with_inputs
 from fxopt.measure.shrink import SCALES, Scale
 from fxopt.options import nearest
@@ -55,7 +56,8 @@ class Request:
     """How the target is to be built.
 
     Attributes:
-        size: a key of `SCALES`; used for model types only, a saved model has its own size.
+        size: a key of `SCALES`; used for model types only: a saved model and one of `FULL` have their own
+            size. With `full` a model type is as `small` makes it.
         batch, seq: of generated inputs; None is the size's own.
         dtype: `float32`, `bfloat16`, `float16`, `float64`.
         attention: `attn_implementation`; None is transformers' default.
@@ -75,10 +77,10 @@ class Request:
         Raises:
             UnknownChoice: there is no such size.
         """
-        if self.size not in SCALES:
+        if self.size not in (*SCALES, "full"):
             raise UnknownChoice(flag="--size", value=self.size, valid=", ".join(SCALES))
         given = {name: value for name, value in (("batch", self.batch), ("seq", self.seq)) if value}
-        return Scale(**{**vars(SCALES[self.size]), **given})
+        return Scale(**{**vars(SCALES.get(self.size, SCALES["small"])), **given})
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype asked for.
@@ -123,6 +125,8 @@ def _from_name(
 ) -> Subject:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    if target.lower() in FULL:
+        return _of_full_size(target.lower(), request, dtype)
     known = {name.replace("_", "-"): name for name in CONFIG_MAPPING_NAMES}
     name = known.get(target.replace("_", "-"))
     if name is not None:
@@ -141,6 +145,17 @@ def _from_name(
             target=target, reason="it is a model id, and HF_HUB_OFFLINE forbids to fetch it"
         )
     return _load(target, scale, request, dtype)
+
+
+def _of_full_size(name: str, request: Request, dtype: torch.dtype) -> Subject:
+    """A published configuration with random weights, made on the device."""
+    import transformers
+
+    full = FULL[name]
+    config = transformers.AutoConfig.for_model(full.kind, **full.config)
+    scale = Scale(batch=request.batch or full.batch, seq=request.seq or full.seq)
+    how: dict[str, Any] = {"attention": request.attention, "training": request.training}
+    return from_config(config, scale, dtype=dtype, device=request.device, **how)
 
 
 def _from_directory(path: Path, scale: Scale, request: Request, dtype: torch.dtype) -> Subject:

@@ -40,7 +40,7 @@ def labels_for(model: Any, inputs: Inputs, scale: Scale) -> Inputs:
     if "labels" not in parameters:
         return {}
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if ids is not None:
+    if ids is not None and not type(model).__name__.endswith("SequenceClassification"):
         return {"labels": ids.clone()}
     if type(model).__name__.endswith("CTC"):
         return {"labels": torch.randint(5, model.config.vocab_size, (scale.batch, 4))}

@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
     """Plain values, for the head of a results file."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -32,6 +32,27 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def command() -> str:
+    """What was called, as it can be called in any other checkout: paths are relative to the repository."""
+    words = [_relative(word) for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", *_module(), *words])
+
+
+def _relative(word: str) -> str:
+    """A path, also behind `--option=`; outside of the repository only its last part says anything."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    root = _root()
+    inside = path.is_relative_to(root)
+    return f"{option}{equals}{path.relative_to(root) if inside else path.name}"
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[2]
 
 
 def cpu_name() -> str:
@@ -45,11 +66,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that fxopt is loaded from, with `+` when its files were changed since."""
-    root = Path(__file__).resolve().parents[2]
+    """The commit of the checkout that fxopt is loaded from, with `+` when its files were changed since.
+
+    Where it is installed elsewhere, what a file COMMIT in the package says.
+    """
+    root = _root()
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     if head is None or _git(root, "rev-parse", "--show-toplevel") != str(root):
-        return None
+        note = root / "fxopt" / "COMMIT"
+        return note.read_text().strip() or None if note.is_file() else None
     return head + ("+" if _git(root, "status", "--porcelain", "--", "fxopt", "passes") else "")
 
 

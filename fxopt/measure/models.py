@@ -74,6 +74,31 @@ class Subject:
 
         return train
 
+    def answering(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """`step`, with all that its result means: of a training step the loss and the gradients, in order."""
+        if not self.training or not isinstance(self.model, torch.nn.Module):
+            return step
+        parameters = list(self.model.parameters())
+
+        def answer() -> list[torch.Tensor]:
+            torch.manual_seed(0)  # for dropout that drops nothing, but draws
+            loss = loss_of(step()).detach()
+            return [loss, *(one.grad.clone() for one in parameters if one.grad is not None)]
+
+        return answer
+
+    def without_chance(self) -> Subject:
+        """The same model with dropout that is computed, and drops nothing.
+
+        As PyTorch's dashboard does it: probabilities of 1e-30, so that the gradients of two runs can be
+        compared while the cost of dropout stays. The model is changed.
+        """
+        if isinstance(self.model, torch.nn.Module):
+            for module in self.model.modules():
+                for holder in (module, getattr(module, "config", None)):
+                    _keep_all(holder)
+        return self
+
     def double(self) -> Subject:
         """A copy in float64. Run it under `fxopt.measure.accuracy.float64_everywhere`."""
         args, kwargs = pytree.tree_map(_to_double, (self.args, self.kwargs))
@@ -129,24 +154,29 @@ def from_config(
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     training: bool = False,
+    device: str = "cpu",
     seed: int = 0,
 ) -> Subject:
-    """A random model of exactly this configuration.
+    """A random model of exactly this configuration, made on the device and in the dtype that it is to have.
 
     Raises:
         CannotBuild: with the reason.
     """
     torch.manual_seed(seed)
-    extra = {} if attention is None else {"attn_implementation": attention}
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    extra |= {} if device == "cpu" else {"dtype": dtype}
     try:
-        model = model_class(config)._from_config(config, **extra)
+        with torch.device(device):
+            model = model_class(config)._from_config(config, **extra)
     except Exception as error:
         raise CannotBuild(name=config.model_type, reason=_short(error)) from error
-    return with_inputs(model.to(dtype), scale, training=training, seed=seed)
+    return with_inputs(model.to(dtype), scale, training=training, device=device, seed=seed)
 
 
-def with_inputs(model: Any, scale: Scale, *, training: bool = False, seed: int = 0) -> Subject:
-    """Inputs for a transformers model, found by trying on the model itself.
+def with_inputs(
+    model: Any, scale: Scale, *, training: bool = False, device: str = "cpu", seed: int = 0
+) -> Subject:
+    """Inputs for a transformers model, found by trying on the model itself, which is on `device`.
 
     Raises:
         CannotBuild: no generated inputs are accepted; the reason is that for the plainest ones.
@@ -157,10 +187,12 @@ def with_inputs(model: Any, scale: Scale, *, training: bool = False, seed: int =
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         for inputs in candidates(model.eval(), scale):
-            inputs = {key: _cast(value, dtype) for key, value in inputs.items()}
+            inputs = {key: _cast(value, dtype).to(device) if isinstance(value, torch.Tensor) else value
+                      for key, value in inputs.items()}  # fmt: skip
             reason = _refusal(model, inputs)
             if reason is None:
                 extra = labels_for(model, inputs, scale) if training else {}
+                extra = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), extra)
                 return Subject(name, model.train(training), (), inputs | extra, training)
             reasons.append(reason)
     except KeyError as missing:
@@ -203,6 +235,14 @@ def _refusal(model: Any, inputs: Inputs) -> str | None:
     except Exception as error:
         return _short(error)
     return None
+
+
+def _keep_all(holder: Any) -> None:
+    """Every probability of dropping something becomes 1e-30."""
+    for name, value in list(vars(holder).items()) if holder is not None else []:
+        probability = "drop" in name or (name == "p" and isinstance(holder, torch.nn.Dropout))
+        if probability and isinstance(value, float) and value > 0:
+            setattr(holder, name, 1e-30)
 
 
 def _short(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxopt.measure.compare import BASELINE, CANDIDATE, compare, stage_seconds
+from fxopt.measure.compare import compare, stage_seconds
 from fxopt.measure.models import Subject, build
 from fxopt.measure.shrink import Scale
 
@@ -55,13 +55,52 @@ SUITE: dict[str, dict[str, Any]] = {
 }
 
 
+def _dashboard(model: str, name: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    """A class of PyTorch's dashboard list that differs from the first head of its model type."""
+    return model, {"architectures": [name], **more}
+
+
+# What is not the first class of its model type, or whose small configuration needs more: name -> model type
+# and attributes. The names are those of PyTorch's performance dashboard (benchmarks/dynamo of PyTorch).
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "BartForCausalLM": _dashboard("bart", "BartForCausalLM"),
+    "BertForQuestionAnswering": _dashboard("bert", "BertForQuestionAnswering"),
+    "BlenderbotForCausalLM": _dashboard("blenderbot", "BlenderbotForCausalLM"),
+    "BlenderbotSmallForCausalLM": _dashboard("blenderbot-small", "BlenderbotSmallForCausalLM"),
+    "ElectraForCausalLM": _dashboard("electra", "ElectraForCausalLM"),
+    "GPT2ForSequenceClassification": _dashboard("gpt2", "GPT2ForSequenceClassification", pad_token_id=0),
+    "MBartForCausalLM": _dashboard("mbart", "MBartForCausalLM"),
+    "MegatronBertForCausalLM": _dashboard("megatron-bert", "MegatronBertForCausalLM"),
+    "PegasusForCausalLM": _dashboard("pegasus", "PegasusForCausalLM"),
+    "PLBartForCausalLM": _dashboard("plbart", "PLBartForCausalLM"),
+    "RobertaForCausalLM": _dashboard("roberta", "RobertaForCausalLM"),
+    "TrOCRForCausalLM": _dashboard("trocr", "TrOCRForCausalLM"),
+    "XGLMForCausalLM": _dashboard("xglm", "XGLMForCausalLM"),
+}
+# More model types of the dashboard's list, and decoders that are newer than it.
+MORE: tuple[str, ...] = (
+    "camembert", "convbert", "fnet", "gpt_neo", "gptj", "layoutlm", "longformer", "m2m_100", "mobilebert",
+    "mt5", "xlnet", "gemma3_text", "gpt_oss", "modernbert", "deepseek_v3", "granite", "olmo2",
+    "smollm3", "glm4", "starcoder2",
+)  # fmt: skip
+
+
+def suite_of(size: str) -> tuple[str, ...]:
+    """What is measured without a choice: all at the size that is quick, the first 25 else."""
+    return (*SUITE, *NAMED, *MORE) if size == "tiny" else tuple(SUITE)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One line of the table."""
+    """One line of the table. `target`: what is built; `model` is its name in the table."""
 
     model: str
     training: bool
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        return NAMED[self.model][0] if self.model in NAMED else self.model
 
     @property
     def phase(self) -> str:
@@ -70,7 +109,7 @@ class Case:
     def subject(self, scale: Scale, attention: str | None, dtype: torch.dtype, device: str) -> Subject:
         """The model and its inputs, on the device."""
         return build(
-            self.model,
+            self.target,
             scale,
             attention=attention,
             dtype=dtype,
@@ -83,34 +122,35 @@ def cases(models: Sequence[str], *, infer: bool = True, train: bool = True) -> I
     """Inference and training of each model; those of the suite with the suite's configuration."""
     for model in models:
         for training in [False] * infer + [True] * train:
-            yield Case(model, training, SUITE.get(model, {}))
+            yield Case(model, training, NAMED[model][1] if model in NAMED else SUITE.get(model, {}))
 
 
-def measure(case: Case, subject: Subject, options: Mapping[str, Any] | None, **timing: Any) -> dict[str, Any]:
-    """One row, as plain values.
+def measure(case: Case, subject: Subject, options: Mapping[str, Any] | None, **how: Any) -> dict[str, Any]:
+    """One row, as plain values. Dropout is computed and drops nothing, so that gradients can be compared.
 
-    A training step draws dropout masks, of which every backend draws its own, so only inference is compared
-    with float64.
+    Args:
+        how: arguments of `fxopt.measure.compare.compare`.
     """
-    found = compare(subject, options=options, check=not case.training, **timing)
+    given = {"eager": True, "memory": True, "cold": True, **how}
+    found = compare(subject.without_chance(), options=options, **given)
+    compiled = found.compiled.items()
     row = {
         "model": case.model,
         "phase": case.phase,
-        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
-        "ratio": found.speed.as_dict(),
-        "noise": found.noise.as_dict(),
-        "seconds": {name: found.timings.median(name) for name in (BASELINE, CANDIDATE)},
-        "rounds": len(found.timings.seconds[CANDIDATE]),
-        "first_call": {name: round(seconds, 3) for name, seconds in found.first_call.items()},
+        "parameters": sum(parameter.numel() for parameter in _parameters(subject)),
+        **found.row(),
+        "first_call": {name: round(one.seconds, 3) for name, one in compiled},
+        "warm": {name: round(seconds, 3) for name, seconds in found.warm.items()},
+        "dynamo": {name: one.counts for name, one in compiled},
         "stages": {name: round(seconds, 4) for name, seconds in stage_seconds(found.records).items()},
         "graphs": len(found.records),
-        "sites": found.sites,
-        "errors": found.errors,
-        "accepted": found.accepted,
-        "faults": found.faults,
     }
     release()
     return row
+
+
+def _parameters(subject: Subject) -> list[torch.Tensor]:
+    return list(subject.model.parameters()) if isinstance(subject.model, torch.nn.Module) else []
 
 
 def release() -> None:

@@ -46,6 +46,11 @@ class Timings:
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
 
+    def spread(self, name: str) -> list[float]:
+        """Seconds between which half of the rounds lie: the first and the third quartile."""
+        first, _, third = statistics.quantiles(self.seconds[name], n=4, method="inclusive")
+        return [first, third]
+
     def ratio(self, over: str, under: str) -> Ratio:
         """Time of `over` divided by time of `under`: more than 1 when `under` is the faster."""
         above, below = self.seconds[over], self.seconds[under]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,12 +13,12 @@ import transformers
 from fxopt.measure.compare import exact_result
 from fxopt.measure.models import CannotBuild, Subject, build, loss_of
 from fxopt.measure.shrink import SCALES, Scale, shrink
-from fxopt.measure.suite import SUITE, cases
+from fxopt.measure.suite import SUITE, cases, suite_of
 
 TINY = SCALES["tiny"]
 
 
-@pytest.mark.parametrize("name", SUITE)
+@pytest.mark.parametrize("name", suite_of("tiny"))
 def test_every_model_of_the_suite_is_small_and_runs(name: str) -> None:
     for case in cases([name]):
         subject = case.subject(TINY, None, torch.float32, "cpu")
@@ -29,6 +31,29 @@ def test_every_model_of_the_suite_is_small_and_runs(name: str) -> None:
 
 def test_suite_has_the_architectures_that_it_promises() -> None:
     assert len(SUITE) >= 25
+    assert len(set(suite_of("tiny"))) == len(suite_of("tiny")) >= 40
+
+
+def test_a_class_of_the_dashboard_is_the_class_that_is_built() -> None:
+    for name in ("BartForCausalLM", "GPT2ForSequenceClassification"):
+        (case,) = cases([name], train=False)
+        assert type(case.subject(TINY, None, torch.float32, "cpu").model).__name__ == name
+
+
+def test_a_training_step_without_chance_gives_the_same_gradients() -> None:
+    subject = build("bert", TINY, training=True)
+    step = subject.answering(subject.step(subject.model))
+    assert any(not torch.equal(a, b) for a, b in zip(step(), _other_seed(step), strict=True))
+    subject.without_chance()
+    first, second = step(), _other_seed(step)
+    assert len(first) > 20
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _other_seed(step: Callable[[], Any]) -> Any:
+    """`answering` sets the seed; here it is another one."""
+    with mock.patch("torch.manual_seed", lambda seed: torch.default_generator.manual_seed(seed + 1)):
+        return step()
 
 
 def test_training_has_a_loss_of_the_model() -> None:

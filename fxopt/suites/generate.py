@@ -1,0 +1,169 @@
+"""`generate` as users call it: prompts and tokens a second, by cache, batch and length of the prompt.
+
+A row is timed twice in turns, writing one token and writing many: the first is the prompt's time, and what
+the others add is theirs. The floor of a token is the time in which the memory hands over all weights and the
+keys and values, at the speed of a large copy that is timed beside.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fxopt.commands.targets import Request, resolve
+from fxopt.measure.compare import faults_of, figures
+from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TWIN, how
+from fxopt.measure.full_models import FULL
+from fxopt.measure.jobs import Job
+from fxopt.measure.memory import copy_bandwidth, peak_bytes
+from fxopt.measure.models import Subject
+from fxopt.measure.results import Row
+from fxopt.measure.suite import release
+from fxopt.measure.timing import Timings, interleave
+from fxopt.report.record import collect
+from fxopt.suites.plan import Plan, megabytes, over
+
+TITLE = "time of inductor / time of fxopt in `generate`: more than 1 means that fxopt is faster"
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "over eager": over(EAGER),
+    "inductor tokens/s": lambda row: f"{row['tokens_per_second'][BASELINE]:.4g}",
+    "fxopt tokens/s": lambda row: f"{row['tokens_per_second'][CANDIDATE]:.4g}",
+    "of the floor": lambda row: f"{row['floor'][CANDIDATE]:.0%}" if "floor" in row else "-",
+    "MB": megabytes,
+    "same tokens": lambda row: f"{row['same_tokens']:.0%}",
+}
+MODELS = ("llama", "qwen3", "gemma2")
+# (batches, lengths of prompts) by size.
+SHAPES = {
+    "tiny": ((1, 4), (16, 64)),
+    "small": ((1, 8), (64, 512)),
+    "full": ((1, 8), (512, 4096)),
+}
+PHASES = ("prompt", "decode")
+Step = Callable[[], Any]
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """Two for each model, cache, dtype of the cache, batch and length, which share what they measure."""
+    batches, lengths = SHAPES[plan.size]
+    decoders = tuple(name for name, model in FULL.items() if model.decoder)
+    cases = itertools.product(
+        plan.models or (decoders if plan.size == "full" else MODELS),
+        plan.caches, plan.kv, plan.batches or batches, plan.lengths or lengths,
+    )  # fmt: skip
+    return list(_both_phases(plan, cases))
+
+
+def _both_phases(plan: Plan, cases: Any) -> Iterator[Job]:
+    for case in cases:
+        key = dict(zip(("model", "cache", "kv", "batch", "length"), case, strict=True))
+        once = functools.cache(functools.partial(_measure, plan, **key))
+        for phase in PHASES:
+            yield Job(key | {"phase": phase}, functools.partial(_row, phase, once, key, plan.tokens))
+
+
+def _row(phase: str, measured: Callable[[], Row], key: Row, tokens: int) -> Row:
+    found = measured()
+    times: Timings = found[phase]
+    count = key["batch"] * (key["length"] if phase == "prompt" else 1)
+    row = figures(times)
+    seconds = row["seconds"]
+    row |= {
+        "tokens_per_second": {name: count / each for name, each in seconds.items()},
+        "same_tokens": found["same_tokens"],
+        "accepted": found["accepted"],
+        "faults": found["faults"],
+        "peak_bytes": found["peak_bytes"],
+    }
+    if phase == "decode":
+        floor = found["bytes"] / found["bandwidth"]
+        row["floor"] = {name: floor / each for name, each in seconds.items()}
+        row |= {"bytes": found["bytes"], "bandwidth": found["bandwidth"]}
+    return row
+
+
+def _measure(plan: Plan, model: str, cache: str, kv: str, batch: int, length: int) -> Row:
+    request = Request(plan.size, batch, length, plan.dtype, plan.attention, False, plan.device)
+    subject = resolve(model, request)
+    release()
+    with collect() as records:
+        steps = {
+            name: (_step(one, subject, cache, 1), _step(one, subject, cache, plan.tokens + 1))
+            for name, one in _writers(plan, subject, kv).items()
+        }
+        for _ in range(2):  # compiles: for the first length of the cache, and for all others
+            texts = {name: long() for name, (_, long) in steps.items()}
+        for short, _ in steps.values():
+            short()
+    steps[TWIN] = steps[BASELINE]
+    turns = {f"{name}/{place}": step for name, pair in steps.items() for place, step in enumerate(pair)}
+    times = interleave(turns, budget_seconds=4 * plan.budget)
+    same = (texts[CANDIDATE] == texts[EAGER]).double().mean().item()
+    found = {
+        **_phases(times, list(steps), plan.tokens),
+        "same_tokens": same,
+        # Rounding may choose another token: in float32, with rows as they are, it does not.
+        "accepted": same == 1.0 or plan.dtype != "float32" or kv != "auto",
+        "faults": faults_of(records),
+        "peak_bytes": {name: peak_bytes(steps[name][1]) for name in (EAGER, BASELINE, CANDIDATE)},
+        "bytes": _token_bytes(subject, batch, length + plan.tokens // 2),
+        "bandwidth": copy_bandwidth(plan.device),
+    }
+    release()
+    return found
+
+
+def _writers(plan: Plan, subject: Subject, kv: str) -> dict[str, Any]:
+    """Who has `generate`. All share the weights."""
+    options = {**plan.options, **({"kv_cache_dtype": kv} if kv != "auto" else {})}
+    theirs = copy.copy(subject.model)
+    theirs.compile(**how(BASELINE, mode=plan.mode))
+    ours = torch.compile(subject.model, **how(CANDIDATE, mode=plan.mode, options=options))
+    return {EAGER: subject.model, BASELINE: theirs, CANDIDATE: ours}
+
+
+def _step(model: Any, subject: Subject, cache: str, tokens: int) -> Step:
+    """Greedily, always so many tokens."""
+    prompt = subject.kwargs["input_ids"]
+    given: dict[str, Any] = {
+        "attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False,
+        "pad_token_id": 0, "eos_token_id": None, "disable_compile": True,
+    }  # fmt: skip
+    if cache == "static":
+        given |= {"cache_implementation": "static"}
+
+    def write() -> Any:
+        with torch.no_grad():
+            return model.generate(prompt, **given)
+
+    return write
+
+
+def _phases(times: Timings, names: list[str], tokens: int) -> dict[str, Timings]:
+    """The prompt, and one token: the difference of two texts in the same round, by the tokens."""
+    short, long = ({name: times.seconds[f"{name}/{place}"] for name in names} for place in (0, 1))
+    tiny = 1e-9  # a difference that the noise of a round makes negative is no time
+    decode = {
+        name: [max(b - a, tiny) / tokens for a, b in zip(short[name], long[name], strict=True)]
+        for name in names
+    }
+    return {"prompt": Timings(short), "decode": Timings(decode)}
+
+
+def _token_bytes(subject: Subject, batch: int, length: int) -> int:
+    """What one token must read: all weights but the rows of embeddings, and the keys and values."""
+    model = subject.model
+    weights = {id(one): one for one in model.parameters()}
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is None or head.weight is not table:
+        weights.pop(id(table), None)
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    rows = 2 * batch * length * groups * width * config.num_hidden_layers
+    return int(sum(one.nbytes for one in weights.values()) + rows * table.element_size())

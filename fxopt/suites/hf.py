@@ -1,0 +1,56 @@
+"""Architectures of transformers, inference and training: the Hugging Face suite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fxopt.commands.targets import Request, resolve
+from fxopt.measure.full_models import FULL
+from fxopt.measure.jobs import Job
+from fxopt.measure.results import Row
+from fxopt.measure.suite import Case, cases, measure, suite_of
+from fxopt.suites.plan import Plan, megabytes, milliseconds, over
+
+TITLE = "time of inductor / time of fxopt: more than 1 means that fxopt is faster"
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "inductor ms": milliseconds("inductor"),
+    "fxopt ms": milliseconds("fxopt"),
+    "over eager": over("eager"),
+    "cold s": lambda row: _pair(row, "first_call"),
+    "warm s": lambda row: _pair(row, "warm"),
+    "MB": megabytes,
+    "graphs/breaks/again": lambda row: "/".join(map(str, row["dynamo"]["fxopt"].values())),
+    "right": lambda row: {None: "-", True: "yes", False: "NO"}[row.get("dashboard")],
+    "sites": lambda row: str(sum(row["sites"].values())),
+}
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """One for each architecture and phase."""
+    names = plan.models or tuple(FULL if plan.size == "full" else suite_of(plan.size))
+    todo = [
+        case
+        for case in cases(names, infer=plan.infer, train=plan.train)
+        if not case.training or case.model not in FULL or FULL[case.model].trained
+    ]
+    return [
+        Job({"model": case.model, "phase": case.phase}, functools.partial(_one, plan, case)) for case in todo
+    ]
+
+
+def _one(plan: Plan, case: Case) -> Row:
+    request = Request(
+        plan.size, plan.batch, plan.length, plan.dtype, plan.attention, case.training, plan.device
+    )
+    subject = resolve(case.target, request, **case.overrides)
+    more: dict[str, Any] = {"check": plan.check, "tuned": plan.tuned, "mode": plan.mode}
+    more["cold"] = plan.cold or not case.training
+    found = measure(case, subject, plan.options, budget_seconds=plan.budget, **more)
+    return {name: value for name, value in found.items() if name not in ("model", "phase")}
+
+
+def _pair(row: Row, name: str) -> str:
+    seconds = row.get(name, {})
+    return " → ".join(f"{seconds[each]:.1f}" for each in ("inductor", "fxopt") if each in seconds) or "-"
