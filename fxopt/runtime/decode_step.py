@@ -5,7 +5,7 @@ Each of the guards is known to hold as it did at the step before, by something t
 - global state (gradients, autocast, inference mode, torch's modes): compared with what it was;
 - arguments: the same objects, or tensors whose sizes, strides, dtype and device are checked;
 - the cache: nothing has changed since the last step ended (`Watched`), its tensors are held by nobody else,
-  and have room behind them (`Growth.at_tip`);
+  and have room behind them (`Growth.resized`);
 - everything else that a guard looks at: the same as when they held (`Relied`);
 - guards about sizes: computed anew from the sizes of this step (`size_checks`).
 
@@ -106,11 +106,12 @@ class DecodeStep:
         given = self._given(rows, users)
         if not self.sizes(rows, *users) or self.call.instead(given) is not None:
             return SLOW
-        found = self.call.growth.at_tip(pasts, given)
-        if found is None:
+        resized = self.call.growth.resized(pasts, given)
+        if resized is None:
             return SLOW
-        del pasts
-        result = self.tail(self.call.run(given, *found), self.model, **kwargs)
+        with resized:
+            outputs = self.call.run(given, resized.grown, resized.handed_out)
+        result = self.tail(outputs, self.model, **kwargs)
         self.watched.after_a_step()
         return result
 
