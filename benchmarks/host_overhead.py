@@ -22,6 +22,7 @@ from benchmarks.running import add_arguments, numbers, run
 from fxopt.measure.jobs import Job
 from fxopt.runtime.decode_path import DecodePath
 from fxopt.runtime.kv_calls import GrowingCall, noted
+from fxopt.runtime.kv_growth import Resized
 from fxopt.runtime.step_loops import CURRENT
 
 # Steps before those that are counted: the last of the graphs is compiled, and its steps are learned.
@@ -106,7 +107,15 @@ class _Spent:
             return kept[0]
 
         graph.compiled = once
-        for holder, name in ((graph, "run"), (graph.growth, "of"), (graph.growth, "at_tip")):
+        growth = graph.growth
+        places = (
+            (graph, "run"),
+            (growth, "of"),
+            (growth, "at_tip"),
+            (growth, "resized"),
+            (Resized, "__enter__"),
+        )
+        for holder, name in places:
             setattr(holder, name, self._timed(getattr(holder, name)))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:

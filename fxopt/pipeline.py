@@ -205,9 +205,9 @@ def _optimize(
             normal, adopted = _normalize(gm, example_inputs, options, record)
             off = {KNOWN_BUFFERS, "all"} & set(options.disable)
             known = [] if off else compute_known_buffers(normal, example_inputs)
+            frame = captured_frame(normal)  # its caches as they are, without room for new rows
             growing = _growing(gm, normal, example_inputs, options, record)
             growing.together = is_wanted(normal, options)
-            frame = captured_frame(normal) if growing.appends else None
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):

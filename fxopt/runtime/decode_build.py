@@ -15,6 +15,7 @@ from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import GrowingCall
 from fxopt.runtime.relied import Unknown
 from fxopt.runtime.step_loops import Loops
+from fxopt.runtime.step_numbers import NAME, Numbers, numbers_of
 from fxopt.runtime.watched import Site, Watched
 
 
@@ -31,11 +32,17 @@ class Graph:
 
 @dataclass
 class Seen:
-    """One step that went the slow way."""
+    """One step that went the slow way.
+
+    Attributes:
+        sites: where the caches are held. counts: likewise the integers that it changes, by their sources.
+        content: of what is watched, without these.
+    """
 
     call: GrowingCall
     watched: Watched
     sites: list[Site]
+    counts: dict[str, Site]
     content: list[list[tuple[Any, int]]]
 
 
@@ -60,14 +67,6 @@ def _variables(function: FunctionType) -> list[str]:
     return [*_signature(function).parameters, *function.__code__.co_freevars]
 
 
-def site_of(source: str, scope: dict[str, Any]) -> Site:
-    holder, _, name = source.rpartition(".")
-    held = getattr(eval(holder, dict(scope)), "__dict__", {})
-    if name not in held:
-        raise Unknown(f"no attribute {source}")
-    return held, name
-
-
 def step_of(
     model: Any, graph: Graph, seen: Seen, frame: Frame, inputs: Sequence[Any],
     kwargs: Mapping[str, Any], roots: dict[str, Any],
@@ -84,12 +83,13 @@ def step_of(
         raise Unknown("an argument is no input of the graph")
     if len({(append.dim, append.new) for append in call.appends}) != 1 or not counts_are_exact():
         raise Unknown("caches that grow in different ways")
-    replaced = _replacements(frame, call, users, inputs)
-    found = _inputs(call, users, frame, inputs, replaced)
+    numbers = numbers_of(call, frame, inputs, seen.counts)
+    replaced = _replacements(frame, call, users, inputs) | numbers.texts()
+    found = _inputs(call, users, frame, inputs, replaced, numbers)
     given = {*(name for _, name in users), rest}
     steady = ["G[", *(source for source, name in own.items() if name in roots)]
     steady += [f"L['{name}']" for name in _variables(type(model).forward) if name not in given]
-    names = [f"_tensor{number}" for number in range(len(users))]
+    names = [NAME, *(f"_tensor{number}" for number in range(len(users)))]
     pasts = [held[name] for held, name in seen.sites]
     tensors = _checked(pasts, call, [kwargs[name] for _, name in users], users, frame, found.ids)
     if graph.relied is None:
@@ -100,8 +100,8 @@ def step_of(
     loops = graph.loops
     forms = loops.forms(found.fixed, -1), loops.forms(pasts, dim)
     return DecodeStep(
-        call=call, inputs=found, tail=graph.tail, model=model, dim=dim, same=roots,
-        dicts=[held for held, _ in seen.sites], names=[name for _, name in seen.sites],
+        call=call, inputs=found, tail=graph.tail, model=model, same=roots,
+        numbers=numbers, dicts=[held for held, _ in seen.sites], names=[name for _, name in seen.sites],
         watched=seen.watched, relied=graph.relied, ambient=ambient(), sizes=sizes, tensors=tensors,
         loops=loops, forms=forms,
     )  # fmt: skip
@@ -131,13 +131,13 @@ def _tensor_guards(tensors: Sequence[torch.Tensor], frame: Frame, places: Sequen
 def _replacements(
     frame: Frame, call: GrowingCall, users: Sequence[tuple[int, str]], inputs: Sequence[Any]
 ) -> dict[str, str]:
-    """How sources are written in `size_checks`: rows, numbers, or parameters."""
+    """How sources are written in `size_checks` that do not change, and those of arguments."""
     found: dict[str, str] = {}
     for place, append in zip(call.places, call.appends, strict=True):
         source, tensor = frame.sources[place], inputs[place]
         for dim in range(tensor.dim()):
-            grows = dim == append.dim
-            found[f"{source}.size()[{dim}]"] = "rows" if grows else str(tensor.shape[dim])
+            if dim != append.dim:
+                found[f"{source}.size()[{dim}]"] = str(tensor.shape[dim])
             found[f"{source}.stride()[{dim}]"] = str(tensor.stride(dim))
         found[f"{source}.storage_offset()"] = str(tensor.storage_offset())
     for number, (place, _) in enumerate(users):
@@ -147,7 +147,7 @@ def _replacements(
 
 def _inputs(
     call: GrowingCall, users: Sequence[tuple[int, str]], frame: Frame, inputs: Sequence[Any],
-    replaced: Mapping[str, str],
+    replaced: Mapping[str, str], numbers: Numbers,
 ) -> Inputs:  # fmt: skip
     template: list[Any] = list(inputs)
     dynamic = {*call.places, *(place for place, _ in users)}
@@ -158,8 +158,8 @@ def _inputs(
             continue
         if not isinstance(value, int) or not source:
             raise Unknown(f"an input {source}")
-        if replaced.get(source) == "rows":
-            lengths.append(place)
+        if source in numbers.places:
+            lengths.append((place, numbers.places[source]))
         elif source not in replaced:
             sizes.append((place, *_size_of(source, users, frame)))
     for place in dynamic:

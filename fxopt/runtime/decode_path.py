@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from fxopt.runtime.decode_build import Graph, Seen, scope_of, site_of, step_of
+from fxopt.runtime.decode_build import Graph, Seen, scope_of, step_of
 from fxopt.runtime.decode_step import SLOW, DecodeStep
 from fxopt.runtime.frames import entry_of, tail_of
 from fxopt.runtime.kv_calls import GrowingCall, noted
 from fxopt.runtime.relied import CONSTANT, Relied, Unknown, relied_on
 from fxopt.runtime.step_loops import CURRENT
+from fxopt.runtime.step_numbers import counted, site_of
 from fxopt.runtime.watched import Watched
 
 log = logging.getLogger("fxopt")
@@ -98,13 +99,15 @@ class DecodePath:
             return None
         if frame is None or not isinstance(function, FunctionType) or function.__code__ is not frame.code:
             raise Unknown("another function than the model's forward was compiled")
-        if any(append.part is not None for append in call.appends) or torch.is_grad_enabled():
-            raise Unknown("a sliding window, or gradients")
+        if torch.is_grad_enabled():
+            raise Unknown("gradients")
         scope = scope_of(function, self._model, kwargs)
         roots = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
         watched = Watched.below(value for value in roots.values() if not isinstance(value, CONSTANT))
         sites = [site_of(frame.sources[place], scope) for place in call.places]
-        seen = self._before = Seen(call, watched, sites, watched.content(sites))
+        counts = counted(frame, inputs, scope, watched)
+        content = watched.content([*sites, *counts.values()])
+        seen = self._before = Seen(call, watched, sites, counts, content)
         if before is None or before.call is not call or before.content != seen.content:
             return None
         graph = self._graph(call, function)

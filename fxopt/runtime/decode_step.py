@@ -5,7 +5,7 @@ Each of the guards is known to hold as it did at the step before, by something t
 - global state (gradients, autocast, inference mode, torch's modes): compared with what it was;
 - arguments: the same objects, or tensors whose sizes, strides, dtype and device are checked;
 - the cache: nothing has changed since the last step ended (`Watched`), its tensors are held by nobody else,
-  and have room behind them (`Growth.at_tip`);
+  and have room behind them (`Growth.resized`);
 - everything else that a guard looks at: the same as when they held (`Relied`);
 - guards about sizes: computed anew from the sizes of this step (`size_checks`).
 
@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from fxopt.runtime.kv_calls import GrowingCall
 from fxopt.runtime.relied import Unknown
 from fxopt.runtime.step_loops import Loops
+from fxopt.runtime.step_numbers import Numbers
 from fxopt.runtime.watched import Watched
 
 # What `DecodeStep.take` gives where the step has to go the slow way.
@@ -43,14 +44,14 @@ class Inputs:
         template: all that stay the same, at their places.
         fixed: those of them that are tensors. ids: theirs.
         users: place and name of an argument that is a tensor.
-        lengths: places of the number of rows of the caches.
+        lengths: place, and that in `DecodeStep.numbers`, of integers that change.
         sizes: place, index in `users`, and dimension, of other sizes.
     """
 
     template: list[Any]
     fixed: list[torch.Tensor]
     users: list[tuple[int, str]]
-    lengths: list[int]
+    lengths: list[tuple[int, int]]
     sizes: list[tuple[int, int, int]]
     ids: frozenset[int]
 
@@ -62,7 +63,7 @@ class DecodeStep:
     Attributes:
         call: the graph. inputs: of it. tail: what is done with its outputs.
         model: of which `tail` is a call.
-        dicts, names: where the caches live. dim: that grows.
+        numbers: that change. dicts, names: where the caches live.
         same: arguments that are no tensors.
         watched, relied, ambient, sizes, tensors: the checks, see above; `tensors` of arguments.
         loops, forms: what `loops` gives for the tensors that stay, and for the caches.
@@ -72,9 +73,9 @@ class DecodeStep:
     inputs: Inputs
     tail: Callable[..., Any]
     model: Any
+    numbers: Numbers
     dicts: list[dict[str, Any]]
     names: list[str]
-    dim: int
     same: dict[str, Any]
     watched: Watched
     relied: Callable[[], bool]
@@ -102,22 +103,25 @@ class DecodeStep:
             return SLOW
         if not inputs.ids.isdisjoint(map(id, users)):
             return SLOW
-        rows = pasts[0].shape[self.dim]
-        given = self._given(rows, users)
-        if not self.sizes(rows, *users) or self.call.instead(given) is not None:
+        numbers = self.numbers.of(pasts)
+        if numbers is None or not self.sizes(numbers, *users):
             return SLOW
-        found = self.call.growth.at_tip(pasts, given)
-        if found is None:
+        given = self._given(numbers, users)
+        if self.call.instead(given) is not None:
             return SLOW
-        del pasts
-        result = self.tail(self.call.run(given, *found), self.model, **kwargs)
+        resized = self.call.growth.resized(pasts, given)
+        if resized is None:
+            return SLOW
+        with resized:
+            outputs = self.call.run(given, resized.grown, resized.handed_out)
+        result = self.tail(outputs, self.model, **kwargs)
         self.watched.after_a_step()
         return result
 
-    def _given(self, rows: int, users: Sequence[Any]) -> list[Any]:
+    def _given(self, numbers: Sequence[int], users: Sequence[Any]) -> list[Any]:
         given = list(self.inputs.template)
-        for place in self.inputs.lengths:
-            given[place] = rows
+        for place, number in self.inputs.lengths:
+            given[place] = numbers[number]
         for (place, _), tensor in zip(self.inputs.users, users, strict=True):
             given[place] = tensor
         for place, user, dim in self.inputs.sizes:
@@ -162,16 +166,16 @@ def ambient() -> Callable[[], bool]:
 def size_checks(
     guards: Any,
     replaced: Mapping[str, str],
-    users: Sequence[str],
+    parameters: Sequence[str],
     steady: Sequence[str],
     caches: Sequence[str],
 ) -> Any:
-    """The guards about sizes as a function of the number of rows, and of the arguments that are tensors.
+    """The guards about sizes as a function of the numbers, and of the arguments that are tensors.
 
     Args:
         guards: the `GuardManagerWrapper` of the frame.
         replaced: what to write in place of sources.
-        users: the names of the parameters behind `rows`.
+        parameters: the names of those of the function.
         steady: what sources of things begin with that are known not to have changed.
         caches: sources of the tensors that grow.
 
@@ -179,12 +183,12 @@ def size_checks(
         Unknown: a guard is about something else.
     """
     clauses: set[str] = set()
-    parameters = ["rows", *users]
+    longest_first = sorted(replaced, key=len, reverse=True)
     for guard in guards.root.get_epilogue_lambda_guards():
         for part in guard.verbose_code_parts():
             text = part.partition("  # ")[0].strip()
-            for source, name in replaced.items():
-                text = text.replace(source, name)
+            for source in longest_first:
+                text = text.replace(source, replaced[source])
             rest = text
             for prefix in steady:
                 rest = rest.replace(prefix, "")

@@ -69,18 +69,27 @@ class GrowingCall:
         notes = noted.get()
         if notes is not None:
             notes.append((self, inputs))
-        return self.run(list(inputs), grown, handed_out)
+        return self.run(list(inputs), grown, lambda: handed_out)
 
     def run(
-        self, given: list[Any], grown: Sequence[torch.Tensor], handed_out: Sequence[torch.Tensor]
+        self,
+        given: list[Any],
+        grown: Sequence[torch.Tensor],
+        handed_out: Callable[[], Sequence[torch.Tensor]],
     ) -> tuple[Any, ...]:
-        """All outputs. `given` are the inputs but for the caches; it is changed."""
+        """All outputs.
+
+        Args:
+            given: the inputs but for the caches; it is changed.
+            grown: the caches with room for new rows.
+            handed_out: what they hold afterwards; called when the graph has run.
+        """
         for place, tensor in zip(self.places, grown, strict=True):
             given[place] = tensor
         results = self.compiled(*given)
         if self._in_order is None:
             self._in_order = _merged([each.output for each in self.appends], len(results))
-        outputs = self._in_order([*handed_out, *results])
+        outputs = self._in_order([*handed_out(), *results])
         if not self._begins or not will_grow():
             return outputs
         begun = list(outputs)

@@ -7,6 +7,7 @@ enough, and what remains is a view for each: `Tip`. Otherwise each is looked at 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import add, itemgetter, le
@@ -79,7 +80,9 @@ class Form:
     """What some tensors of a step have in common.
 
     Attributes:
-        append: how they grow. shape, strides: of each. entry: bytes of an entry.
+        append: how they grow. shape: of each, when the first step ended.
+        rows: of each, now. stride: entries from one row to the next. strides: all.
+        entry: bytes of an entry. bytes_of_row: of all entries of a row.
     """
 
     append: Append
@@ -87,19 +90,30 @@ class Form:
     strides: tuple[int, ...]
     entry: int
 
+    def __post_init__(self) -> None:
+        dim = self.append.dim
+        self.rows, self.stride = self.shape[dim], self.strides[dim]
+        self.bytes_of_row = self.entry * math.prod(_sizes(self.shape, dim, 1))
+
     def size(self) -> int:
         """Bytes of one tensor."""
-        return self.shape.numel() * self.entry
+        return self.rows * self.bytes_of_row
 
-    def extended(self, new: int) -> tuple[torch.Size, torch.Size, int]:
-        """With new rows: the shape of all, that of those that the cache keeps, and entries before these."""
-        dim = self.append.dim
-        rows = self.shape[dim] + new
-        start, end, _ = slice(*(self.append.part or (None, None))).indices(rows)
-        whole, kept = (
-            torch.Size((*self.shape[:dim], n, *self.shape[dim + 1 :])) for n in (rows, end - start)
-        )
-        return whole, kept, start * self.strides[dim]
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """With so many rows."""
+        return _sizes(self.shape, self.append.dim, rows)
+
+    def kept(self, new: int) -> tuple[int, int]:
+        """With new rows: the first that the cache keeps, and how many."""
+        rows = self.rows + new
+        if self.append.part is None:
+            return 0, rows
+        start, end, _ = slice(*self.append.part).indices(rows)
+        return start, end - start
+
+
+def _sizes(shape: Sequence[int], dim: int, rows: int) -> tuple[int, ...]:
+    return (*shape[:dim], rows, *shape[dim + 1 :])
 
 
 class Tip:
@@ -114,7 +128,6 @@ class Tip:
         self._inference = views[0].is_inference()
         self._pointers = [view.data_ptr() for view in views]
         storages = [view.untyped_storage() for view in views]
-        self._addresses = [storage._cdata for storage in storages]
         # Keeps other storages from getting these addresses.
         self._alive = [StorageWeakRef(storage) for storage in storages]
         forms: dict[Any, Form] = {}
@@ -124,6 +137,7 @@ class Tip:
             forms.setdefault(kinds[-1], Form(each, view.shape, view.stride(), view.element_size()))
         self._forms = list(forms.values())
         self._of_each = _picked([list(forms).index(kind) for kind in kinds])
+        self._dims = {each.dim for each in appends}
 
     def is_what(self, pasts: Sequence[torch.Tensor]) -> bool:
         """These are the tensors, by their memory, which nobody else has.
@@ -141,20 +155,88 @@ class Tip:
         Returns:
             None where it is not known that these rows can be written in place.
         """
-        if new > self.left or self._inference != torch.is_inference_mode_enabled() or not self.is_what(pasts):
+        if not self._fits(pasts, new):
             return None
-        self.left -= new
-        wholes, parts, beyond = zip(*[form.extended(new) for form in self._forms], strict=True)
+        aliases, kept = CURRENT.loops.aliases, [form.kept(new) for form in self._forms]
         strides = self._of_each([form.strides for form in self._forms])
-        aliases = CURRENT.loops.aliases
-        grown = handed_out = aliases(pasts, self._of_each(wholes), strides, [0] * len(pasts))
-        if parts != wholes:
-            handed_out = aliases(pasts, self._of_each(parts), strides, self._of_each(beyond))
-            moved = [each * form.entry for each, form in zip(beyond, self._forms, strict=True)]
-            self._pointers = list(map(add, self._pointers, self._of_each(moved)))
-        for form, shape in zip(self._forms, parts, strict=True):
-            form.shape = shape
+        whole = self._of_each([form.sizes(form.rows + new) for form in self._forms])
+        grown = handed_out = aliases(pasts, whole, strides, [0] * len(pasts))
+        if any(start for start, _ in kept):
+            parts = [form.sizes(rows) for form, (_, rows) in zip(self._forms, kept, strict=True)]
+            first = [start * form.stride for form, (start, _) in zip(self._forms, kept, strict=True)]
+            handed_out = aliases(pasts, self._of_each(parts), strides, self._of_each(first))
+        self._note(new, kept, self._moved(kept))
         return grown, handed_out
+
+    def resized(self, pasts: Sequence[torch.Tensor], new: int) -> Resized | None:
+        """The same, but the caches' own tensors get the new rows: nobody else may hold these objects."""
+        alike = len(self._dims) == 1 and self._fits(pasts, new)
+        return Resized(self, pasts, new) if alike else None
+
+    def _fits(self, pasts: Sequence[torch.Tensor], new: int) -> bool:
+        return (
+            new <= self.left and self._inference == torch.is_inference_mode_enabled() and self.is_what(pasts)
+        )
+
+    def _moved(self, kept: Sequence[tuple[int, int]]) -> list[int]:
+        """Where what the cache keeps begins."""
+        if not any(start for start, _ in kept):
+            return self._pointers
+        further = [
+            start * form.stride * form.entry for form, (start, _) in zip(self._forms, kept, strict=True)
+        ]
+        return list(map(add, self._pointers, self._of_each(further)))
+
+    def _note(self, new: int, kept: Sequence[tuple[int, int]], pointers: list[int]) -> None:
+        """The caches hold these of their rows from now on."""
+        self.left -= new
+        self._pointers = pointers
+        for form, (_, rows) in zip(self._forms, kept, strict=True):
+            form.rows = rows
+
+
+class Resized:
+    """The tensors of a cache while a step runs that writes new rows behind theirs.
+
+    Making a tensor takes longer than all that is checked before. So the objects that the cache holds get
+    other sizes. A step that fails gives them back as they were.
+
+    Attributes:
+        grown: with room for the new rows.
+    """
+
+    def __init__(self, tip: Tip, pasts: Sequence[torch.Tensor], new: int) -> None:
+        self._tip, self._pasts, self._new = tip, pasts, new
+        (self._dim,) = tip._dims
+        self._pointers, self._rows = tip._pointers, [form.rows for form in tip._forms]
+        self.grown: Sequence[torch.Tensor] = ()
+
+    def __enter__(self) -> Resized:
+        try:
+            self.grown = self._resize(self._pasts, [rows + self._new for rows in self._rows], self._pointers)
+        except BaseException:
+            self.__exit__(RuntimeError)
+            raise
+        return self
+
+    def handed_out(self) -> Sequence[torch.Tensor]:
+        """What the cache holds from now on; to be called when the step has run."""
+        tip = self._tip
+        kept = [form.kept(self._new) for form in tip._forms]
+        pointers = tip._moved(kept)
+        if pointers is not self._pointers:
+            self.grown = self._resize(self.grown, [rows for _, rows in kept], pointers)
+        tip._note(self._new, kept, pointers)
+        return self.grown
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is not None:
+            self._resize(self._pasts, self._rows, self._pointers)
+
+    def _resize(
+        self, tensors: Sequence[torch.Tensor], rows: Sequence[int], pointers: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        return CURRENT.loops.resized(tensors, self._dim, self._tip._of_each(rows), pointers)
 
 
 def _picked(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -212,11 +294,22 @@ class Growth:
         Args:
             pasts: the caches, that nobody else holds. inputs: of the call.
         """
-        tip = self._tips.get(pasts[0].untyped_storage()._cdata) if pasts else None
+        tip = self._tip(pasts)
         found = None if tip is None else tip.extended(pasts, self.appends[0].new.of(inputs))
         if found is not None:
             STATE.in_place += len(pasts)
         return found
+
+    def resized(self, pasts: Sequence[torch.Tensor], inputs: Sequence[Any]) -> Resized | None:
+        """Likewise, as `Tip.resized`."""
+        tip = self._tip(pasts)
+        found = None if tip is None else tip.resized(pasts, self.appends[0].new.of(inputs))
+        if found is not None:
+            STATE.in_place += len(pasts)
+        return found
+
+    def _tip(self, pasts: Sequence[torch.Tensor]) -> Tip | None:
+        return self._tips.get(pasts[0].untyped_storage()._cdata) if pasts else None
 
     def _remember(self, views: Sequence[torch.Tensor]) -> None:
         left = [STATE.room_behind(view) for view in views]

@@ -311,6 +311,69 @@ PyObject* aliases(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return made;
 }
 
+// Nothing but one Python object has the tensor, and nobody would notice that the object changes.
+bool can_change(PyObject* object, const at::Tensor& tensor) {
+  const Py_ssize_t references = Py_TYPE(object)->tp_weaklistoffset;
+  if (references != 0 && *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + references) != nullptr) {
+    return false;
+  }
+  PyObject** const attributes = _PyObject_GetDictPtr(object);
+  if (attributes != nullptr && *attributes != nullptr && PyDict_Size(*attributes) != 0) {
+    return false;
+  }
+  return tensor.use_count() == 1 && tensor.unsafeGetTensorImpl()->allow_tensor_metadata_change();
+}
+
+// `object`, or another tensor, with `rows` along `dim`, beginning `beyond` entries behind the first one.
+PyObject* with_rows(PyObject* object, const at::Tensor& tensor, int64_t dim, int64_t rows, int64_t beyond) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (can_change(object, tensor)) {
+    impl->set_storage_offset(impl->storage_offset() + beyond);
+    impl->set_size(dim, rows);
+    Py_INCREF(object);
+    return object;
+  }
+  Sizes sizes(impl->sizes());
+  sizes[dim] = rows;
+  return alias_of(tensor, sizes, Sizes(impl->strides()), beyond);
+}
+
+PyObject* resized(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const int64_t dim = count == 4 ? PyLong_AsLongLong(args[1]) : 0;
+  if (count != 4 || PyErr_Occurred() != nullptr) {
+    PyErr_SetString(PyExc_TypeError, "wanted tensors, a dimension, numbers of rows, and addresses");
+    return nullptr;
+  }
+  Items tensors(args[0]), rows(args[2]), addresses(args[3]);
+  if (!tensors || !rows || !addresses || !of_one_length(tensors, rows) || !of_one_length(tensors, addresses)) {
+    return nullptr;
+  }
+  PyObject* found = PyList_New(tensors.size());
+  if (found == nullptr) {
+    return nullptr;
+  }
+  for (Py_ssize_t place = 0; place < tensors.size(); ++place) {
+    const at::Tensor* tensor = tensor_of(tensors[place]);
+    PyObject* result = nullptr;
+    if (tensor != nullptr && (dim < 0 || dim >= tensor->dim())) {
+      PyErr_SetString(PyExc_ValueError, "wanted another dimension");
+    } else if (tensor != nullptr) {
+      const long long size = PyLong_AsLongLong(rows[place]);
+      const auto bytes = static_cast<int64_t>(
+          PyLong_AsUnsignedLongLong(addresses[place]) - reinterpret_cast<uintptr_t>(tensor->const_data_ptr()));
+      if (PyErr_Occurred() == nullptr) {
+        result = with_rows(tensors[place], *tensor, dim, size, bytes / static_cast<int64_t>(tensor->itemsize()));
+      }
+    }
+    if (result == nullptr) {
+      Py_DECREF(found);
+      return nullptr;
+    }
+    PyList_SET_ITEM(found, place, result);
+  }
+  return found;
+}
+
 PyObject* held_once(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) {
     PyErr_SetString(PyExc_TypeError, "wanted dicts and names");
@@ -375,6 +438,7 @@ PyMethodDef methods[] = {
     {"references", references, METH_O, nullptr},
     {"are_alone", cast(are_alone), METH_FASTCALL, nullptr},
     {"aliases", cast(aliases), METH_FASTCALL, nullptr},
+    {"resized", cast(resized), METH_FASTCALL, nullptr},
     {"held_once", cast(held_once), METH_FASTCALL, nullptr},
     {"store", cast(store), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -72,6 +72,15 @@ class Loops(Hashable, Protocol):
     ) -> list[torch.Tensor]:
         """`alias` of each."""
 
+    def resized(
+        self, tensors: Sequence[torch.Tensor], dim: int, rows: Sequence[int], addresses: Sequence[int], /
+    ) -> list[torch.Tensor]:
+        """Tensors with so many rows along `dim`, from these addresses on, in the memory of those given.
+
+        The same objects, where that is possible and nobody would notice; so nobody may hold them who does not
+        know of it. The strides stay.
+        """
+
     def held_once(self, dicts: Sequence[dict[str, Any]], names: Sequence[str], /) -> list[Any] | None:
         """What the dicts have by these names; None where something else holds some of it."""
 
@@ -135,6 +144,19 @@ class PythonLoops:
     ) -> list[torch.Tensor]:
         """As in `Loops`."""
         return list(map(alias, tensors, sizes, strides, beyond))
+
+    @staticmethod
+    def resized(
+        tensors: Sequence[torch.Tensor], dim: int, rows: Sequence[int], addresses: Sequence[int], /
+    ) -> list[torch.Tensor]:
+        """As in `Loops`. Python cannot change a tensor without others noticing: these are always new ones."""
+        return [
+            alias(
+                tensor, (*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]), tensor.stride(),
+                (address - tensor.data_ptr()) // tensor.element_size(),
+            )
+            for tensor, size, address in zip(tensors, rows, addresses, strict=True)
+        ]  # fmt: skip
 
     @staticmethod
     def held_once(dicts: Sequence[dict[str, Any]], names: Sequence[str], /) -> list[Any] | None:

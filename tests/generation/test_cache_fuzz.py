@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import fxopt
 from fxopt.runtime.kv_state import STATE
-from support.cache_fuzz import LAYERS, Differs, fuzz
+from support.cache_fuzz import LAYERS, Differs, PastGuards, fuzz, sliding
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,13 @@ def test_random_operations(make: Callable[[], DynamicCache], operations: int) ->
     done = fuzz(seed=1, operations=operations, make=make).done
     assert len(done) >= 12, f"too few kinds of operations to say anything: {done}"
     assert STATE.in_place - in_place > 4 * (STATE.copied - copied)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, sliding])
+def test_random_operations_past_the_guards(make: Callable[[], DynamicCache]) -> None:
+    path = PastGuards()
+    fuzz(seed=2, operations=100, compiled=path, make=make)
+    assert path.taken > 20
 
 
 @pytest.mark.parametrize("fault", ["holders", "aliases"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from fxopt.runtime import step_loops
-from fxopt.runtime.kv_growth import Append, Growth, Length
+from fxopt.runtime.kv_growth import Append, Growth, Length, Resized
 from fxopt.runtime.kv_state import STATE
 from fxopt.runtime.step_loops import PythonLoops
 
@@ -40,22 +40,31 @@ class Rows:
         self.wanted = [torch.randn(shape) for shape, *_ in FORMS[form]]
         self.caches = [tensor.clone() for tensor in self.wanted]
 
-    def step(self) -> bool:
-        """Whether one check of all was enough."""
-        copied, tip = STATE.copied, None
+    def step(self, *, resized: bool = False) -> bool:
+        """Whether one check of all was enough; where it was, the caches' own tensors grow if `resized`."""
+        copied = STATE.copied
         with torch.no_grad():
-            tip = self.growth.at_tip(self.caches, self.caches)
-            grown, self.caches = tip or self.growth.of(self.caches, [0] * len(self.caches))  # type: ignore[assignment]
-            for each, tensor in zip(self.appends, grown, strict=True):
-                new = torch.randn_like(tensor.narrow(each.dim, 0, 1))
-                tensor.narrow(each.dim, -1, 1).copy_(new)
-                whole = torch.cat([self.wanted[each.output], new], each.dim)
-                first = 0 if each.part is None else whole.shape[each.dim] + each.part[0]
-                self.wanted[each.output] = whole.narrow(each.dim, first, whole.shape[each.dim] - first)
+            way = self.growth.resized if resized else self.growth.at_tip
+            found: Any = way(self.caches, self.caches)
+            if isinstance(found, Resized):
+                with found:
+                    self._write(found.grown)
+                    self.caches = list(found.handed_out())
+            else:
+                grown, self.caches = found or self.growth.of(self.caches, [0] * len(self.caches))  # type: ignore[assignment]
+                self._write(grown)
         for mine, want in zip(self.caches, self.wanted, strict=True):
             assert torch.equal(mine, want)
-        assert tip is None or STATE.copied == copied
-        return tip is not None
+        assert found is None or STATE.copied == copied
+        return found is not None
+
+    def _write(self, grown: Sequence[torch.Tensor]) -> None:
+        for each, tensor in zip(self.appends, grown, strict=True):
+            new = torch.randn_like(tensor.narrow(each.dim, 0, 1))
+            tensor.narrow(each.dim, -1, 1).copy_(new)
+            whole = torch.cat([self.wanted[each.output], new], each.dim)
+            first = 0 if each.part is None else whole.shape[each.dim] + each.part[0]
+            self.wanted[each.output] = whole.narrow(each.dim, first, whole.shape[each.dim] - first)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -63,6 +72,37 @@ def test_one_check_is_enough(form: str) -> None:
     rows = Rows(form)
     assert not rows.step(), "the rows are not in a buffer yet"
     assert all(rows.step() for _ in range(40))
+
+
+@pytest.mark.parametrize("form", ["one width", "two widths", "a window"])
+def test_the_tensors_themselves_grow(form: str) -> None:
+    rows = Rows(form)
+    rows.step()
+    assert all(rows.step(resized=number % 3 > 0) for number in range(40))
+
+
+@pytest.mark.parametrize("form", ["one width", "a window"])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_step_that_fails_leaves_the_tensors_as_they_were(form: str, when: str) -> None:
+    rows = Rows(form)
+    rows.step()
+    rows.step(resized=True)
+    found = rows.growth.resized(rows.caches, rows.caches)
+    assert found is not None
+    with pytest.raises(KeyboardInterrupt), found:
+        if when == "behind":
+            found.handed_out()
+        raise KeyboardInterrupt
+    del found
+    assert all(map(torch.equal, rows.caches, rows.wanted))
+    rows.step(resized=True)
+    assert rows.step(resized=True)
+
+
+def test_tensors_that_grow_along_different_dimensions_are_not_changed() -> None:
+    rows = Rows("two ranks")
+    rows.step()
+    assert rows.growth.resized(rows.caches, rows.caches) is None
 
 
 CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,47 @@ def test_aliases(loops: Loops, mode: Any) -> None:
         assert [each.is_inference() for each in found] == [each.is_inference() for each in given]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_rows(loops: Loops, mode: Any) -> None:
+    with mode():
+        memory = [torch.arange(40.0).view(10, 4), torch.arange(30.0).view(10, 3)]
+        given = loops.aliases(memory, [(2, 4), (3, 3)], [(4, 1), (3, 1)], [4, 3])
+        begins = [tensor.data_ptr() for tensor in given]
+        moved = [begins[0], begins[1] + 3 * 4]
+        found = loops.resized(given, 0, [5, 4], moved)
+        assert torch.equal(found[0], memory[0][1:6])
+        assert torch.equal(found[1], memory[1][2:6])
+        back = loops.resized(found, 0, [2, 3], begins)
+        assert torch.equal(back[0], memory[0][1:3])
+        assert torch.equal(back[1], memory[1][1:4])
+        assert [each.is_contiguous() for each in back] == [True, True]
+
+
+@pytest.mark.parametrize("way", ["weak reference", "attribute", "dlpack"])
+def test_tensors_that_somebody_knows_are_not_changed(way: str) -> None:
+    loops = step_loops._compiled()
+    tensor = torch.zeros(6, 2)
+    where, rows, held = [tensor.data_ptr()], tensor.shape[0], None
+    if way == "weak reference":
+        held = weakref.ref(tensor)
+    elif way == "attribute":
+        tensor.tag = 1  # type: ignore[attr-defined]
+    elif way == "dlpack":
+        held = torch.utils.dlpack.to_dlpack(tensor)
+    (found,) = loops.resized([tensor], 0, [2], where)
+    assert found is not tensor
+    assert (found.shape[0], tensor.shape[0]) == (2, rows)
+    assert not vars(found)
+    del held
+
+
+def test_tensors_that_nobody_knows_are_changed() -> None:
+    tensor = torch.zeros(6, 2)
+    (found,) = step_loops._compiled().resized([tensor], 0, [2], [tensor.data_ptr()])
+    assert found is tensor
+    assert tensor.shape == (2, 2)
+
+
 def test_what_is_held_once(loops: Loops) -> None:
     holders = [{"keys": torch.ones(1)}, {"keys": torch.ones(2)}]
     found = loops.held_once(holders, ["keys", "keys"])
@@ -144,6 +186,9 @@ def test_what_is_held_once(loops: Loops) -> None:
         ("references", (1,)),
         ("are_alone", ([1], [2], [3], (1, 1))),
         ("aliases", ([torch.ones(1)], [("a",)], [(1,)], [0])),
+        ("resized", ([torch.ones(2)], 1, [1], [0])),
+        ("resized", ([torch.ones(2)], 0, ["a"], [0])),
+        ("resized", ([torch.ones(2)], 0, [1], [])),
         ("held_once", ([{}], [])),
     ],
 )

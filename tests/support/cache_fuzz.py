@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
+
+from fxopt.runtime.decode_path import DecodePath
+from fxopt.runtime.step_loops import CURRENT
 
 HEADS, WIDTH, LAYERS = 2, 3, 1
 Step = Callable[[DynamicCache, torch.Tensor], torch.Tensor]
@@ -27,6 +30,14 @@ def step(cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:
         keys, values = cache.update(new[layer, 0], new[layer, 1], layer)
         out.append((new[layer, 0] @ keys.mT) @ values)
     return torch.stack(out)
+
+
+class Decoder(torch.nn.Module):
+    """`step` as a model, which is what steps past Dynamo's guards need."""
+
+    def forward(self, cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:
+        """As `step`."""
+        return step(cache, new)
 
 
 class Differs(AssertionError):
@@ -110,7 +121,8 @@ class Fuzz:
     def crop(self) -> None:
         pair = self._pair()
         rows = self.random.randrange(pair[1].get_seq_length())
-        if rows:
+        full = any(getattr(layer, "sliding_window", rows) <= rows for layer in pair[1].layers)
+        if rows and not (full or _slid(pair[1])):
             for cache in pair:
                 cache.crop(-rows)
 
@@ -172,7 +184,12 @@ OPERATIONS = {
 
 def _names(layer: Any) -> list[str]:
     """The attributes that hold what a layer has."""
-    return [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
+    return [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor) and value.dim()]
+
+
+def _slid(cache: DynamicCache) -> bool:
+    """A window has dropped rows: transformers cannot take any back."""
+    return any(layer.get_seq_length() > layer.keys.shape[2] for layer in cache.layers)
 
 
 def _sharing(cache: DynamicCache) -> DynamicCache:
@@ -208,6 +225,33 @@ def compiled_step() -> Step:
     return compiled
 
 
+def sliding() -> DynamicCache:
+    """A cache whose layers keep a window."""
+    config = MistralConfig(num_hidden_layers=LAYERS, sliding_window=9)
+    return DynamicCache(config=config)
+
+
+class PastGuards:
+    """As `compiled_step`, but that steps behind one another go past Dynamo's guards, as in `generate`.
+
+    Attributes:
+        taken: how many did.
+    """
+
+    def __init__(self) -> None:
+        CURRENT.build(wait=True)
+        self._compiled = torch.compile(Decoder(), backend="fxopt", dynamic=True, options={"host": "eager"})
+        self._path, self._cache, self.taken = DecodePath(self._compiled), 0, 0
+
+    def __call__(self, cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:
+        if id(cache) != self._cache:  # a new call of generate
+            self._path, self._cache = DecodePath(self._compiled), id(cache)
+        before = DecodePath.taken
+        result: torch.Tensor = self._path(cache=cache, new=new)
+        self.taken += DecodePath.taken - before
+        return result
+
+
 if __name__ == "__main__":
     from rich.progress import track
 
@@ -217,10 +261,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--operations", type=int, default=10_000)
     parser.add_argument("--int8", action="store_true", help="caches of int8")
+    parser.add_argument("--sliding", action="store_true", help="caches that keep a window")
+    parser.add_argument("--past-guards", action="store_true", help="as in generate of a compiled module")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     runs = max(1, arguments.operations // 500)
-    compiled = compiled_step()
+    compiled = PastGuards() if arguments.past_guards else compiled_step()
+    make = fxopt.QuantizedCache if arguments.int8 else sliding if arguments.sliding else DynamicCache
     for each in track(range(runs), "fuzz"):
-        fuzz(arguments.seed + each, 500, compiled, fxopt.QuantizedCache if arguments.int8 else DynamicCache)
-    print(f"{runs * 500} operations, no difference; rows {STATE.in_place} in place, {STATE.copied} copied")
+        fuzz(arguments.seed + each, 500, compiled, make)
+    past = f", {compiled.taken} steps past the guards" if isinstance(compiled, PastGuards) else ""
+    print(
+        f"{runs * 500} operations, no difference; rows {STATE.in_place} in place, {STATE.copied} copied{past}"
+    )
