@@ -32,7 +32,7 @@ from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.hosts.inductor import without_graphs
-from fxopt.hosts.kernels import EMIT_KERNELS
+from fxopt.hosts.kernels import EMIT_KERNELS, kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
 from fxopt.ir.ops import register_ops
@@ -114,7 +114,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         dump.write("dynamo", gm)
         host = choose_host(options, example_inputs)
         record.host = host.name
-        optimized = _optimize(gm, example_inputs, options, record, dump)
+        optimized = _optimize(gm, example_inputs, options, record, dump, host.name)
         if optimized is None:
             return _host(host, gm, example_inputs, options, record)
         try:
@@ -172,7 +172,12 @@ def _host(
 
 
 def _optimize(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    record: GraphRecord,
+    dump: Dump,
+    host: str,
 ) -> _Optimized | None:
     """normalize -> rewrite -> lower; None when the untouched graph is to be used.
 
@@ -193,7 +198,7 @@ def _optimize(
             step, notes = find_step(normal, growing, options)
             record.evidence += notes
         with record.timed("lower"):
-            lowered = lower(normal, record)
+            lowered = lower(normal, record, kernel_devices(options, host, example_inputs))
             known, notes = settle(lowered, known)
             record.evidence += notes
         dump.write("lowered", lowered)

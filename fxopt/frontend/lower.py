@@ -27,11 +27,15 @@ from fxopt.report.record import GraphRecord
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
-def lower(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-    """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`."""
+def lower(gm: fx.GraphModule, record: GraphRecord, kernels: frozenset[str] = frozenset()) -> fx.GraphModule:
+    """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`.
+
+    Args:
+        kernels: the types of devices for which the host makes kernels of what providers leave to it.
+    """
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
-            _lower_graph(module, record)
+            _lower_graph(module, record, kernels)
             restore_writes(module)
             restore_constants(module)
             module.recompile()
@@ -46,13 +50,13 @@ def _forget_outputs(subgraph: fx.GraphModule) -> None:
         node.meta.pop("val", None)
 
 
-def _lower_graph(gm: fx.GraphModule, record: GraphRecord) -> None:
+def _lower_graph(gm: fx.GraphModule, record: GraphRecord, kernels: frozenset[str]) -> None:
     unused: dict[fx.Node, None] = {}
     calls = [(node, op) for node in gm.graph.nodes if (op := semantic_op(node)) is not None]
     if not calls:
         return
     mode = fake_mode_of(gm.graph)
-    facts = Facts(gm.graph)
+    facts = Facts(gm.graph, kernels)
     layout = output_layout(gm.graph)
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:

@@ -35,6 +35,16 @@ def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
     return options.target is not None and devices <= {"cpu"}
 
 
+def kernel_devices(options: Options, host: str, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """The types of devices for which the host of this name makes kernels of semantic ops."""
+    if not wants_kernels(options):
+        return frozenset()
+    if host == "eager":
+        made = makes_kernels(options, example_inputs)
+        return frozenset({"cpu", "cuda"}) if made else frozenset()
+    return frozenset({"cuda"})
+
+
 def compile_with_kernels(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
@@ -44,6 +54,7 @@ def compile_with_kernels(
     from torch._inductor.decomposition import select_decomp_table
 
     from fxopt.codegen.emit import emit_kernels, interpreted
+    from fxopt.codegen.emit_attention import emit_attention
 
     def partition_fn(joint: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
         own_random_numbers(joint.graph)
@@ -52,9 +63,10 @@ def compile_with_kernels(
 
     def compile_part(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         own_random_numbers(gm.graph)
-        kernels, evidence = emit_kernels(gm, options, call=interpreted())
-        notes.kernels += kernels
-        notes.evidence += evidence
+        for emit in (emit_attention, emit_kernels):
+            kernels, evidence = emit(gm, options, call=interpreted())
+            notes.kernels += kernels
+            notes.evidence += evidence
         return _boxed(gm.forward)
 
     compiled: Callable[..., Any] = aot_module_simplified(

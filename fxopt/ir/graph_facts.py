@@ -19,10 +19,15 @@ aten = torch.ops.aten
 
 
 class Facts:
-    """Answers about one graph, kept up to date with `update` while a pass edits it."""
+    """Answers about one graph, kept up to date with `update` while a pass edits it.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Attributes:
+        kernels: the types of devices for which semantic ops become kernels.
+    """
+
+    def __init__(self, graph: fx.Graph, kernels: frozenset[str] = frozenset()) -> None:
         self.graph = graph
+        self.kernels = kernels
         self._aliases = _Aliases()
         self._writers: list[fx.Node] = []
         self._modes: dict[fx.Node, Mode] = _modes(graph)

@@ -41,6 +41,7 @@ from fxopt.ir.ops.attention_providers import (
     grouped_pays,
 )
 from fxopt.ir.ops.block_attention import in_blocks
+from fxopt.ir.ops.cached_attention import cached_pays, in_cache
 from fxopt.ir.ops.decode_attention import grouped, in_decode
 from fxopt.ir.ops.decomposed_attention import decomposed
 from fxopt.ir.ops.masking import NAN, NONE
@@ -86,6 +87,7 @@ ATTENTION = SemanticOp(
     ),
     body=attention,
     providers=(
+        Provider("cached", cached_pays, in_cache),
         Provider("decode", decode_pays, in_decode),
         Provider("grouped", grouped_pays, grouped),
         Provider("blocks", blocks_pay, in_blocks),

@@ -23,6 +23,7 @@ from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.attention import attention
 from fxopt.ir.ops.attention_attributes import SCHEMA, Attributes, without_symbol
 from fxopt.ir.ops.attention_providers import DECODE_ROWS, GROWN
+from fxopt.ir.ops.cached_attention import cached_rows_pay, rows_in_cache
 from fxopt.ir.ops.masking import MEAN, NONE
 from fxopt.ir.ops.op import Provider, SemanticOp
 
@@ -113,5 +114,8 @@ QUANTIZED_ATTENTION = SemanticOp(
         f"(Tensor query, Tensor key, Tensor key_scale, Tensor value, Tensor value_scale, {SCHEMA}) -> Tensor"
     ),
     body=quantized_attention,
-    providers=(Provider("rows", rows_pay, in_rows),),
+    providers=(
+        Provider("cached", cached_rows_pay, rows_in_cache),
+        Provider("rows", rows_pay, in_rows),
+    ),
 )
