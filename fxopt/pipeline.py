@@ -35,6 +35,7 @@ from fxopt.hosts.inductor import without_graphs
 from fxopt.hosts.kernels import EMIT_KERNELS, kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
+from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.report.dump import Dump
@@ -198,7 +199,7 @@ def _optimize(
             step, notes = find_step(normal, growing, options)
             record.evidence += notes
         with record.timed("lower"):
-            lowered = lower(normal, record, kernel_devices(options, host, example_inputs))
+            lowered = lower(normal, record, _kernels(host, options, example_inputs))
             known, notes = settle(lowered, known)
             record.evidence += notes
         dump.write("lowered", lowered)
@@ -213,6 +214,16 @@ def _optimize(
             raise
         return None
     return _Optimized(lowered, known, growing, frame, step)
+
+
+def _kernels(host: str, options: Options, example_inputs: Sequence[Any]) -> Kernels | None:
+    """What says of a semantic op whether the host puts a kernel in its place."""
+    devices = kernel_devices(host, options, example_inputs)
+    if not devices:
+        return None
+    from fxopt.codegen.attention_emit import kernel_serves
+
+    return Kernels(devices, functools.partial(kernel_serves, devices=devices))
 
 
 def _growing(

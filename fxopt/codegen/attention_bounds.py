@@ -211,21 +211,20 @@ def _formulas(span: Span) -> Iterator[Any]:
 
 
 def bounds_function(name: str, found: Sequence[Span], text: TritonText) -> str:
-    """A device function that gives ``low, full_low, full_high, high`` of each piece, as int32.
+    """A device function that gives ``low, full_low, full_high, high`` of one piece, as int32.
 
-    ``low <= full_low <= full_high <= high``; pieces are in order and do not overlap. With one piece the
-    function returns four numbers, with two eight.
+    ``low <= full_low <= full_high <= high``; pieces are in order and do not overlap.
 
     Args:
-        name: of the function ``(b, first, last, extent, captured)``.
+        name: of the function ``(b, first, last, extent, PIECE, captured)``.
     """
-    lines = [f"@triton.jit\ndef {name}(b, first, last, extent, captured):"]
+    lines = [f"@triton.jit\ndef {name}(b, first, last, extent, PIECE: tl.constexpr, captured):"]
     lines.append('    """' + _meaning(found) + '"""')
     for place, span in enumerate(found):
         lines += [f"    {line}" for line in _span_lines(place, span, text)]
     if len(found) == MOST_PIECES:
         lines += [f"    {line}" for line in _ORDERED]
-    names = [f"{each}{place}" for place in range(len(found)) for each in ENDS]
+    names = [f"{end}0" if len(found) == 1 else f"{end}1 if PIECE else {end}0" for end in ENDS]
     lines.append(f"    return {', '.join(names)}")
     return "\n".join(lines) + "\n"
 

@@ -58,16 +58,16 @@ class Capture:
         return Capture(name, tensor.dtype, tuple(map(_known_stride, tensor.shape, tensor.stride())))
 
     def arguments(self) -> Iterator[Argument]:
-        kind = TRITON_TYPES[self.dtype].removeprefix("tl.").replace("float", "fp").replace("bfp", "bf")
-        yield Argument(f"{self.name}_ptr", "*i1" if self.dtype is torch.bool else f"*{_short(kind)}")
+        yield Argument(f"{self.name}_ptr", f"*{short_type(self.dtype)}")
         for dim, stride in enumerate(self.strides):
             if stride is None:
                 yield Argument(f"{self.name}_stride_{dim}", "i64", f"{self.name}.stride({dim})", False)
 
 
-def _short(kind: str) -> str:
-    """``i32`` for ``int32``."""
-    return kind.replace("uint", "u").replace("int", "i")
+def short_type(dtype: torch.dtype) -> str:
+    """``bf16`` for `torch.bfloat16`, ``i1`` for `torch.bool`: as Triton writes them in types of pointers."""
+    name = TRITON_TYPES[dtype].removeprefix("tl.")
+    return name.replace("bfloat", "bf").replace("float", "fp").replace("uint", "u").replace("int", "i")
 
 
 def _known_stride(size: Any, stride: Any) -> int | None:

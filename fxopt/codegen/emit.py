@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxopt.codegen.attention_emit import emit_attention
+from fxopt.codegen.decode_emit import emit_cached
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
@@ -75,6 +78,7 @@ def emit_kernels(
     """
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     target = target_of(options)
+    made, done = emit_semantic_ops(gm, options, call=call)
     emitted, found = kernels_for(gm.graph, devices, target)
     kernels: list[KernelFile] = []
     instead: dict[fx.Node, fx.Node] = {}
@@ -96,6 +100,21 @@ def emit_kernels(
         for drawn in _usable(_draws(gm.graph, devices, target), gm.graph)[0]:
             use(drawn)
     evidence += [_evidence(node, Status.MISS, reason) for node, reason in found.refused]
+    gm.graph.lint()
+    gm.recompile()
+    return made + kernels, done + evidence
+
+
+def emit_semantic_ops(
+    gm: fx.GraphModule, options: Options, *, call: bool
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of semantic ops that are still whole behind autograd, and what was done."""
+    launched = functools.partial(as_op, cache=cache_of(options)) if call else None
+    kernels, evidence = list[KernelFile](), list[Evidence]()
+    for emit in (emit_attention, emit_cached):
+        made, done = emit(gm.graph, target_of(options), launched)
+        kernels += made
+        evidence += done
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence

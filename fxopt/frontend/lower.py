@@ -19,7 +19,7 @@ from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
 from fxopt.frontend.restore_writes import restore_writes
 from fxopt.frontend.retrace import traced
-from fxopt.ir.graph_facts import Facts
+from fxopt.ir.graph_facts import Facts, Kernels
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
 from fxopt.report.record import GraphRecord
@@ -27,11 +27,11 @@ from fxopt.report.record import GraphRecord
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
-def lower(gm: fx.GraphModule, record: GraphRecord, kernels: frozenset[str] = frozenset()) -> fx.GraphModule:
+def lower(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | None = None) -> fx.GraphModule:
     """Replace the semantic ops of `gm` and of its sub-graphs, in place. Returns `gm`.
 
     Args:
-        kernels: the types of devices for which the host makes kernels of what providers leave to it.
+        kernels: says of a call whether the host will put a kernel in its place. None: it makes none.
     """
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
@@ -50,7 +50,7 @@ def _forget_outputs(subgraph: fx.GraphModule) -> None:
         node.meta.pop("val", None)
 
 
-def _lower_graph(gm: fx.GraphModule, record: GraphRecord, kernels: frozenset[str]) -> None:
+def _lower_graph(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | None) -> None:
     unused: dict[fx.Node, None] = {}
     calls = [(node, op) for node in gm.graph.nodes if (op := semantic_op(node)) is not None]
     if not calls:

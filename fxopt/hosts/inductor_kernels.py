@@ -27,22 +27,19 @@ UNMEASURED = (
 
 
 def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None:
-    """What puts kernels into a graph, in place; None when the options leave all regions to Inductor.
+    """What puts kernels into a graph, in place; None when the options want none at all.
 
     A fault of fxopt leaves the graph as it was, and a note, unless `options.strict`.
     """
     if not wants_kernels(options):
         return None
-    measured = options.kernels != "auto" or bool(options.measuring_seconds)
-    if not measured:
+    if not takes_regions(options):
         notes.evidence.append(Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, UNMEASURED))
 
     def emit(graph: fx.Graph) -> None:
         before = _copy(graph)
         try:
-            _emit_attention(graph, options, notes)
-            if measured:
-                _emit(graph, options, notes)
+            _emit(graph, options, notes)
         except Exception as error:
             if options.strict:
                 raise
@@ -52,27 +49,22 @@ def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None
     return emit
 
 
-def _emit_attention(graph: fx.Graph, options: Options, notes: Notes) -> None:
-    """What a semantic op left to a kernel: nobody else has an answer to measure it against."""
-    from fxopt.codegen.emit_attention import emit_attention
-    from fxopt.runtime.launch import dissolve_ops
-
-    owner = graph.owning_module
-    assert owner is not None
-    kernels, evidence = emit_attention(owner, options, call=True)
-    dissolve_ops(graph)
-    notes.kernels += kernels
-    notes.evidence += evidence
+def takes_regions(options: Options) -> bool:
+    """Whether kernels may take regions from Inductor, and not semantic ops alone."""
+    return wants_kernels(options) and (options.kernels != "auto" or options.measuring_seconds > 0)
 
 
 def _emit(graph: fx.Graph, options: Options, notes: Notes) -> None:
-    from fxopt.codegen.emit import emit_kernels
+    from fxopt.codegen.emit import emit_kernels, emit_semantic_ops
     from fxopt.runtime.launch import dissolve_ops
 
     owner = graph.owning_module
     assert owner is not None
-    with _decider(options) as decide:
-        kernels, evidence = emit_kernels(owner, options, call=True, decide=decide)
+    if takes_regions(options):
+        with _decider(options) as decide:
+            kernels, evidence = emit_kernels(owner, options, call=True, decide=decide)
+    else:
+        kernels, evidence = emit_semantic_ops(owner, options, call=True)
     dissolve_ops(graph)
     graph.lint()
     notes.kernels += kernels

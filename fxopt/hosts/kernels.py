@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.hosts.host import Notes
@@ -35,14 +36,23 @@ def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
     return options.target is not None and devices <= {"cpu"}
 
 
-def kernel_devices(options: Options, host: str, example_inputs: Sequence[Any]) -> frozenset[str]:
-    """The types of devices for which the host of this name makes kernels of semantic ops."""
+def kernel_devices(host: str, options: Options, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """Types of devices for whose semantic ops the host of this name puts kernels."""
     if not wants_kernels(options):
         return frozenset()
     if host == "eager":
-        made = makes_kernels(options, example_inputs)
-        return frozenset({"cpu", "cuda"}) if made else frozenset()
-    return frozenset({"cuda"})
+        return frozenset({"cpu", "cuda"} if makes_kernels(options, example_inputs) else ())
+    devices = {value.device for value in example_inputs if hasattr(value, "device")}
+    return frozenset({"cuda"} if any(map(_runs_kernels, devices)) else ())
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    from fxopt.codegen.attention_emit import LEAST_ARCH
+
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= LEAST_ARCH
 
 
 def compile_with_kernels(
@@ -54,7 +64,6 @@ def compile_with_kernels(
     from torch._inductor.decomposition import select_decomp_table
 
     from fxopt.codegen.emit import emit_kernels, interpreted
-    from fxopt.codegen.emit_attention import emit_attention
 
     def partition_fn(joint: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
         own_random_numbers(joint.graph)
@@ -63,10 +72,9 @@ def compile_with_kernels(
 
     def compile_part(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         own_random_numbers(gm.graph)
-        for emit in (emit_attention, emit_kernels):
-            kernels, evidence = emit(gm, options, call=interpreted())
-            notes.kernels += kernels
-            notes.evidence += evidence
+        kernels, evidence = emit_kernels(gm, options, call=interpreted())
+        notes.kernels += kernels
+        notes.evidence += evidence
         return _boxed(gm.forward)
 
     compiled: Callable[..., Any] = aot_module_simplified(

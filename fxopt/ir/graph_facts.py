@@ -6,26 +6,44 @@ storages do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from fxopt.ir.contract import Verdict
 from fxopt.ir.facts import drops, is_call, is_opaque, is_tensor, is_write, location, val
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What the host puts kernels in the place of.
+
+    Attributes:
+        devices: types of devices on which they run. attention: says of a call of ``fxopt::attention`` whether
+            one takes its place.
+    """
+
+    devices: frozenset[str]
+    attention: Callable[[fx.Node, Facts], Verdict]
+
+    def __call__(self, node: fx.Node, facts: Facts) -> Verdict:
+        return self.attention(node, facts)
+
+
 class Facts:
     """Answers about one graph, kept up to date with `update` while a pass edits it.
 
-    Attributes:
-        kernels: the types of devices for which semantic ops become kernels.
+    Args:
+        kernels: says of the call of a semantic op whether a kernel will take its place; None: none is made.
     """
 
-    def __init__(self, graph: fx.Graph, kernels: frozenset[str] = frozenset()) -> None:
+    def __init__(self, graph: fx.Graph, kernels: Kernels | None = None) -> None:
         self.graph = graph
         self.kernels = kernels
         self._aliases = _Aliases()

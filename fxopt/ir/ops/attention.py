@@ -39,8 +39,9 @@ from fxopt.ir.ops.attention_providers import (
     decode_pays,
     decomposed_wins,
     grouped_pays,
+    kernel_serves,
 )
-from fxopt.ir.ops.block_attention import in_blocks
+from fxopt.ir.ops.block_attention import in_blocks, in_kernel
 from fxopt.ir.ops.cached_attention import cached_pays, in_cache
 from fxopt.ir.ops.decode_attention import grouped, in_decode
 from fxopt.ir.ops.decomposed_attention import decomposed
@@ -88,6 +89,7 @@ ATTENTION = SemanticOp(
     body=attention,
     providers=(
         Provider("cached", cached_pays, in_cache),
+        Provider("triton", kernel_serves, in_kernel),
         Provider("decode", decode_pays, in_decode),
         Provider("grouped", grouped_pays, grouped),
         Provider("blocks", blocks_pay, in_blocks),

@@ -53,6 +53,11 @@ GROWN = 1024
 GROWN_NUMBERS = 2**21
 
 
+def kernel_serves(node: fx.Node, facts: Facts) -> Verdict:
+    """Whether a Triton kernel computes the call: for whatever the fused kernels of torch have no code for."""
+    return Verdict.no("") if facts.kernels is None else facts.kernels(node, facts)
+
+
 def decode_pays(node: fx.Node, facts: Facts) -> Verdict:
     """Whether reading only the keys that are live beats a kernel over all, for a few queries."""
     query, key = val(node.args[0]), val(node.args[1])

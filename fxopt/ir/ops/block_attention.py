@@ -1,8 +1,8 @@
-"""``fxopt::block_attention`` and its backward: attention under programs, computed tile by tile on the CPU.
+"""``fxopt::block_attention`` and its backward: attention under programs, computed tile by tile.
 
-What the provider "blocks" of ``fxopt::attention`` is made of. The ops stay whole until they run, as they look
-at the captured tensors of a mask to see which keys are live. The backward is an op as well; it has no
-derivative of its own.
+What the providers "blocks" and "triton" of ``fxopt::attention`` are made of. On the CPU the ops stay whole
+until they run, as they look at the captured tensors of a mask to see which keys are live; where kernels run
+they are put in the place of the ops. The backward is an op as well; it has no derivative of its own.
 
     query, key, value   (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv); Hq is a multiple of Hkv
     sinks               (Hq,), or None
@@ -37,12 +37,12 @@ _ATTRIBUTES = (
 )
 FORWARD = f"block_attention({_OPERANDS}, *, {_ATTRIBUTES}) -> (Tensor, Tensor)"
 BACKWARD = (
-    f"block_attention_backward(Tensor grad, Tensor out, Tensor lse, {_OPERANDS}, *, {_ATTRIBUTES}, "
+    f"block_attention_backward(Tensor grad, Tensor out, Tensor sums, {_OPERANDS}, *, {_ATTRIBUTES}, "
     "int[] learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
-def in_blocks(
+def block_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -50,24 +50,63 @@ def in_blocks(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     **attributes: Any,
-) -> torch.Tensor:
-    """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
+) -> tuple[list[Any], dict[str, Any]]:
+    """The operands of ``fxopt::block_attention``, without a seed, and its attributes, for a call of
+    ``fxopt::attention``. Reads no `attn_mask`."""
     given = Attributes(**attributes)
     query, scale = without_symbol(query, given.factor(query))
-    seed = torch.randint(2**31, (), dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
     score, bias = ScoreProgram.parse(given.score), ScoreProgram.parse(given.bias or "0")
     replaced = given.mask_replaces if given.bias_replaced is None else given.bias_replaced
     stopped = {*(score.captures if given.mask_replaces else ()), *(bias.captures if replaced else ())}
-    out, _ = torch.ops.fxopt.block_attention(
-        query, key, value, given.sinks, seed, list(given.captures or ()), list(given.sizes or ()),
-        mask=given.mask or ("k <= q" if is_causal else "True"),
-        score=str(ScoreProgram(score.result + bias.result)),
-        scale=float(scale), dead_rows=given.dead_rows, stops=given.mask_replaces,
-        stopped=[place for place in range(len(given.captures or ())) if f"c{place}" in stopped],
-        wide_scores=given.wide_scores, dropout_p=float(dropout_p),
-    )  # fmt: skip
+    operands = [query, key, value, given.sinks, None, list(given.captures or ()), list(given.sizes or ())]
+    return operands, {
+        "mask": given.mask or ("k <= q" if is_causal else "True"),
+        "score": str(ScoreProgram(score.result + bias.result)),
+        "scale": float(scale),
+        "dead_rows": given.dead_rows,
+        "stops": given.mask_replaces,
+        "stopped": [place for place in range(len(given.captures or ())) if f"c{place}" in stopped],
+        "wide_scores": given.wide_scores,
+        "dropout_p": float(dropout_p),
+    }
+
+
+def in_blocks(*arguments: Any, **attributes: Any) -> torch.Tensor:
+    """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
+    operands, attributes = block_arguments(*arguments, **attributes)
+    if attributes["dropout_p"] > 0.0:
+        operands[4] = torch.randint(2**31, (), dtype=torch.int64, device=operands[0].device)
+    out, _ = torch.ops.fxopt.block_attention(*operands, **attributes)
     result: torch.Tensor = out
     return result
+
+
+def kernel_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **attributes: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of ``fxopt::attention`` whose mask is a program for sure: one without a formula
+    is a captured tensor of which every score reads its entry. Numbers within a row stand side by side."""
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    if attn_mask is not None and not attributes.get("mask") and not is_causal:
+        captures = [*(attributes.get("captures") or ())]
+        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        indices = (axis if size != 1 else "0" for axis, size in zip("bhqk", mask.shape, strict=True))
+        entry = f"c{len(captures)}[{', '.join(indices)}]"
+        name = "mask" if mask.dtype is torch.bool else "bias"
+        attributes |= {name: entry, "captures": [*captures, mask]}
+    return (query, key, value, None, dropout_p, is_causal), attributes
+
+
+def in_kernel(*arguments: Any, **attributes: Any) -> torch.Tensor:
+    """`fxopt::attention` for a kernel. The arguments are those of the op."""
+    given, attributes = kernel_arguments(*arguments, **attributes)
+    return in_blocks(*given, **attributes)
 
 
 def _problem(
@@ -100,16 +139,19 @@ def block_attention(
     sizes: Sequence[int],
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result (B, Hq, Sq, Dv), sequences before heads in memory, and the log-sum-exp (B, Hq, Sq)."""
+    """The result (B, Hq, Sq, Dv), sequences before heads in memory, and two numbers of each row, from which
+    the backward finds its weights: (2, B, Hq, Sq). Here they are its log-sum-exp, and 1; a kernel's are its
+    largest score in the kernel's own unit, and the sum of all weights relative to that one's."""
     problem = _problem((query, key, value), captures, sizes, attributes)
-    return forward(problem, _rows(sinks, seed, attributes))
+    out, lse = forward(problem, _rows(sinks, seed, attributes))
+    return out, torch.stack([lse, torch.ones_like(lse)])
 
 
 @without_autocast
 def block_attention_backward(
     grad: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -122,19 +164,19 @@ def block_attention_backward(
     """The gradients of query, key, value, sinks (empty without any), and of the captures `learned`."""
     learned = [f"c{place}" for place in attributes.pop("learned")]
     problem = _problem((query, key, value), captures, sizes, attributes)
-    return backward(problem, _rows(sinks, seed, attributes), grad, out, lse, learned)
+    return backward(problem, _rows(sinks, seed, attributes), grad, out, sums[0], learned)
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
     batch, heads, rows, width = *query.shape[:3], value.shape[-1]
     out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
-    return out, query.new_empty(batch, heads, rows, dtype=computed_in(query.dtype))
+    return out, query.new_empty(2, batch, heads, rows, dtype=computed_in(query.dtype))
 
 
 def _fake_backward(
     grad: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -147,7 +189,7 @@ def _fake_backward(
     **_: Any,
 ) -> Any:
     given = [empty_like_heads_last(each) for each in (query, key, value)]
-    of_sinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    of_sinks = sums.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return *given, of_sinks, [torch.empty_like(captures[place]) for place in learned]
 
 
@@ -162,11 +204,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    out, lse, query, key, value, *others = ctx.saved_tensors
+    out, sums, query, key, value, *others = ctx.saved_tensors
     captures, optional = others[: ctx.count], iter(others[ctx.count :])
     sinks, seed = (next(optional) if given else None for given in ctx.given)
     found = torch.ops.fxopt.block_attention_backward(
-        grad, out, lse, query, key, value, sinks, seed, captures, ctx.sizes,
+        grad, out, sums, query, key, value, sinks, seed, captures, ctx.sizes,
         **ctx.attributes, learned=ctx.learned,
     )  # fmt: skip
     of_captures: list[torch.Tensor | None] = [None] * ctx.count

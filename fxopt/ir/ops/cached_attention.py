@@ -108,7 +108,7 @@ def cached_rows_pay(node: fx.Node, facts: Facts) -> Verdict:
 def _pays(
     node: fx.Node, facts: Facts, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> Verdict:
-    if query.device.type not in facts.kernels:
+    if facts.kernels is None or query.device.type not in facts.kernels.devices:
         return Verdict.no("")
     rows = query.shape[2]
     if not isinstance(rows, int) or rows > DECODE_ROWS:

@@ -58,7 +58,7 @@ class Rows:
         """The random numbers of one pass over all tiles."""
         if self.seed is None:
             return None
-        return torch.Generator("cpu").manual_seed(int(self.seed))
+        return torch.Generator(self.seed.device).manual_seed(int(self.seed))
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +107,7 @@ def heads_first(problem: Problem) -> Problem:
 def flash_serves(problem: Problem, rows: Rows) -> bool:
     """The CPU's flash kernel has the answer."""
     plain = problem.score.bias is not None and rows.sinks is None and rows.seed is None
+    plain = plain and problem.query.device.type == "cpu"
     # It gives 0 for a row to which only -inf is added.
     plain = plain and not (rows.dead == NAN and problem.score.captures)
     return plain and not problem.wide_scores and problem.query.shape[-1] == problem.value.shape[-1]
@@ -263,7 +264,7 @@ def _kept(shape: torch.Size, p: float, generator: torch.Generator | None) -> tor
     """0 for a weight that is dropped, 1/(1 - p) for one that is kept."""
     if generator is None:
         return None
-    kept = torch.empty(shape).bernoulli_(1.0 - p, generator=generator)
+    kept = torch.empty(shape, device=generator.device).bernoulli_(1.0 - p, generator=generator)
     return kept.mul_(1.0 / (1.0 - p)) if p < 1.0 else kept
 
 
@@ -283,7 +284,8 @@ def dead_weights(problem: Problem, rows: Rows, tile: Tile, generator: torch.Gene
     """The weights of rows without a live key over all keys, after dropout: equal, or NaN."""
     columns = problem.key.shape[-2]
     shape = (tile.batch[1] - tile.batch[0], problem.heads, tile.rows[1] - tile.rows[0], columns)
-    weights = torch.full(shape, dead_number(rows.dead, columns), dtype=problem.value.dtype)
+    number, device = dead_number(rows.dead, columns), problem.value.device
+    weights = torch.full(shape, number, dtype=problem.value.dtype, device=device)
     kept = _kept(weights.shape, rows.dropout_p, generator)
     return weights if kept is None else (weights * kept).to(weights.dtype)
 

@@ -122,9 +122,9 @@ class _Totals:
         self.dtype = computed_in(problem.query.dtype)
         # In the layout of what is added to them.
         self.query, self.value = (
-            torch.zeros(each.shape, dtype=self.dtype) for each in (problem.query, problem.value)
+            each.new_zeros(each.shape, dtype=self.dtype) for each in (problem.query, problem.value)
         )
-        self.key = torch.zeros(problem.key.mT.shape, dtype=self.dtype).mT
+        self.key = problem.key.new_zeros(problem.key.mT.shape, dtype=self.dtype).mT
         self.of_sinks = problem.query.new_zeros(
             0 if self.sinks is None else self.sinks.shape[0], dtype=self.dtype
         )

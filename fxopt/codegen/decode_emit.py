@@ -1,42 +1,38 @@
-"""Semantic ops that are computed by kernels alone -> calls of those, in place, behind autograd."""
+"""``fxopt::cached_attention`` in a graph -> calls of its kernels, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxopt.codegen.attention_emit import NAME, Emit
 from fxopt.codegen.decode_attention import decode_kernel
 from fxopt.codegen.decode_problem import Problem
-from fxopt.codegen.emit import NAME, target_of
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import argument, location, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
-from fxopt.options import Options
-from fxopt.runtime.kernel_cache import cache_of
-from fxopt.runtime.launch import as_op
 
 _TENSORS = ("query", "key", "value", "key_scale", "value_scale", "query_rest", "key_rest", "span", "sinks")
 
 
-def emit_attention(
-    gm: fx.GraphModule, options: Options, *, call: bool
+def emit_cached(
+    graph: fx.Graph, target: Target | None, emit: Emit | None
 ) -> tuple[list[KernelFile], list[Evidence]]:
-    """The kernels of the attentions of `gm` that were left to one, and what was done.
+    """The kernels of the attentions over caches, and what was done.
 
     An attention of which no kernel can be made stays: its op computes it, by torch.
 
     Args:
-        call: put calls of the kernels in the place of the ops. Without, `gm` stays as it is.
+        emit: makes the op that is called instead. None: the graph stays as it is.
     """
-    target, kernels, evidence = target_of(options), list[KernelFile](), list[Evidence]()
+    kernels, evidence = list[KernelFile](), list[Evidence]()
     made: dict[Any, KernelFile] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
         try:
             problem, inputs = problem_of(node)
             kernel = decode_kernel(problem, target)
@@ -46,10 +42,8 @@ def emit_attention(
         kernel = made.setdefault(kernel.digest, kernel)
         kernels.append(kernel)
         evidence.append(_applied(node, kernel, target))
-        if call:
-            _replace(node, as_op(kernel, cache=cache_of(options)), inputs)
-    gm.graph.lint()
-    gm.recompile()
+        if emit is not None:
+            _replace(node, emit(kernel), inputs)
     return kernels, evidence
 
 
@@ -71,7 +65,7 @@ def problem_of(node: fx.Node) -> tuple[Problem, list[Any]]:
     return problem, [*nodes.values(), *captures, *sizes]
 
 
-def _replace(node: fx.Node, op: Callable[..., Any], inputs: list[Any]) -> None:
+def _replace(node: fx.Node, op: Any, inputs: list[Any]) -> None:
     with node.graph.inserting_before(node):
         call = node.graph.call_function(op, tuple(inputs))
     call.meta |= node.meta
