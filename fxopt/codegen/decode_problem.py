@@ -165,7 +165,8 @@ def tiling_of(problem: Problem, target: Target | None) -> Tiling:
     stages = max(2, min(4, STAGED_BYTES // step))
     row_blocks = -(-problem.rows // rows)
     programs = problem.size("query", 0) * problem.kv_heads * row_blocks
-    splits = splits_of(programs, problem.size("key", 2), keys, target)
+    columns = problem.tensors["key"].shape[2]
+    splits = splits_of(programs, columns if isinstance(columns, int) else None, keys, target)
     slots = PROGRAMS_PER_SM * sms_of(target)
     why = (
         f"{problem.rows} rows share each head of K and V, in tiles of {rows}: {row_blocks} read it",
@@ -176,14 +177,17 @@ def tiling_of(problem: Problem, target: Target | None) -> Tiling:
     return Tiling(k, v, rows, keys, splits, warps, stages, why)
 
 
-def splits_of(programs: int, columns: int, keys: int, target: Target | None) -> int:
+def splits_of(programs: int, columns: int | None, keys: int, target: Target | None) -> int:
     """The number of parts that the keys are cut into.
 
     The one for which waves of programs, times the length of a part, is least: by the number of programs
     and the SMs, not by a length, which is not known. No more than there are tiles in the cache.
+
+    Args:
+        columns: keys that the cache has room for; None where it grows.
     """
     slots = PROGRAMS_PER_SM * sms_of(target)
-    most = max(1, min(MOST_SPLITS, -(-columns // keys)))
+    most = MOST_SPLITS if columns is None else max(1, min(MOST_SPLITS, -(-columns // keys)))
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)

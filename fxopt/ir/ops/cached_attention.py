@@ -15,7 +15,6 @@ Float16's lowest number, as a mask, does not absorb scores in float32: such mask
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import sympy
@@ -73,19 +72,13 @@ def cached_attention(
         k = values.axis(3)
         live = live & (k >= span[0]) & (k < span[1])
     operands = (query, key, value, live)
-    out = decomposed(*operands, scale=scale, dead_rows=ZERO, enable_gqa=True, **others)
-    if others.get("sinks") is None and dead_rows != ZERO:
+    weights = ZERO if dead_rows == ZERO else NAN
+    out = decomposed(*operands, scale=scale, dead_rows=weights, enable_gqa=True, **others)
+    if others.get("sinks") is None and dead_rows in (MEAN, NONE):
         alive = live.expand(-1, -1, -1, key.shape[2]).any(-1, keepdim=True)
-        out = torch.where(alive, out, _of_dead_rows(query, value, dead_rows))
+        mean = value.mean(2, keepdim=True, dtype=computed_in(value.dtype)).to(query.dtype)
+        out = torch.where(alive, out, mean.repeat_interleave(query.shape[1] // value.shape[1], 1))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _of_dead_rows(query: torch.Tensor, value: torch.Tensor, dead_rows: str) -> torch.Tensor:
-    """What a row without a live key gives. Where no mask is infinite, no row is dead but by numbers."""
-    if dead_rows == NAN:
-        return query.new_full((), math.nan)
-    mean = value.mean(2, keepdim=True, dtype=computed_in(value.dtype)).to(query.dtype)
-    return mean.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
 def cached_pays(node: fx.Node, facts: Facts) -> Verdict:
