@@ -23,7 +23,7 @@ from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
 from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle, when_changed
 from fxopt.frontend.kv_append import NAME as APPEND_KV_CACHE
 from fxopt.frontend.kv_append import insert_appends
-from fxopt.frontend.lower import Kernels, lower
+from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
 from fxopt.frontend.packed_weights import PackedInputs, hide_parameters, packed_inputs, show_parameters
@@ -38,6 +38,7 @@ from fxopt.hosts.inductor import without_graphs
 from fxopt.hosts.kernels import EMIT_KERNELS, kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
+from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.report.dump import Dump
@@ -267,7 +268,7 @@ def _kernels(host: str, options: Options, example_inputs: Sequence[Any]) -> Kern
         return None
     from fxopt.codegen.attention_emit import kernel_serves
 
-    return functools.partial(kernel_serves, devices=devices)
+    return Kernels(devices, functools.partial(kernel_serves, devices=devices))
 
 
 def _growing(

@@ -19,7 +19,7 @@ from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import numel
 from fxopt.ir.facts import is_call, val
 from fxopt.ir.ops.attention import ATTENTION
-from fxopt.ir.ops.quantized_attention import QUANTIZED_ATTENTION, ROW_DTYPES, rows_pay
+from fxopt.ir.ops.quantized_attention import QUANTIZED_ATTENTION, ROW_DTYPES, kernel_pays, rows_pay
 
 aten = torch.ops.aten
 
@@ -73,6 +73,8 @@ class FoldKvScales:
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
         pays = rows_pay(match.anchor, ctx.facts)
+        if not pays:
+            pays = kernel_pays(match.anchor, ctx.facts, ctx.options) or pays
         if not pays:
             return pays
         size = sum(numel(val(match[name].node)) for name in ("K", "V"))

@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.codegen.attention_emit import emit_attention
 from fxopt.codegen.choose_products import candidates, choose, compared, large_products
 from fxopt.codegen.copies import erase_unread, with_copies
+from fxopt.codegen.decode_emit import emit_cached
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
@@ -120,7 +121,11 @@ def emit_semantic_ops(
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of semantic ops that are still whole behind autograd, and what was done."""
     launched = functools.partial(as_op, cache=cache_of(options)) if call else None
-    kernels, evidence = emit_attention(gm.graph, target_of(options), launched)
+    kernels, evidence = list[KernelFile](), list[Evidence]()
+    for emit in (emit_attention, emit_cached):
+        made, done = emit(gm.graph, target_of(options), launched)
+        kernels += made
+        evidence += done
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence

@@ -7,7 +7,6 @@ model share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +19,12 @@ from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
 from fxopt.frontend.restore_writes import restore_writes
 from fxopt.frontend.retrace import traced
-from fxopt.ir.contract import Verdict
-from fxopt.ir.graph_facts import Facts
+from fxopt.ir.graph_facts import Facts, Kernels
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
 from fxopt.report.record import GraphRecord
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
-
-
-Kernels = Callable[[fx.Node, Facts], Verdict]
 
 
 def lower(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | None = None) -> fx.GraphModule:

@@ -7,6 +7,7 @@ storages do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from fxopt.ir.facts import drops, is_call, is_opaque, is_tensor, is_write, locat
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What the host puts kernels in the place of.
+
+    Attributes:
+        devices: types of devices on which they run. attention: says of a call of ``fxopt::attention`` whether
+            one takes its place.
+    """
+
+    devices: frozenset[str]
+    attention: Callable[[fx.Node, Facts], Verdict]
+
+    def __call__(self, node: fx.Node, facts: Facts) -> Verdict:
+        return self.attention(node, facts)
+
+
 class Facts:
     """Answers about one graph, kept up to date with `update` while a pass edits it.
 
@@ -26,7 +43,7 @@ class Facts:
         kernels: says of the call of a semantic op whether a kernel will take its place; None: none is made.
     """
 
-    def __init__(self, graph: fx.Graph, kernels: Callable[[fx.Node, Facts], Verdict] | None = None) -> None:
+    def __init__(self, graph: fx.Graph, kernels: Kernels | None = None) -> None:
         self.graph = graph
         self.kernels = kernels
         self._aliases = _Aliases()

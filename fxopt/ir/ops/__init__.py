@@ -9,6 +9,7 @@ from torch import fx
 
 from fxopt.ir.ops import (
     block_attention,
+    cached_attention,
     decode_attention,
     linear_cross_entropy,
     outlier_linear,
@@ -50,6 +51,7 @@ def register_ops() -> None:
         for op in OPS:
             op.register(library)
         block_attention.register(library)
+        cached_attention.register(library)
         decode_attention.register(library)
         row_attention.register(library)
         linear_cross_entropy.register(library)

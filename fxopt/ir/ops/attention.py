@@ -42,6 +42,7 @@ from fxopt.ir.ops.attention_providers import (
     kernel_serves,
 )
 from fxopt.ir.ops.block_attention import in_blocks, in_kernel
+from fxopt.ir.ops.cached_attention import cached_pays, in_cache
 from fxopt.ir.ops.decode_attention import grouped, in_decode
 from fxopt.ir.ops.decomposed_attention import decomposed
 from fxopt.ir.ops.masking import NAN, NONE
@@ -87,6 +88,7 @@ ATTENTION = SemanticOp(
     ),
     body=attention,
     providers=(
+        Provider("cached", cached_pays, in_cache),
         Provider("triton", kernel_serves, in_kernel),
         Provider("decode", decode_pays, in_decode),
         Provider("grouped", grouped_pays, grouped),

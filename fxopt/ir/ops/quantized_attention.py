@@ -23,8 +23,10 @@ from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.attention import attention
 from fxopt.ir.ops.attention_attributes import SCHEMA, Attributes, without_symbol
 from fxopt.ir.ops.attention_providers import DECODE_ROWS, GROWN
+from fxopt.ir.ops.cached_attention import cached_rows_pay, rows_in_cache
 from fxopt.ir.ops.masking import MEAN, NONE
 from fxopt.ir.ops.op import Provider, SemanticOp
+from fxopt.options import Options
 
 # What rows may be stored as.
 ROW_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -76,6 +78,18 @@ def rows_pay(node: fx.Node, facts: Facts) -> Verdict:
     return Verdict.yes(f"{rows} queries read rows of 8 bits")
 
 
+def kernel_pays(node: fx.Node, facts: Facts, options: Options) -> Verdict:
+    """Whether a kernel is to read rows of 8 bits, for an attention `node` in a host that emits kernels."""
+    query = val(node.args[0])
+    rows, device = query.shape[-2], query.device.type
+    emits = options.kernels != "never" and not {"emit-kernels", "all"} & set(options.disable)
+    if not emits or not (device == "cuda" or options.interpret or options.target is not None):
+        return Verdict.no(f"no kernels are made for {device}")
+    if not isinstance(rows, int) or rows > DECODE_ROWS or facts.differentiates(node):
+        return Verdict.no("kernels are for few queries, without gradients")
+    return Verdict.yes(f"{rows} queries read rows of 8 bits, in a kernel")
+
+
 def _numbers(key: torch.Tensor) -> int:
     """In all keys; those of a growing cache are taken to be `GROWN`."""
     columns = key.shape[2] if isinstance(key.shape[2], int) else GROWN
@@ -113,5 +127,8 @@ QUANTIZED_ATTENTION = SemanticOp(
         f"(Tensor query, Tensor key, Tensor key_scale, Tensor value, Tensor value_scale, {SCHEMA}) -> Tensor"
     ),
     body=quantized_attention,
-    providers=(Provider("rows", rows_pay, in_rows),),
+    providers=(
+        Provider("cached", cached_rows_pay, rows_in_cache),
+        Provider("rows", rows_pay, in_rows),
+    ),
 )

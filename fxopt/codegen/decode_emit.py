@@ -1,0 +1,86 @@
+"""``fxopt::cached_attention`` in a graph -> calls of its kernels, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.codegen.attention_emit import NAME, Emit
+from fxopt.codegen.decode_attention import decode_kernel
+from fxopt.codegen.decode_problem import Problem
+from fxopt.codegen.kernel_file import KernelFile
+from fxopt.ir.contract import Cost, Evidence, Status
+from fxopt.ir.facts import argument, location, val
+from fxopt.ir.linear import Unsupported
+from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.target import Target
+
+_TENSORS = ("query", "key", "value", "key_scale", "value_scale", "query_rest", "key_rest", "span", "sinks")
+
+
+def emit_cached(
+    graph: fx.Graph, target: Target | None, emit: Emit | None
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of the attentions over caches, and what was done.
+
+    An attention of which no kernel can be made stays: its op computes it, by torch.
+
+    Args:
+        emit: makes the op that is called instead. None: the graph stays as it is.
+    """
+    kernels, evidence = list[KernelFile](), list[Evidence]()
+    made: dict[Any, KernelFile] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
+        try:
+            problem, inputs = problem_of(node)
+            kernel = decode_kernel(problem, target)
+        except Unsupported as refusal:
+            evidence.append(Evidence(NAME, node.name, location(node), Status.ILLEGAL, str(refusal)))
+            continue
+        kernel = made.setdefault(kernel.digest, kernel)
+        kernels.append(kernel)
+        evidence.append(_applied(node, kernel, target))
+        if emit is not None:
+            _replace(node, emit(kernel), inputs)
+    return kernels, evidence
+
+
+def problem_of(node: fx.Node) -> tuple[Problem, list[Any]]:
+    """What a call of ``fxopt::cached_attention`` computes, and what its kernel takes."""
+    given = {name: argument(node, name) for name in _TENSORS}
+    nodes = {name: arg for name, arg in given.items() if arg is not None}
+    captures, sizes = (list(argument(node, name) or ()) for name in ("captures", "sizes"))
+    problem = Problem(
+        tensors={name: val(arg) for name, arg in nodes.items()},
+        captures=tuple(val(arg) for arg in captures),
+        sizes=tuple(val(arg) if isinstance(arg, fx.Node) else arg for arg in sizes),
+        scale=argument(node, "scale"),
+        dead_rows=argument(node, "dead_rows"),
+        mask=MaskProgram.parse(argument(node, "mask", "True")),
+        score=ScoreProgram.parse(argument(node, "score", "")),
+        shared=nodes["key"] is nodes["value"],
+    )
+    return problem, [*nodes.values(), *captures, *sizes]
+
+
+def _replace(node: fx.Node, op: Any, inputs: list[Any]) -> None:
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(op, tuple(inputs))
+    call.meta |= node.meta
+    node.replace_all_uses_with(call)
+    node.graph.erase_node(node)
+
+
+def _applied(node: fx.Node, kernel: KernelFile, target: Target | None) -> Evidence:
+    moved, flops = kernel.about.seen
+    least = ""
+    if target is not None:
+        seconds = target.time(float(moved), float(flops), val(node).dtype, tensor_cores=True)
+        least = f", not below {seconds * 1e6:.2f} us on {target.name} with a full cache"
+    cost = Cost(moved, flops, len(kernel.launches))
+    reason = (
+        f"an attention becomes the kernel {kernel.name}: {'; '.join(kernel.about.configuration[2:])}{least}"
+    )
+    return Evidence(NAME, node.name, location(node), Status.APPLIED, reason, after=cost)

@@ -1,0 +1,86 @@
+"""The reference and the example in the file of a kernel for attention over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.codegen.decode_problem import Problem
+from fxopt.codegen.formula_reference import condition_text, number_text
+from fxopt.ir.cost import hint
+from fxopt.ir.formula import S
+from fxopt.ir.ops.masking import MEAN, NAN, NONE
+
+_DEAD = {
+    NAN: 'out = torch.where(alive, out, float("nan"))',
+    MEAN: "out = torch.where(alive, out, value.mean(2, keepdim=True))",
+    NONE: "out = torch.where(alive, out, value.mean(2, keepdim=True))",
+}
+
+
+def reference_text(problem: Problem, names: Sequence[str]) -> str:
+    """``def reference(<names>)`` in plain torch."""
+    lines = [f"def reference({', '.join(names)}):"]
+    lines += [f"    {line}" for line in _lines(problem)]
+    return "\n".join(lines)
+
+
+def _lines(problem: Problem) -> list[str]:
+    group, quantized = problem.group, problem.has("key_scale")
+    lines = ["batch, heads, rows, _ = query.shape", "columns = key.shape[2]"]
+    for name in ("key", "value") if quantized else ():
+        lines.append(f"{name} = ({name}.to({name}_scale.dtype) * {name}_scale).to(query.dtype)")
+    if problem.has("key_rest"):
+        lines += ["query = torch.cat([query, query_rest], -1)", "key = torch.cat([key, key_rest], -1)"]
+    lines += [f"{name} = {name}.repeat_interleave({group}, 1)" for name in ("key", "value") if group > 1]
+    shapes = ("(-1, 1, 1, 1)", "(-1, 1, 1)", "(-1, 1)", "(-1,)")
+    for letter, extent, shape in zip("bhqk", ("batch", "heads", "rows", "columns"), shapes, strict=True):
+        lines.append(f"{letter} = torch.arange({extent}, device=query.device).view{shape}")
+    lines.append(f"live = {condition_text(problem.mask.live)}")
+    if problem.has("span"):
+        lines.append("live = live & (k >= span[0]) & (k < span[1])")
+    lines.append(f"s = (query @ key.transpose(2, 3)) * {problem.scale!r}")
+    if problem.score.result != S:
+        lines.append(f"s = ({number_text(problem.score.result)}).to(query.dtype)")
+    lines.append('s = torch.where(live, s, float("-inf"))')
+    if problem.has("sinks"):
+        lines.append("sink = sinks.view(1, -1, 1, 1).to(s.dtype).expand(batch, heads, rows, 1)")
+        lines.append("s = torch.cat([s, sink], -1)")
+    lines.append("weights = torch.softmax(s, -1, dtype=torch.float32).nan_to_num(0.0)")
+    lines.append("out = weights[..., :columns].to(value.dtype) @ value")
+    if problem.dead_rows in _DEAD and not problem.has("sinks"):
+        lines += ["alive = live.expand(batch, heads, rows, columns).any(-1, keepdim=True)"]
+        lines.append(_DEAD[problem.dead_rows])
+    return [*lines, "return out"]
+
+
+def example_text(problem: Problem, names: Sequence[str]) -> str:
+    """``def example_inputs(device)``, of the shapes seen while tracing."""
+    tensors = dict(problem.tensors) | dict(
+        zip((one.name for one in problem.captured), problem.captures, strict=True)
+    )
+    columns = problem.size("key", 2)
+    lines = ["def example_inputs(device):", "    generator = torch.Generator(device).manual_seed(0)"]
+    lines += [f"    {name} = {_example(name, each, columns)}" for name, each in tensors.items()]
+    values = {name: str(hint(size)) for name, size in zip(problem.size_names, problem.sizes, strict=True)}
+    listed = ", ".join(values.get(name, name) for name in names)
+    return "\n".join([*lines, f"    return ({listed},)"])
+
+
+def _example(name: str, value: torch.Tensor, columns: int) -> str:
+    shape, strides = (tuple(hint(one) for one in part) for part in (value.shape, value.stride()))
+    stored = tuple(1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True))
+    made = f"torch.empty_strided({stored}, {strides}, dtype={value.dtype}, device=device)"
+    if name == "span":
+        return f"torch.tensor([0, {columns}, 0], device=device)[:{shape[0]}]"
+    if value.dtype.is_floating_point and value.element_size() == 1:
+        made += ".copy_(torch.randn(" + f"{stored}, device=device, generator=generator))"
+    elif value.dtype.is_floating_point:
+        made += ".normal_(generator=generator)" + (".abs_().mul_(0.01)" if name.endswith("_scale") else "")
+    elif value.dtype is torch.bool or value.element_size() == 1:
+        low, high = (0, 2) if value.dtype is torch.bool else (0 if value.dtype is torch.uint8 else -127, 128)
+        made += f".random_({low}, {high}, generator=generator)"
+    else:  # a length or a position
+        made += f".fill_({columns // 2})"
+    return made if stored == shape else f"{made}.expand{shape}"
