@@ -32,20 +32,9 @@ _METHOD = """
 - Bytes are, of what Inductor launches, Inductor's own account (`get_read_write_buffers_sizes`); of fxopt's
   kernels what their files say: every tensor that is read or written, once. Weights are part of them. Partial
   sums, which the two launches of a split reduction hand on, are not.
+- The layout of convolutions is not optimized (`layout_optimization`): Inductor decides on it by the number of
+  nodes, so that models of two depths would not have the same embedding of images.
 """
-
-_WHY = """
-## Where fxopt has more, and why
-
-{reasons}
-"""
-
-_NORMS = (
-    "the kernel of a layer norm's gradient writes products in float32 that the sums over its rows read; "
-    "Inductor computes them again there, from inputs of half the width"
-)
-# Why a model is worse in a phase.
-REASONS: dict[str, str] = {"bert training": _NORMS, "vit training": _NORMS}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -66,7 +55,7 @@ def render(results: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(cells(row))} |" for row in results["rows"]]
     layers = " or ".join(sorted({str(row["layers"]) for row in results["rows"]}))
     method = _METHOD.format(layers=layers, shallow=SHALLOW)
-    return head + "\n".join(lines) + "\n" + _reasons(results["rows"]) + method
+    return head + "\n".join(lines) + "\n" + method
 
 
 def cells(row: Row) -> list[str]:
@@ -89,12 +78,3 @@ def cells(row: Row) -> list[str]:
 
 def _mark(red: bool) -> str:
     return RED if red else GREEN
-
-
-def _reasons(rows: list[Row]) -> str:
-    found = []
-    for row in rows:
-        key = f"{row['model']} {row['phase']}"
-        if key in REASONS and any(RED in cell for cell in cells(row)):
-            found.append(f"- {key}: {REASONS[key]}")
-    return _WHY.format(reasons="\n".join(found)) if found else ""

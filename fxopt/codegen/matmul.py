@@ -274,6 +274,9 @@ class _MatmulTracer(Tracer):
             return self._exchanged(node, index, conditions)
         return self.value(node, index, ()) if conditions else self._product(node, _operands(node), index)
 
+    def gathered(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        raise CannotEmit(f"{node.name} reads at places that are data, which every program would have to find")
+
     def _exchanged(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         """The other column of a pair, or the same one in other words."""
         (*row, column), (*other_row, other) = self.places[node], index

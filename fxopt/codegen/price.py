@@ -51,10 +51,16 @@ def _moved_apart(members: Sequence[fx.Node]) -> sympy.Expr:
 def _moved_fused(outputs: Sequence[fx.Node], body: Body) -> sympy.Expr:
     moved = sum((stored_bytes(node.meta["val"]) for node in outputs), sympy.Integer(0))
     ranges = ranges_of(body.axes)
-    reach: dict[fx.Node, dict[sympy.Expr, sympy.Expr]] = {}
+    reach: dict[fx.Node, dict[object, sympy.Expr]] = {}
+    along: dict[str, frozenset[sympy.Symbol]] = {}
+    for one in body.statements:
+        own = {symbol for expr in one.indices() for symbol in expr.free_symbols}
+        along[one.name] = frozenset(own).union(*(along[name] for name in one.uses))
     for load in body.loads:
-        over = product(ranges[symbol] for symbol in load.offset.free_symbols if symbol in ranges)
-        reach.setdefault(load.tensor, {})[load.offset] = over
+        places = frozenset().union(*(along[place.name] for place in load.places))
+        symbols = load.offset.free_symbols | places
+        over = product(ranges[symbol] for symbol in symbols if symbol in ranges)
+        reach.setdefault(load.tensor, {})[load.offset, load.places] = over
     for tensor, loads in reach.items():
         value = tensor.meta["val"]
         touched = sympy.expand(sum(loads.values()) * value.element_size())

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, operations_of, supported
+from fxopt.codegen.gather import is_gather
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
 from fxopt.codegen.matmul import in_kernel, matmul_body
 from fxopt.codegen.price import Price, prices_of
@@ -55,7 +56,7 @@ def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
         return False
     if is_moment(node) or node.target in REDUCTIONS or node.target in _JOINTS:
         return True
-    if is_uniform(node.target):
+    if is_uniform(node.target) or is_gather(node):
         return True
     found = formula_of(node)
     return supported(node, found) if found is not None else in_kernel(node)

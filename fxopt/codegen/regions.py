@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxopt.codegen.gather import is_gather
 from fxopt.codegen.loops import is_moment
 from fxopt.codegen.matmul import in_kernel
 from fxopt.codegen.recompute import Recomputation
@@ -95,16 +96,19 @@ class _Grower:
 
         What follows a product belongs to it before what is in front of it does, which programs compute again.
         """
-        edges = self._edges()
+        every = self._edges()
+        edges = [pair for pair in every if not is_gather(pair[0])]
         behind = [pair for pair in edges if not in_kernel(pair[1])]
         loops = [pair for pair in behind if not in_kernel(pair[0])]
         self._join_all(behind, loops)
         siblings = self._siblings()
         self._join_siblings(pair for pair in siblings if all(map(in_kernel, pair)))
         self._join_all(edges, edges)
+        # Last what looks up its places: a product takes a norm that is in front of it, but no gather.
+        self._join_all(every, every)
         self._join_siblings(siblings)
         found = list(self._regions())
-        apart = [pair for pair in edges if self.group[pair[0]] != self.group[pair[1]]]
+        apart = [pair for pair in every if self.group[pair[0]] != self.group[pair[1]]]
         refused = [(pair[1], f"not joined with {pair[0].name}: {self.reasons[pair]}") for pair in apart]
         return Partition(found, self.refused + refused)
 

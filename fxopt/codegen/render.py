@@ -24,6 +24,7 @@ from fxopt.codegen.statements import (
     Compute,
     Condition,
     Load,
+    Place,
     Position,
     Reduce,
     Statement,
@@ -173,6 +174,8 @@ class _Renderer:
         self, statements: Iterable[Statement], stores: Iterable[Store], inside: str, depth: int
     ) -> None:
         for one in statements:
+            for place in one.places if isinstance(one, Load) else ():
+                self._line(depth, f'tl.device_assert({within(place)}, "index out of bounds", {inside})')
             self._line(depth, f"{one.name} = {self._value(one)}")
         for store in stores:
             mask = inside if store.on_r or not self.has_r else "inside_x"
@@ -195,11 +198,13 @@ class _Renderer:
 
     def _load(self, one: Load) -> str:
         masks = [f"({condition_text(c)})" for c in one.conditions]
+        masks += [within(place) for place in one.places]
         limits = [part for c in one.conditions for part in (c.lhs, c.bound)]
         outer, along = self._reads(one.offset, *limits)
         if outer or along:
             masks.insert(0, _mask(outer, along, self.has_r))
         pointer = f"{self.body.names[one.tensor]}_ptr + {self._shaped(one.offset, outer, along)}"
+        pointer += "".join(f" + {place.name} * {print_index(place.stride)}" for place in one.places)
         loaded = f"tl.load({pointer}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({pointer})"
         dtype = one.tensor.meta["val"].dtype
         if dtype is torch.bool:
@@ -240,6 +245,11 @@ def signature(name: str, arguments: list[str]) -> list[str]:
     if len(one_line) <= 110:
         return [one_line]
     return [f"def {name}(", *(f"    {one}," for one in arguments), "):"]
+
+
+def within(place: Place) -> str:
+    """That a place exists."""
+    return f"({place.name} >= 0) & ({place.name} < {print_index(place.size)})"
 
 
 def condition_text(one: Condition) -> str:

@@ -43,15 +43,26 @@ class Statement:
 
 
 @dataclass(frozen=True)
+class Place:
+    """The value `name` says which of `size` entries, `stride` elements apart."""
+
+    name: str
+    size: sympy.Expr
+    stride: sympy.Expr
+
+
+@dataclass(frozen=True)
 class Load(Statement):
-    """Of the element at `offset` of `tensor`, where all conditions hold."""
+    """Of the element at `offset` of `tensor`, and at `places` of it, where all conditions hold."""
 
     tensor: fx.Node
     offset: sympy.Expr
     conditions: tuple[Condition, ...] = ()
+    places: tuple[Place, ...] = ()
 
     def indices(self) -> tuple[sympy.Expr, ...]:
-        return (self.offset, *(part for one in self.conditions for part in (one.lhs, one.bound)))
+        limits = (part for one in self.conditions for part in (one.lhs, one.bound))
+        return (self.offset, *limits, *(part for one in self.places for part in (one.size, one.stride)))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fxopt.codegen.elementwise import (
     operands_of,
     register_type,
 )
+from fxopt.codegen.gather import GATHERS, gather_of, looked_up
 from fxopt.codegen.helpers import HELPERS
 from fxopt.codegen.indexing import Index, flatten, offset, ranges_of, sizes_of
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment
@@ -235,6 +236,8 @@ class Tracer:
             return self._moment(node, index, conditions)
         if is_uniform(node.target):
             return self._uniform(node, index)
+        if node.target in GATHERS:
+            return self.gathered(node, index, conditions)
         raise CannotEmit(f"{node.target} is not emitted")
 
     def _pointwise(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
@@ -295,6 +298,14 @@ class Tracer:
                 chosen = self.add(Choose, node, uses, value.dtype, condition=Condition(at, one.end))
         assert chosen is not None
         return chosen
+
+    def gathered(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
+        """A tensor in memory, read at places that are data."""
+        found = gather_of(node, index)
+        if view_base(found.source) in self.members:
+            raise CannotEmit(f"{node.name} reads anywhere in {found.source.name}, which has to be in memory")
+        self.names.setdefault(found.source, f"in_{len(self.names)}")
+        return looked_up(self, node, found, conditions)
 
     def _uniform(self, node: fx.Node, index: Index) -> Statement:
         source: Any = node.args[1]

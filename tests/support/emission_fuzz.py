@@ -70,6 +70,9 @@ ROWS: dict[str, Callable[[Value, int], Value]] = {
     "var": lambda x, dim: x - torch.var_mean(x, dim, keepdim=True, correction=0)[1],
     "layer_norm": lambda x, dim: F.layer_norm(x, x.shape[-1:]),
     "all": lambda x, dim: x.sum(),
+    "any": lambda x, dim: torch.where((x > 1).any(dim, keepdim=True), x, 0),
+    "every": lambda x, dim: (x > -1).all(dim),
+    "twice": lambda x, dim: (x.float() * 2 - x.float().sum(-1, keepdim=True)) + (x.float() * 2).sum(0),
 }
 VIEWS: dict[str, Callable[[Value, int], Value]] = {
     "transpose": lambda x, dim: x.transpose(dim, -1),
@@ -99,6 +102,13 @@ PRODUCTS: dict[str, Callable[[Value, Value, int], Value]] = {
     "scores": lambda x, weight, n: torch.bmm(_stacks(x), _stacks(x).mT / 4).softmax(-1),
     "padded": lambda x, weight, n: F.pad(_long(x), (0, 3))[:, :-3] @ weight[: x.shape[-1], :n] - 1,
     "interleaved": lambda x, weight, n: _rotated(F.linear(x, weight[:32, : x.shape[-1]]), weight[1, :8]),
+}
+GATHERS: dict[str, Callable[[Value, Value], Value]] = {
+    "rows": lambda x, places: x[places],
+    "negative": lambda x, places: x[places - x.shape[0]],
+    "embedding": lambda x, places: F.embedding(places.int(), x) if x.dim() == 2 else x,
+    "columns": lambda x, places: x.transpose(0, -1).index_select(-1, places),
+    "gather": lambda x, places: x.gather(0, places.view(-1, *[1] * (x.dim() - 1)).expand(-1, *x.shape[1:])),
 }
 
 
@@ -130,10 +140,11 @@ def programs(draw: st.DrawFn) -> tuple[list[Value], list[tuple[str, Step]]]:
     count = draw(st.integers(1, 3))
     shape = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=3))
     weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7)) / 4
-    inputs = [weight, *(_input(draw, shape) for _ in range(count))]
+    places = torch.randint(0, WIDTH, (WIDTH,), generator=torch.Generator().manual_seed(5))
+    inputs = [places, weight, *(_input(draw, shape) for _ in range(count))]
     steps: list[tuple[str, Step]] = []
     for position in range(draw(st.integers(2, 9))):
-        steps.append(_step(draw, 1 + count + position))
+        steps.append(_step(draw, 2 + count + position))
     return inputs, steps
 
 
@@ -147,8 +158,8 @@ def _input(draw: st.DrawFn, shape: list[int]) -> Value:
 
 
 def _step(draw: st.DrawFn, have: int) -> tuple[str, Step]:
-    first, second = (draw(st.integers(max(0, have - 4), have - 1)) for _ in range(2))
-    kind = draw(st.sampled_from(("unary", "binary", "binary", "rows", "view", "product")))
+    first, second = (draw(st.integers(max(1, have - 4), have - 1)) for _ in range(2))
+    kind = draw(st.sampled_from(("unary", "binary", "binary", "rows", "view", "product", "gather")))
     if kind == "unary":
         name = draw(st.sampled_from(sorted(UNARY)))
         return f"{name} {first}", lambda values: UNARY[name](values[first])
@@ -157,7 +168,10 @@ def _step(draw: st.DrawFn, have: int) -> tuple[str, Step]:
         return f"{name} {first} {second}", lambda values: _binary(name, values[first], values[second])
     if kind == "product":
         name, columns = draw(st.sampled_from(sorted(PRODUCTS))), draw(st.sampled_from((1, 5, 16, 33)))
-        return f"{name} {first} {columns}", lambda values: _product(name, values[first], values[0], columns)
+        return f"{name} {first} {columns}", lambda values: _product(name, values[first], values[1], columns)
+    if kind == "gather":
+        name, count = draw(st.sampled_from(sorted(GATHERS))), draw(st.sampled_from((1, 3, 8)))
+        return f"{name} {first} {count}", lambda values: _gather(name, values[first], values[0][:count])
     table = ROWS if kind == "rows" else VIEWS
     name, dim = draw(st.sampled_from(sorted(table))), draw(st.integers(0, 2))
     return f"{name} {first} {dim}", lambda values: _along(table[name], values[first], dim)
@@ -176,6 +190,11 @@ def _product(name: str, x: Value, weight: Value, columns: int) -> Value:
     if x.dim() < 2 or not x.is_floating_point():
         return x
     return PRODUCTS[name](x[..., :WIDTH], weight.to(x.dtype), columns)
+
+
+def _gather(name: str, x: Value, places: Value) -> Value:
+    x = x.reshape(1) if x.dim() == 0 else x
+    return GATHERS[name](x, places.clamp(0, x.shape[0] - 1))
 
 
 def _along(function: Callable[[Value, int], Value], x: Value, dim: int) -> Value:
@@ -248,6 +267,8 @@ def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, 
         draws = [run(*(_rounded_otherwise(one, seed) for one in inputs)) for seed in range(3)]
     counts["programs"] += 1
     counts["kernels"] += sum(entry.status is Status.APPLIED for entry in evidence)
+    counts["computed again"] += sum("of others computed again" in entry.reason for entry in evidence)
+    counts["gathers"] += sum("index" in entry.reason or "embedding" in entry.reason for entry in evidence)
     for place, three in enumerate(zip(want, got, exact, strict=True)):
         found = difference(*three, [draw[place] for draw in draws])
         shapes = [(tuple(one.shape), one.dtype, one.stride()) for one in inputs]

@@ -58,6 +58,10 @@ def dropped(x: Value, seed: Value) -> Value:
     return (drawn > 0.3) * x / 0.7
 
 
+def places(size: int, *shape: int) -> Value:
+    return torch.randint(0, size, shape, generator=torch.Generator().manual_seed(size))
+
+
 def crossing(x: Value, w: Value) -> tuple[Value, ...]:
     """Two kernels of siblings: the first ends behind the beginning of the second, which needs it."""
     sine = x.sin() + 1
@@ -103,6 +107,23 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "all of conditions": (lambda a: torch.where((a > -2).all(-1, keepdim=True), a, 0), (torch.randn(7, 9),)),
     "any of bytes": (lambda a: (a & 1).any(), (torch.randint(0, 2, (5, 9), dtype=torch.uint8) * 2,)),
     "any in pieces": (lambda a: (a > 0.9999).any(0), (torch.rand(40001, 3),)),
+    "embedding": (lambda table, at: table[at] * 2 + at[..., None], (torch.randn(11, 6), places(11, 4, 5))),
+    "embedding and its norm": (
+        lambda table, at: F.layer_norm(F.embedding(at, table), (6,)),
+        (torch.randn(11, 6).bfloat16(), places(11, 4, 5).int()),
+    ),
+    "negative places": (lambda a, at: a[:, at - 7] + 1, (torch.randn(3, 7, 2), places(7, 4))),
+    "places in two dimensions": (
+        lambda a, i, j: a[:, i, j].exp(),
+        (torch.randn(3, 7, 5), places(7, 4, 1), places(5, 3)),
+    ),
+    "places along rows": (lambda a, at: a.gather(1, at).softmax(-1), (torch.randn(3, 7), places(7, 3, 9))),
+    "one column": (lambda a, at: a.index_select(-1, at).sum(0) * 2, (torch.randn(5, 7).t(), places(5, 1))),
+    "places that are computed": (
+        lambda table, a: table[(a.abs() * 3).to(torch.int64).clamp(0, 8)] - 1,
+        (torch.randn(9, 4), torch.randn(5, 6)),
+    ),
+    "places in a part": (lambda a, at: torch.cat([a, a[at]], 0) * 2, (torch.randn(6, 3), places(6, 4))),
     "rows longer than registers": (lambda a: a.softmax(-1) * 2, (torch.randn(2, 9001),)),
     "columns": (lambda a: (a * 2).sum(0), (torch.randn(301, 5),)),
     "all elements": (lambda a: (a * 2).mean(), (torch.randn(37, 5),)),

@@ -1,0 +1,133 @@
+"""Tensors read at places that are data: what becomes part of a kernel, and what must not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt.codegen.compile import compile_launches
+from fxopt.codegen.gather import is_gather
+from fxopt.codegen.kernels import kernel_of
+from fxopt.codegen.regions import Partition, partition
+from fxopt.ir.target import Target
+
+CPU = frozenset({"cpu"})
+Value = torch.Tensor
+table, at = torch.randn(50, 16), torch.randint(0, 50, (4, 6))
+
+
+def graph_of(function: Callable[..., Any], *inputs: Value) -> fx.Graph:
+    return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs).graph
+
+
+def regions_of(function: Callable[..., Any], *inputs: Value) -> Partition:
+    return partition(graph_of(function, *inputs), CPU)
+
+
+def test_an_embedding_is_read_by_the_norm_behind_it() -> None:
+    def function(a: Value, i: Value) -> Value:
+        return torch.nn.functional.layer_norm(torch.nn.functional.embedding(i, a), (16,))
+
+    (region,) = regions_of(function, table, at).regions
+    assert "embedding" in region.members[0].name
+    touched, written = 24 * 16 * 4, 24 * 16 * 4
+    assert region.fused.bytes == at.nbytes + touched + written, "only the rows that are looked up"
+    text = kernel_of(region, None).jit
+    assert "tl.device_assert(" in text
+    assert "< 0" not in text, "an embedding has no negative places"
+
+
+def test_negative_places_count_from_the_end() -> None:
+    (region,) = regions_of(lambda a, i: a[i] * 2, table, at).regions
+    assert "+ 50" in kernel_of(region, None).jit
+
+
+def test_a_small_table_is_not_priced_by_its_readers() -> None:
+    small = torch.randn(2, 16)
+    (region,) = regions_of(lambda a, i: a[i % 2] * 2, small, at).regions
+    assert region.fused.bytes == small.nbytes + at.nbytes + 24 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "function, inputs",
+    [
+        (lambda a, i: a[i, :, i] * 2, (torch.randn(5, 4, 5), torch.arange(5))),  # the places come first
+        (lambda a, i: a[i] * 2, (torch.randn(1, 16), at * 0)),  # nothing to choose from
+        (lambda a, i: a[i] * 2, (torch.randn(5).to(torch.complex64), at % 5)),
+    ],
+)
+def test_what_is_left_to_the_host(function: Callable[..., Any], inputs: tuple[Value, ...]) -> None:
+    for region in regions_of(function, *inputs).regions:
+        assert not any(is_gather(node) for node in region.members)
+
+
+def test_what_is_computed_is_written_before_it_is_looked_up() -> None:
+    found = regions_of(lambda a, i: (a * 2 + 1)[i] * 2, table, at)
+    groups = [[node.name for node in one.members] for one in found.regions]
+    assert groups == [["mul", "add"], ["index", "mul_1"]]
+    assert any("which has to be in memory" in reason for _, reason in found.refused)
+
+
+def test_a_gather_alone_is_left_to_the_host() -> None:
+    assert regions_of(lambda a, i: a[i], table, at).regions == []
+
+
+def test_a_product_with_few_rows_does_not_look_up() -> None:
+    weight = torch.randn(16, 32)
+    found = regions_of(lambda a, i, w: (a[i] * 2) @ w + 1, table, at[0], weight)
+    assert not any({"index", "mm"} <= {node.name for node in one.members} for one in found.regions)
+
+
+def looked_up_and_asked(a: Value, i: Value) -> tuple[Value, ...]:
+    rows = torch.nn.functional.layer_norm(torch.nn.functional.embedding(i, a), a.shape[-1:])
+    return rows, torch.where((rows > 0).any(-1, keepdim=True), rows, 0), a[i - 7] * 2
+
+
+def norm_gradient(gradient: Value, x: Value) -> tuple[Value, ...]:
+    wide, normal = gradient.float(), x.float() - x.float().mean(-1, keepdim=True)
+    weighted = wide - normal * (wide * normal).mean(-1, keepdim=True)
+    return weighted.to(x.dtype), (wide * normal).sum(0), wide.sum(0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_they_compile_and_fit(arch: str) -> None:
+    """Gathers, any, and what is computed again, at the width of a model."""
+    target, meta = Target.named(arch), frozenset({"meta"})
+    wide = torch.empty(2048, 768, dtype=torch.bfloat16, device="meta")
+    many = torch.empty(4, 512, dtype=torch.int64, device="meta")
+    graphs = [graph_of(looked_up_and_asked, wide, many), graph_of(norm_gradient, wide, wide.clone())]
+    regions = [one for graph in graphs for one in partition(graph, meta).regions]
+    assert any(one.again for one in regions)
+    kernels = [kernel_of(one, target) for one in regions]
+    launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
+    assert [(one.entry, one.problems()) for one in compile_launches(launches, target) if one.problems()] == []
+
+
+OUTSIDE = """
+import sys, torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from fxopt.codegen.emit import emit_kernels
+from fxopt.options import Options
+a, i = torch.randn(5, 4), torch.tensor([0, 1, int(sys.argv[2])])
+gm = make_fx(lambda a, i: a[i] * 1)(a, i % 5)
+kernels, _ = emit_kernels(gm, Options.parse(options={"cache_dir": sys.argv[1]}), call=True)
+assert len(kernels) == 1
+print((gm(a, i)[-1] == (a[i[-1]] if -5 <= i[-1] < 5 else 0)).all().item())
+"""
+
+
+@pytest.mark.parametrize("place", [-5, 5, -6, 1 << 40])
+def test_places_outside_are_not_read(tmp_path: Any, place: int) -> None:
+    command = [sys.executable, "-c", OUTSIDE, str(tmp_path), str(place)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "True\n"
