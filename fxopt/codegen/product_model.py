@@ -29,7 +29,7 @@ _SUMS_AND_MORE = 64  # the same where products meet or other tensors are read
 # The same without the matrix units, where a thread holds its operands for a whole block, too, and where the
 # sums are exchanged between threads.
 _FEWEST_SUMS = 32
-_UNROLLED = 16  # of the depth, without the matrix units
+_UNROLLED = 512  # multiplications of a thread for a block, without the matrix units: all are written out
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)
 WARPS, STAGES = (4, 8), (2, 3, 4)  # more warps than 8 have too few registers each for what follows
 WARPS_OF_A_ROW = (1, 2, 4, 8)
@@ -63,7 +63,7 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         registers, shared = _ADDRESSES + math.ceil(each * (1 + width / 4)), 0
     else:
         most = _most_sums(sizes, block, target)
-        if sums > most or (not sizes.on_matrix_units and block.depth > _UNROLLED):
+        if sums > most or (not sizes.on_matrix_units and sums * block.depth > _UNROLLED):
             return 0
         registers = _ADDRESSES + math.ceil(sums)
         shared = block.stages * (block.rows + block.columns * sizes.together) * block.depth * width
