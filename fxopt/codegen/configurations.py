@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.codegen.kernel_file import KernelFile, Launch
-from fxopt.codegen.product_model import Block, blocks_per_sm, preference, seconds
+from fxopt.codegen.product_model import WARPS as PRODUCT_WARPS
+from fxopt.codegen.product_model import WARPS_OF_A_ROW, Block, blocks_per_sm, preference, seconds
 from fxopt.codegen.tile_sizes import power_of_two
 from fxopt.ir.target import Target
 
@@ -179,9 +180,12 @@ def _neighbours(launch: Launch, target: Target) -> Iterator[Launch]:
         for name, value in launch.constants
     ]
     stages = STAGES if _loops(launch) else (launch.num_stages,)
+    several: tuple[int, ...] = WARPS
+    if launch.products:
+        several = WARPS_OF_A_ROW if constant(launch, "ROWS") == 1 else PRODUCT_WARPS
     names = [name for name, _ in launch.constants]
     for chosen in itertools.product(*sizes):
-        for warps, depth in itertools.product(WARPS, stages):
+        for warps, depth in itertools.product(several, stages):
             if math.prod(chosen) >= warps * target.warp_size:
                 constants = tuple(zip(names, chosen, strict=True))
                 yield replace(launch, constants=constants, num_warps=warps, num_stages=depth)

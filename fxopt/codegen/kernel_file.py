@@ -74,7 +74,8 @@ class Products:
     Attributes:
         batch: matrices in a stack. columns: of each part that has columns of its own. depth: what is summed
             over. pieces: into which it is cut. together: products that share a tile of columns.
-        dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply.
+        dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply. pairs: whether what
+            follows mixes columns.
     """
 
     batch: int
@@ -85,6 +86,7 @@ class Products:
     together: int
     dtype: str
     on_matrix_units: bool
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def products_of(body: MatmulBody) -> Products:
         together=max(len(part.products) for part in body.parts),
         dtype=str(first.meta["val"].dtype).removeprefix("torch."),
         on_matrix_units=body.on_matrix_units,
+        pairs=any(part.distance for part in body.parts),
     )
 
 

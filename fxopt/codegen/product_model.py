@@ -26,10 +26,13 @@ BLOCKS_PER_SM = 32
 _ADDRESSES = 48  # registers of a thread for addresses, masks and operands on their way to the matrix units
 _SUMS = 128  # registers of a thread for sums where nothing follows the product
 _SUMS_AND_MORE = 64  # the same where products meet or other tensors are read
-_SUMS_BY_HAND = 32  # without the matrix units, where a thread holds its operands for a whole block, too
-_UNROLLED = 16  # of the depth, there
+# The same without the matrix units, where a thread holds its operands for a whole block, too, and where the
+# sums are exchanged between threads.
+_FEWEST_SUMS = 32
+_UNROLLED = 512  # multiplications of a thread for a block, without the matrix units: all are written out
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)
-WARPS, STAGES = (4, 8), (2, 3, 4)
+WARPS, STAGES = (4, 8), (2, 3, 4)  # more warps than 8 have too few registers each for what follows
+WARPS_OF_A_ROW = (1, 2, 4, 8)
 LEAST = 16  # of each dimension of a block for the matrix units
 _ANY = Target.named("sm_90")  # whose figures order tiles where no target is known
 
@@ -60,7 +63,7 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         registers, shared = _ADDRESSES + math.ceil(each * (1 + width / 4)), 0
     else:
         most = _most_sums(sizes, block, target)
-        if sums > most or (not sizes.on_matrix_units and block.depth > _UNROLLED):
+        if sums > most or (not sizes.on_matrix_units and sums * block.depth > _UNROLLED):
             return 0
         registers = _ADDRESSES + math.ceil(sums)
         shared = block.stages * (block.rows + block.columns * sizes.together) * block.depth * width
@@ -76,8 +79,8 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
 
 def _most_sums(sizes: Products, block: Block, target: Target) -> int:
     """Sums in the registers of a thread, beside what is computed with them behind the product."""
-    if not sizes.on_matrix_units:
-        return _SUMS_BY_HAND
+    if not sizes.on_matrix_units or sizes.pairs:
+        return _FEWEST_SUMS
     others = block.operands - 2 - sizes.together
     # From Hopper on operands go from shared memory, or a memory of their own, to the matrix units.
     meet = sizes.together > 1 and target.arch < 90

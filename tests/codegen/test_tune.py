@@ -226,3 +226,36 @@ def test_what_could_not_be_measured_is_tried_again(decide: Decider) -> None:
     (found,) = decide(timer)
     assert len(timer.asked) == 1
     assert found.kernel is not None
+
+
+def two_forms() -> KernelFile:
+    """A kernel and another that computes the same by other means."""
+    kernel = adjustable()
+    return replace(kernel, alternatives=(replace(kernel, jit=kernel.jit.replace("x * 1.5", "1.5 * x")),))
+
+
+def test_another_form_is_used_where_it_is_faster_and_remembered(decide: Decider) -> None:
+    def ours(kernel: KernelFile) -> Samples:
+        return steady(5 * US if "1.5 * x" in kernel.jit else 10 * US)
+
+    timer = MadeUp(ours)
+    for _ in range(2):
+        (found,) = decide(timer, two_forms())
+        assert found.faster
+        assert found.kernel is not None
+        assert "1.5 * x" in found.kernel.jit
+        assert found.kernel.alternatives == ()
+    assert len(timer.asked) == 1
+
+
+def test_kernels_with_other_forms_are_other_kernels(decide: Decider) -> None:
+    timer = MadeUp()
+    decide(timer, adjustable())
+    decide(timer, two_forms())
+    assert len(timer.asked) == 2
+
+
+def test_a_kernel_that_is_used_although_it_is_slower_is_not_called_faster(decide: Decider) -> None:
+    (found,) = decide(MadeUp(host=steady(9 * US)), always=True)
+    assert found.kernel is not None
+    assert not found.faster
