@@ -34,12 +34,14 @@ part() { # its command, by name
         generation-tests) "$python" -m pytest -q -p no:cacheprovider "$root"/tests/gpu/test_generation.py ${REHEARSE:+-k llama} ;;
         kernels) "$python" -m benchmarks.kernels --out "$out/kernels.json" \
             ${REHEARSE:+--shapes 8x256 --dtypes bfloat16 --seconds 0.1} ;;
+        decode-tests) "$python" -m pytest -q -p no:cacheprovider "$root"/tests/gpu/test_decode_kernels.py ${REHEARSE:+-k "length and 4"} ;;
+        decode) "$python" -m benchmarks.decode_kernels --out "$out/decode.json" ${REHEARSE:+--tiny --seconds 0.1} ;;
         *) echo "unknown part $1" >&2; return 2 ;;
     esac
 }
 
 parts=("$@")
-[[ ${#parts[@]} == 0 ]] && parts=(install doctor kernels kernel-tests generation-tests)
+[[ ${#parts[@]} == 0 ]] && parts=(install doctor kernels kernel-tests generation-tests decode decode-tests)
 for name in "${parts[@]}"; do
     [[ $# == 0 && -f $out/$name.done ]] && continue
     echo "== $name"

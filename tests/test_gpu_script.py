@@ -28,7 +28,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again_and_what_was_stopped_is(tmp_path: Path) -> None:
-    names = ["install", "doctor", "kernels", "kernel-tests", "generation-tests"]
+    names = ["install", "doctor", "kernels", "kernel-tests", "generation-tests", "decode", "decode-tests"]
     for name in names[1:]:
         (tmp_path / f"{name}.done").touch()
     slow = tmp_path / "python"

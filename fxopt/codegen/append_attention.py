@@ -30,6 +30,9 @@ from fxopt.ir.ops.masking import MEAN
 from fxopt.ir.target import Target
 
 NAME = "append_attention"
+# Rows that are rotated are held several times: as they were, their partners, and both angles. So tiles have
+# fewer of them, and programs more warps where rows are wider than this.
+MOST_ROWS, WIDE = 64, 128
 _SHORT = {
     "query": ("q", "bhs"), "k_new": ("k_new", "bhs"), "v_new": ("v_new", "bhs"), "key": ("k", "bhk"),
     "value": ("v", "bhk"),
@@ -61,7 +64,7 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
     """
     if problem.dead_rows == MEAN:
         raise Unsupported("rows without a live key that give the mean of a cache")
-    tiling = tiling_of(problem, target)
+    tiling = tiling_of(problem, target, MOST_ROWS)
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
     functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
     text = f"{functions}\n\n{template('decode_attention')}\n\n\n{template('append_attention')}"
@@ -115,6 +118,5 @@ def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
     }
     grid = f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}"
     launched = (*absent, *constants.items())
-    return Launch(
-        "_append_attention_kernel", tuple(arguments), (grid,), launched, tiling.warps, tiling.stages
-    )
+    warps = 8 if sum(tiling.k.blocks) > WIDE else tiling.warps
+    return Launch("_append_attention_kernel", tuple(arguments), (grid,), launched, warps, tiling.stages)

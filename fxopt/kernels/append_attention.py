@@ -37,7 +37,7 @@ from fxopt.kernels.decode_functions import live_span, scored
 
 @triton.jit
 def rotate(
-    rows, cos, sin, inside, dtype: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
+    rows, cos, sin, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
     tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """(rows, BLOCK): the columns FIRST to FIRST + WIDTH of rows, turned by the angles at `cos` and `sin`."""
@@ -56,19 +56,21 @@ def rotate(
         x *= tl.load(cos[:, None] + column[None, :], mask=turned, other=1).to(tl.float32)
         other *= tl.load(sin[:, None] + column[None, :], mask=turned, other=0).to(tl.float32)
         x += other * sign[None, :]
-    return x.to(dtype)
+    return x
 
 
 @triton.jit
 def both_parts(
-    rows, cos, sin, inside, dtype: tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr,
+    rows, cos, sin, inside, like, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr,
     WIDTH_1: tl.constexpr, BLOCK_1: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """All columns of rows, rotated."""
-    x_0 = rotate(rows, cos, sin, inside, dtype, 0, WIDTH_0, BLOCK_0, ROTARY, INTERLEAVED)
+    """All columns of rows, rotated, in the dtype of what `like` points to."""
+    x_0 = rotate(rows, cos, sin, inside, 0, WIDTH_0, BLOCK_0, ROTARY, INTERLEAVED)
+    x_0 = x_0.to(like.dtype.element_ty)
     x_1 = x_0
     if WIDTH_1:
-        x_1 = rotate(rows, cos, sin, inside, dtype, WIDTH_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)
+        x_1 = rotate(rows, cos, sin, inside, WIDTH_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)
+        x_1 = x_1.to(like.dtype.element_ty)
     return x_0, x_1
 
 
@@ -139,7 +141,7 @@ def join(
 
 @triton.jit
 def join_new(
-    writes, b, h, q, inside, q_0, q_1, k_new, k_new_stride, v_new, v_new_stride, cos, cos_stride, sin,
+    writes, b, h, q, inside, q_0, q_1, k_new_ptr, k_new_stride, v_new, v_new_stride, cos, cos_stride, sin,
     sin_stride, k_rows, k_stride, v_rows, v_stride, length, columns, captured, m, total, acc_0, acc_1,
     SCALE: tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1:
     tl.constexpr, V_WIDTH: tl.constexpr, V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, ROTARY:
@@ -150,7 +152,7 @@ def join_new(
     new = tl.arange(0, BLOCK_NEW)
     known, k = new < QUERIES, length + new
     k_0, k_1 = both_parts(
-        k_new + new * k_new_stride, cos + new * cos_stride, sin + new * sin_stride, known, q_0.dtype,
+        k_new_ptr + new * k_new_stride, cos + new * cos_stride, sin + new * sin_stride, known, k_new_ptr,
         WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED,
     )  # fmt: skip
     v_0, v_1 = values_of(v_new, v_new_stride, new, known, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, 1)
@@ -188,11 +190,11 @@ def _append_attention_kernel(
     if (first >= last) & (split > 0):
         store_nothing(sums_ptr, part, row, GROUP * QUERIES)
         return
-    rows, dtype = queries_of(q_ptr, b, h, q, q_stride_b, q_stride_h, q_stride_s), q_ptr.dtype.element_ty
+    rows = queries_of(q_ptr, b, h, q, q_stride_b, q_stride_h, q_stride_s)
     cos_ptr, sin_ptr = cos_ptr + b * cos_stride_b, sin_ptr + b * sin_stride_b
     cos, sin = cos_ptr + q * cos_stride_s, sin_ptr + q * sin_stride_s
     q_0, q_1 = both_parts(
-        rows, cos, sin, inside, dtype, WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)  # fmt: skip
+        rows, cos, sin, inside, q_ptr, WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)  # fmt: skip
     k_rows = head_of(k_ptr, b, head, k_stride_b, k_stride_h, K_ALIGN)
     v_rows = head_of(v_ptr, b, head, v_stride_b, v_stride_h, V_ALIGN)
     m, total, acc_0, acc_1 = no_sums(BLOCK_M, V_BLOCK_0, V_BLOCK_1)
