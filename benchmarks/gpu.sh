@@ -17,10 +17,10 @@ out=$(cd "$out" && pwd)
 
 # Seconds that each part may take; together 25 minutes. LIMIT replaces them all.
 declare -A limits=(
-    [install]=60 [doctor]=40 [fusion]=140 [kernel-tests]=200 [attention]=160 [generation-tests]=220
-    [hf]=270 [generate]=220 [train]=150 [report]=40
+    [install]=50 [doctor]=30 [fusion]=120 [kernel-tests]=180 [attention]=140 [decode]=110 [decode-tests]=130
+    [hf]=220 [generate]=190 [train]=130 [generation-tests]=160 [report]=40
 )
-order=(install doctor fusion kernel-tests attention hf generate train generation-tests report)
+order=(install doctor fusion kernel-tests attention decode decode-tests hf generate train generation-tests report)
 
 # What is installed, and beside it what is not part of the package. The checkout's own `fxopt` lacks its passes.
 mkdir -p "$out/site"
@@ -73,6 +73,9 @@ part() { # its command, by name
             --mode reduce-overhead --seconds 2 --kv auto,int8 ;;
         train) suite train --models bert -- --seconds 2 ;;
         report) "$python" -m benchmarks.report --results "$out" --out "$out/report" ;;
+        decode) interpreted "$python" -m benchmarks.decode_kernels --out "$out/decode.json" ${REHEARSE:+--tiny --seconds 0.1} ;;
+        decode-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
+            "$root"/tests/gpu/test_decode_kernels.py ${REHEARSE:+-k "length and 4"} ;;
         *) echo "unknown part $1" >&2; return 2 ;;
     esac
 }

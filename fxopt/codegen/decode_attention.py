@@ -62,15 +62,14 @@ def decode_kernel(problem: Problem, target: Target | None) -> KernelFile:
     """
     tiling = tiling_of(problem, target)
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
-    template = (_KERNELS / "decode_attention.py").read_text().split(_MARK, 1)[1].strip("\n")
     functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
-    text = with_helpers(with_captured(f"{functions}\n\n{template}", names))
+    text = with_helpers(with_captured(f"{functions}\n\n{template(NAME)}", names))
     given = parameters(problem)
     return KernelFile(
         name=NAME,
         parameters=given,
         jit=text,
-        launches=(_split_launch(problem, tiling), _total_launch(problem, tiling)),
+        launches=(_split_launch(problem, tiling), total_launch(problem, tiling)),
         outputs=(result(problem),),
         reference=reference_text(problem, [one.name for one in given]),
         example_inputs=example_text(problem, [one.name for one in given]),
@@ -78,6 +77,11 @@ def decode_kernel(problem: Problem, target: Target | None) -> KernelFile:
         scratch=scratch(problem, tiling),
         about=about(problem, tiling, "attention of few queries over a cache, in parts"),
     )
+
+
+def template(name: str) -> str:
+    """The functions of a template."""
+    return (_KERNELS / f"{name}.py").read_text().split(_MARK, 1)[1].strip("\n")
 
 
 def parameters(problem: Problem) -> tuple[Parameter, ...]:
@@ -153,14 +157,14 @@ def _text(number: Any, text: TritonText) -> str:
     return text.integer(moved.xreplace({LAST: sympy.Symbol("last"), EXTENT: sympy.Symbol("extent")}))
 
 
-def _pointer(problem: Problem, name: str) -> Argument:
+def pointer(problem: Problem, name: str) -> Argument:
     """Numbers of 8 bits are bytes for a kernel, which knows what they stand for."""
     dtype = problem.tensors[name].dtype
     value = f"{name}.view(torch.uint8)" if _POINTERS[dtype] == "*u8" and dtype is not torch.uint8 else name
     return Argument(f"{name}_ptr", _POINTERS[dtype], value)
 
 
-def _strides(problem: Problem, name: str, short: str, letters: str) -> Iterator[Argument]:
+def strides(problem: Problem, name: str, short: str, letters: str) -> Iterator[Argument]:
     """Those of the first three dimensions; 0 along those that are broadcast."""
     for dim, letter in enumerate(letters):
         size = problem.tensors[name].shape[dim]
@@ -194,9 +198,9 @@ def operands(problem: Problem, names: Sequence[str]) -> tuple[list[Argument], li
     for name in names:
         short, letters = _SHORT[name]
         if problem.has(name):
-            pointer = _pointer(problem, name)
-            arguments.append(Argument(f"{short}_ptr", pointer.type, pointer.expression))
-            arguments += _strides(problem, name, short, letters)
+            found = pointer(problem, name)
+            arguments.append(Argument(f"{short}_ptr", found.type, found.expression))
+            arguments += strides(problem, name, short, letters)
         else:
             absent += [(f"{short}_ptr", 0), *((f"{short}_stride_{letter}", 0) for letter in letters)]
     return arguments, absent
@@ -276,7 +280,7 @@ def _with_tail(
     return [*arguments, *tail], [one for one in absent if one[0] not in named]
 
 
-def _total_launch(problem: Problem, tiling: Tiling) -> Launch:
+def total_launch(problem: Problem, tiling: Tiling) -> Launch:
     """The result from the sums of all parts."""
     arguments, absent = operands(problem, ["value", "value_scale"])
     if problem.has("sinks"):

@@ -149,13 +149,13 @@ class Tiling:
     why: tuple[str, ...] = field(default=())
 
 
-def tiling_of(problem: Problem, target: Target | None) -> Tiling:
-    """The tiles of a problem on a target."""
+def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROWS) -> Tiling:
+    """The tiles of a problem on a target, of at most `most_rows` rows."""
     rest = int(problem.tensors["key_rest"].shape[3]) if problem.has("key_rest") else 0
     k, v = Widths.of(int(problem.query.shape[3]), rest), Widths.of(int(problem.tensors["value"].shape[3]))
     sums = sum(v.blocks)
     wide = problem.query.dtype is torch.float32
-    most_rows = min(FLOAT32_ROWS if wide else MOST_ROWS, power_of_two(MOST_SUMS // sums + 1) // 2)
+    most_rows = min(FLOAT32_ROWS if wide else most_rows, power_of_two(MOST_SUMS // sums + 1) // 2)
     rows = max(SMALLEST_TILE, min(power_of_two(problem.rows), most_rows))
     bytes_of_key = sum(k.blocks) * max(2, problem.tensors["key"].element_size())
     most_keys = FLOAT32_KEYS if wide else MOST_KEYS

@@ -55,6 +55,51 @@ def _lines(problem: Problem) -> list[str]:
     return [*lines, "return out"]
 
 
+def append_reference_text(problem: Problem, names: Sequence[str], interleaved: bool, ring: bool) -> str:
+    """``def reference(<names>)`` of an attention that appends first, in plain torch."""
+    lines = [f"def reference({', '.join(names)}):", "    batch, heads, rows, _ = query.shape"]
+    if problem.has("cos"):
+        lines += ["    query, k_new = rotated(query, cos, sin), rotated(k_new, cos, sin)"]
+    lines += [
+        "    start, columns = int(length), key.shape[2]",
+        "    slot = torch.arange(columns, device=key.device)",
+    ]
+    lines += ["    places = start + torch.arange(rows, device=key.device)"]
+    lines += ["    old = slot + (start - 1 - slot) // columns * columns" if ring else "    old = slot"]
+    kept = "(slot < start) & (old + columns >= start + rows)" if ring else "slot < start"
+    lines += [f"    kept = {kept}", "    k = torch.cat([old[kept], places])"]
+    for cache, new in (("key", "k_new"), ("value", "v_new")):
+        lines += [f"    whole_{cache} = torch.cat([{cache}[:, :, kept], {new}], 2)"]
+        lines += [f"    {cache}.index_copy_(2, places{' % columns' if ring else ''}, {new})"]
+        lines += [f"    whole_{cache} = whole_{cache}.repeat_interleave({problem.group}, 1)"]
+    lines += [
+        f"    {letter} = torch.arange({extent}, device=query.device).view{shape}"
+        for letter, extent, shape in _AXES
+    ]
+    lines += [f"    live = {condition_text(problem.mask.live)}"]
+    lines += [f"    s = (query @ whole_key.transpose(2, 3)) * {problem.scale!r}"]
+    if problem.score.result != S:
+        lines.append(f"    s = ({number_text(problem.score.result)}).to(query.dtype)")
+    lines.append('    s = torch.where(live, s, float("-inf"))')
+    if problem.has("sinks"):
+        lines.append("    sink = sinks.view(1, -1, 1, 1).to(s.dtype).expand(batch, heads, rows, 1)")
+        lines.append("    s = torch.cat([s, sink], -1)")
+    lines.append("    weights = torch.softmax(s, -1, dtype=torch.float32).nan_to_num(0.0)[..., : len(k)]")
+    text = "\n".join([*lines, "    return weights.to(query.dtype) @ whole_value"])
+    turn = _INTERLEAVED if interleaved else _HALVES
+    return f"{_ROTATED.format(turn=turn)}\n\n{text}" if problem.has("cos") else text
+
+
+_AXES = (("b", "batch", "(-1, 1, 1, 1)"), ("h", "heads", "(-1, 1, 1)"), ("q", "rows", "(-1, 1)"))
+_ROTATED = """def rotated(x, cos, sin):
+    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    {turn}
+    return torch.cat([part * cos[:, None] + turned * sin[:, None], rest], -1)
+"""
+_HALVES = "turned = torch.cat([-part.chunk(2, -1)[1], part.chunk(2, -1)[0]], -1)"
+_INTERLEAVED = "turned = torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2)"
+
+
 def example_text(problem: Problem, names: Sequence[str]) -> str:
     """``def example_inputs(device)``, of the shapes seen while tracing."""
     tensors = dict(problem.tensors) | dict(
@@ -72,6 +117,8 @@ def _example(name: str, value: torch.Tensor, columns: int) -> str:
     shape, strides = (tuple(hint(one) for one in part) for part in (value.shape, value.stride()))
     stored = tuple(1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True))
     made = f"torch.empty_strided({stored}, {strides}, dtype={value.dtype}, device=device)"
+    if name == "length":
+        return f"torch.full({shape}, {columns // 2}, device=device)"
     if name == "span":
         return f"torch.tensor([0, {columns}, 0], device=device)[:{shape[0]}]"
     if value.dtype.is_floating_point and value.element_size() == 1:

@@ -1,4 +1,4 @@
-"""Run as a program with `TRITON_INTERPRET=1`: `generate` of a tiny model through kernels; findings as JSON."""
+"""Run with `TRITON_INTERPRET=1`: `generate` of a tiny model through kernels; prints findings as JSON."""
 
 from __future__ import annotations
 

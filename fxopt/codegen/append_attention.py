@@ -1,0 +1,122 @@
+"""Rotary embedding, append and attention in a kernel's file: `fxopt.kernels.append_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxopt.codegen.attention_functions import with_helpers
+from fxopt.codegen.attention_program import captured_arguments, with_captured
+from fxopt.codegen.decode_attention import (
+    about,
+    alignments,
+    formula_functions,
+    parameters,
+    pointer,
+    result,
+    scratch,
+    sizes,
+    strides,
+    template,
+    tile_constants,
+    total_launch,
+    widen_function,
+)
+from fxopt.codegen.decode_problem import SMALLEST_TILE, Problem, Tiling, tiling_of
+from fxopt.codegen.decode_reference import append_reference_text, example_text
+from fxopt.codegen.kernel_file import Argument, KernelFile, Launch
+from fxopt.codegen.tile_sizes import power_of_two
+from fxopt.ir.linear import Unsupported
+from fxopt.ir.ops.masking import MEAN
+from fxopt.ir.target import Target
+
+NAME = "append_attention"
+# Rows that are rotated are held several times: as they were, their partners, and both angles. So tiles have
+# fewer of them, and programs more warps where rows are wider than this.
+MOST_ROWS, WIDE = 64, 128
+_SHORT = {
+    "query": ("q", "bhs"), "k_new": ("k_new", "bhs"), "v_new": ("v_new", "bhs"), "key": ("k", "bhk"),
+    "value": ("v", "bhk"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AppendProblem(Problem):
+    """The operands of an attention that appends first.
+
+    Tensors, by name: query (B, Hq, Sq, D); k_new (B, Hkv, Sq, D) and v_new (B, Hkv, Sq, Dv); cos and sin, or
+    none of them, (B or 1, Sq, R) with R <= D; key and value, the caches, (B, Hkv, rows, D) and
+    (B, Hkv, rows, Dv); length, an int64 of one element: rows in front of the new ones; sinks.
+
+    Attributes:
+        interleaved: pairs of the rotary embedding are neighbours. ring: the key at the position p is in the
+            row p % rows.
+    """
+
+    interleaved: bool = False
+    ring: bool = False
+
+
+def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
+    """The kernel of a problem; it writes to `key` and `value`.
+
+    Raises:
+        Unsupported: a formula has what kernels do not cover, or rows without a live key give the mean of V.
+    """
+    if problem.dead_rows == MEAN:
+        raise Unsupported("rows without a live key that give the mean of a cache")
+    tiling = tiling_of(problem, target, MOST_ROWS)
+    names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
+    functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
+    text = f"{functions}\n\n{template('decode_attention')}\n\n\n{template('append_attention')}"
+    given = parameters(problem)
+    return KernelFile(
+        name=NAME,
+        parameters=given,
+        jit=with_helpers(with_captured(text, names)),
+        launches=(_append_launch(problem, tiling), total_launch(problem, tiling)),
+        outputs=(result(problem),),
+        reference=append_reference_text(
+            problem, [one.name for one in given], problem.interleaved, problem.ring
+        ),
+        example_inputs=example_text(problem, [one.name for one in given]),
+        sizes=tuple(sizes(problem)),
+        mutates=("key", "value"),
+        scratch=scratch(problem, tiling),
+        about=about(problem, tiling, "rotary embedding, append to a cache and attention over it, in parts"),
+    )
+
+
+def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
+    """The new rows, and the sums of all parts."""
+    arguments, absent = list[Argument](), list[tuple[str, int]]()
+    for name, (short, letters) in _SHORT.items():
+        found = pointer(problem, name)
+        arguments.append(Argument(f"{short}_ptr", found.type, found.expression))
+        arguments += strides(problem, name, short, letters)
+    for name in ("cos", "sin"):
+        if problem.has(name):
+            arguments.append(pointer(problem, name))
+            arguments += strides(problem, name, name, "bs")
+        else:
+            absent += [(f"{name}_ptr", 0), (f"{name}_stride_b", 0), (f"{name}_stride_s", 0)]
+    arguments += [Argument("length_ptr", "*i64", "length"), Argument("partial_ptr", "*fp32")]
+    arguments += [Argument("sums_ptr", "*fp32"), Argument("columns", "i32", aligned=False)]
+    arguments += captured_arguments(problem.captured, problem.size_names)
+    constants = {
+        "SCALE": float(problem.scale),
+        "KV_HEADS": problem.kv_heads,
+        "GROUP": problem.group,
+        "QUERIES": problem.queries,
+        **alignments(problem),
+        **tile_constants(tiling),
+        "V_WIDTH": int(problem.tensors["value"].shape[3]),
+        "ROTARY": int(problem.tensors["cos"].shape[2]) if problem.has("cos") else 0,
+        "INTERLEAVED": problem.interleaved,
+        "RING": problem.ring,
+        "UNIFORM": problem.is_uniform,
+        "BLOCK_NEW": max(SMALLEST_TILE, power_of_two(problem.queries)),
+    }
+    grid = f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}"
+    launched = (*absent, *constants.items())
+    warps = 8 if sum(tiling.k.blocks) > WIDE else tiling.warps
+    return Launch("_append_attention_kernel", tuple(arguments), (grid,), launched, warps, tiling.stages)

@@ -1,0 +1,223 @@
+"""Rotary embedding, append to a cache, and attention of the new queries over it, in two launches.
+
+    Q, K_new = x cos + rotate(x) sin          K[length + i], V[length + i] = K_new[i], V_new[i]
+
+and then what `fxopt.kernels.decode_attention` computes, whose functions are used here. rotate(x) is (-x2, x1)
+of the halves x1, x2 of the first ROTARY columns, or of their even and odd ones (INTERLEAVED); other columns
+stay.
+
+New keys are attended to from where they came, by the programs of the first part, of which those of the first
+rows write them. What is read of the cache is in front of its length: no program reads what another writes.
+In a RING the key at the position p is in the row p % rows; rows that are about to be written are not read, so
+that a mask must exclude what they hold: a window of at most rows - QUERIES + 1 keys.
+
+Source: Su et al., "RoFormer", 2021, eq. 34; Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+import triton
+import triton.language as tl
+
+from fxopt.kernels.decode_attention import (
+    attend,
+    cut,
+    head_of,
+    live_keys,
+    no_sums,
+    place_of,
+    queries_of,
+    scores_of,
+    store_nothing,
+    store_part,
+    values_of,
+)
+from fxopt.kernels.decode_functions import live_span, scored
+
+# --- All below is copied into kernels' files as it stands.
+
+
+@triton.jit
+def rotate(
+    rows, cos, sin, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
+    tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """(rows, BLOCK): the columns FIRST to FIRST + WIDTH of rows, turned by the angles at `cos` and `sin`."""
+    column = FIRST + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (column < FIRST + WIDTH)[None, :]
+    turned = mask & (column < ROTARY)[None, :]
+    if INTERLEAVED:
+        partner = column ^ 1
+        sign = tl.where(column % 2 == 0, -1.0, 1.0)
+    else:
+        partner = tl.where(column < ROTARY // 2, column + ROTARY // 2, column - ROTARY // 2)
+        sign = tl.where(column < ROTARY // 2, -1.0, 1.0)
+    x = tl.load(rows[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+    if ROTARY > FIRST:
+        other = tl.load(rows[:, None] + partner[None, :], mask=turned, other=0).to(tl.float32)
+        x *= tl.load(cos[:, None] + column[None, :], mask=turned, other=1).to(tl.float32)
+        other *= tl.load(sin[:, None] + column[None, :], mask=turned, other=0).to(tl.float32)
+        x += other * sign[None, :]
+    return x
+
+
+@triton.jit
+def both_parts(
+    rows, cos, sin, inside, like, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr,
+    WIDTH_1: tl.constexpr, BLOCK_1: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """All columns of rows, rotated, in the dtype of what `like` points to."""
+    x_0 = rotate(rows, cos, sin, inside, 0, WIDTH_0, BLOCK_0, ROTARY, INTERLEAVED)
+    x_0 = x_0.to(like.dtype.element_ty)
+    x_1 = x_0
+    if WIDTH_1:
+        x_1 = rotate(rows, cos, sin, inside, WIDTH_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)
+        x_1 = x_1.to(like.dtype.element_ty)
+    return x_0, x_1
+
+
+@triton.jit
+def write_rows(
+    rows, stride, places, inside, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows of a cache from the column FIRST on."""
+    column = FIRST + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (column < FIRST + WIDTH)[None, :]
+    place = rows + places.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(place, x.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def positions_of(slot, length, columns, inside, QUERIES: tl.constexpr, RING: tl.constexpr):
+    """The positions of the keys in the rows `slot`, and which of them are to be read."""
+    if RING:
+        position = slot + (length - 1 - slot) // columns * columns
+        inside = inside & (position + columns >= length + QUERIES)
+    else:
+        position = slot
+    return position, inside
+
+
+@triton.jit
+def old_part(
+    b, split, length, columns, captured, QUERIES: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The part `split` of the rows of the cache that are live: the first, and the one behind the last."""
+    low, high = live_span(b, QUERIES - 1, length + QUERIES, captured)
+    if RING:
+        low, high = 0, columns
+    return cut(low, tl.minimum(high, length), split, SPLITS, BLOCK_N)
+
+
+@triton.jit
+def write_new(
+    k_0, k_1, v_0, v_1, k_rows, k_stride, v_rows, v_stride, length, columns, writes, WIDTH_0: tl.constexpr,
+    BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1: tl.constexpr, V_WIDTH: tl.constexpr,
+    V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, QUERIES: tl.constexpr, RING: tl.constexpr,
+    BLOCK_NEW: tl.constexpr,
+):  # fmt: skip
+    """New keys and values behind the length, as far as the cache has room."""
+    new = tl.arange(0, BLOCK_NEW)
+    place = length + new
+    if RING:
+        place = place % columns
+    inside = (new < QUERIES) & (place < columns) & writes
+    V_WIDTH_0: tl.constexpr = min(V_WIDTH, V_BLOCK_0)
+    write_rows(k_rows, k_stride, place, inside, k_0, 0, WIDTH_0, BLOCK_0)
+    write_rows(v_rows, v_stride, place, inside, v_0, 0, V_WIDTH_0, V_BLOCK_0)
+    if WIDTH_1:
+        write_rows(k_rows, k_stride, place, inside, k_1, WIDTH_0, WIDTH_1, BLOCK_1)
+    if V_WIDTH_0 < V_WIDTH:
+        write_rows(v_rows, v_stride, place, inside, v_1, V_WIDTH_0, V_WIDTH - V_WIDTH_0, V_BLOCK_1)
+
+
+@triton.jit
+def join(
+    s, live, v_0, v_1, b, h, q, k, extent, captured, m, total, acc_0, acc_1, SPLIT_VALUE: tl.constexpr
+):  # fmt: skip
+    """Scaled scores and values of some keys join the sums."""
+    s = scored(s, b, h[:, None], q[:, None], k[None, :], extent, captured)
+    return attend(s, live, v_0, v_1, 1.0, 1.0, m, total, acc_0, acc_1, SPLIT_VALUE, False)
+
+
+@triton.jit
+def join_new(
+    writes, b, h, q, inside, q_0, q_1, k_new_ptr, k_new_stride, v_new, v_new_stride, cos, cos_stride, sin,
+    sin_stride, k_rows, k_stride, v_rows, v_stride, length, columns, captured, m, total, acc_0, acc_1,
+    SCALE: tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1:
+    tl.constexpr, V_WIDTH: tl.constexpr, V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, ROTARY:
+    tl.constexpr, INTERLEAVED: tl.constexpr, QUERIES: tl.constexpr, RING: tl.constexpr, UNIFORM:
+    tl.constexpr, BLOCK_NEW: tl.constexpr,
+):  # fmt: skip
+    """The new keys and values: rotated, written, and joined to the sums."""
+    new = tl.arange(0, BLOCK_NEW)
+    known, k = new < QUERIES, length + new
+    k_0, k_1 = both_parts(
+        k_new_ptr + new * k_new_stride, cos + new * cos_stride, sin + new * sin_stride, known, k_new_ptr,
+        WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED,
+    )  # fmt: skip
+    v_0, v_1 = values_of(v_new, v_new_stride, new, known, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, 1)
+    write_new(
+        k_0, k_1, v_0, v_1, k_rows, k_stride, v_rows, v_stride, length, columns, writes, WIDTH_0, BLOCK_0,
+        WIDTH_1, BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, QUERIES, RING, BLOCK_NEW,
+    )  # fmt: skip
+    live, _ = live_keys(b, h, q, inside, k, known, length + QUERIES, captured, UNIFORM)
+    s = tl.dot(q_0, tl.trans(k_0), input_precision="ieee")
+    if WIDTH_1:
+        s = tl.dot(q_1, tl.trans(k_1), s, input_precision="ieee")
+    return join(
+        s * SCALE, live, v_0, v_1, b, h, q, k, length + QUERIES, captured, m, total, acc_0, acc_1,
+        V_BLOCK_0 < V_WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_attention_kernel(
+    q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, length_ptr, partial_ptr, sums_ptr,
+    q_stride_b, q_stride_h, q_stride_s, k_new_stride_b, k_new_stride_h, k_new_stride_s, v_new_stride_b,
+    v_new_stride_h, v_new_stride_s, cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s, k_stride_b,
+    k_stride_h, k_stride_k, v_stride_b, v_stride_h, v_stride_k, columns, captured, SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN:
+    tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1:
+    tl.constexpr, V_WIDTH: tl.constexpr, V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, ROTARY:
+    tl.constexpr, INTERLEAVED: tl.constexpr, RING: tl.constexpr, UNIFORM: tl.constexpr, SPLITS:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one head, for BLOCK_M of the rows that share it; new keys are of the first."""
+    b, head, part, split, row = place_of(KV_HEADS, GROUP * QUERIES, SPLITS, BLOCK_M)
+    h, q, inside = head * GROUP + row // QUERIES, row % QUERIES, row < GROUP * QUERIES
+    length = tl.load(length_ptr).to(tl.int32)
+    first, last = old_part(b, split, length, columns, captured, QUERIES, RING, SPLITS, BLOCK_N)
+    if (first >= last) & (split > 0):
+        store_nothing(sums_ptr, part, row, GROUP * QUERIES)
+        return
+    rows = queries_of(q_ptr, b, h, q, q_stride_b, q_stride_h, q_stride_s)
+    cos_ptr, sin_ptr = cos_ptr + b * cos_stride_b, sin_ptr + b * sin_stride_b
+    cos, sin = cos_ptr + q * cos_stride_s, sin_ptr + q * sin_stride_s
+    q_0, q_1 = both_parts(
+        rows, cos, sin, inside, q_ptr, WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, ROTARY, INTERLEAVED)  # fmt: skip
+    k_rows = head_of(k_ptr, b, head, k_stride_b, k_stride_h, K_ALIGN)
+    v_rows = head_of(v_ptr, b, head, v_stride_b, v_stride_h, V_ALIGN)
+    m, total, acc_0, acc_1 = no_sums(BLOCK_M, V_BLOCK_0, V_BLOCK_1)
+    for start in range(first, last, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        k, known = positions_of(slot, length, columns, slot < last, QUERIES, RING)
+        live, seen = live_keys(b, h, q, inside, k, known, length + QUERIES, captured, UNIFORM)
+        s, v_0, v_1 = scores_of(
+            q_0, q_1, k_rows, k_stride_k, k_rows + WIDTH_0, k_stride_k, slot, seen, WIDTH_0, BLOCK_0,
+            WIDTH_1, BLOCK_1, K_ALIGN,
+        )  # fmt: skip
+        v_0, v_1 = values_of(v_rows, v_stride_k, slot, seen, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, V_ALIGN)
+        m, total, acc_0, acc_1 = join(
+            s * SCALE, live, v_0, v_1, b, h, q, k, length + QUERIES, captured, m, total, acc_0, acc_1,
+            V_BLOCK_0 < V_WIDTH,
+        )  # fmt: skip
+    if split == 0:
+        m, total, acc_0, acc_1 = join_new(
+            tl.min(row, 0) == 0, b, h, q, inside, q_0, q_1, k_new_ptr + b * k_new_stride_b + head *
+            k_new_stride_h, k_new_stride_s, v_new_ptr + b * v_new_stride_b + head * v_new_stride_h,
+            v_new_stride_s, cos_ptr, cos_stride_s, sin_ptr, sin_stride_s, k_rows, k_stride_k, v_rows,
+            v_stride_k, length, columns, captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0, WIDTH_1,
+            BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, ROTARY, INTERLEAVED, QUERIES, RING, UNIFORM, BLOCK_NEW,
+        )  # fmt: skip
+    row += part * GROUP * QUERIES
+    store_part(acc_0, acc_1, m, total, partial_ptr, sums_ptr, row, inside, V_WIDTH, V_BLOCK_0, V_BLOCK_1)

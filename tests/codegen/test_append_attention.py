@@ -1,0 +1,73 @@
+"""Rotary embedding, append and attention in one kernel: numerics, what is written, faults, targets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.codegen.append_attention import AppendProblem, append_kernel
+from fxopt.codegen.compile import compile_launches
+from fxopt.ir.linear import Unsupported
+from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.target import Target
+from fxopt.options import environment_without
+from fxopt.runtime.kernel_cache import KernelCache
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(*arguments: object) -> Any:
+    environment = environment_without("PYTHONPATH")
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    command = [sys.executable, "-m", "support.appending", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_numerics_and_what_is_written(tmp_path: Path) -> None:
+    found = run(tmp_path, "numerics")
+    assert {name: problems for name, problems in found.items() if problems} == {}
+
+
+def test_faults_are_seen(tmp_path: Path) -> None:
+    found = run(tmp_path, "faults")
+    assert found.pop("none") is False
+    assert all(found.values()), found
+
+
+def test_the_cache_is_read_up_to_its_length(tmp_path: Path) -> None:
+    assert all(read == least for read, least in run(tmp_path, "traffic").values())
+
+
+def problem(width: int, group: int, queries: int, dead_rows: str = "zero") -> AppendProblem:
+    with torch.device("meta"):
+        rows = {"query": 8 * group, "k_new": 8, "v_new": 8}
+        tensors = {
+            name: torch.empty(4, heads, queries, width, dtype=torch.bfloat16) for name, heads in rows.items()
+        }
+        tensors |= {name: torch.empty(4, queries, width, dtype=torch.bfloat16) for name in ("cos", "sin")}
+        tensors |= {name: torch.empty(4, 8, 4096, width, dtype=torch.bfloat16) for name in ("key", "value")}
+        tensors["length"] = torch.empty(1, dtype=torch.int64)
+    parsed = MaskProgram.parse("k <= q + c0[0]"), ScoreProgram.parse("")
+    return AppendProblem(tensors, (tensors["length"],), (), width**-0.5, dead_rows, *parsed)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_fit(target: str, tmp_path: Path) -> None:
+    named = Target.named(target)
+    kernels = [append_kernel(problem(*each), named) for each in ((64, 1, 1), (128, 4, 1), (256, 8, 4))]
+    for found in compile_launches([(kernel, 0) for kernel in kernels], named, cache=KernelCache(tmp_path)):
+        found.check()
+        assert "async_copy_global_to_local" in found.ttgir
+
+
+def test_the_mean_of_a_cache_is_refused() -> None:
+    with pytest.raises(Unsupported, match="mean of a cache"):
+        append_kernel(problem(64, 1, 1, "mean"), None)
