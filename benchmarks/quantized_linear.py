@@ -2,8 +2,8 @@
 
 One line for each shape of the weight and number of tokens: the dense layer in bfloat16 under Inductor, the
 same product with a weight that oneDNN has packed (the best that a dense weight can do), and fxopt in each
-format. Ratios are times of Inductor in bfloat16 by times of the candidate, taken within each round. ``--cold`` takes
-turns between as many weights as do not fit in the processor's cache, as the layers of a model do.
+format. Ratios are times of Inductor in bfloat16 by times of the candidate, taken within each round.
+``--cold`` takes turns between as many weights as do not fit in the processor's cache, as a model's layers do.
 """
 
 from __future__ import annotations

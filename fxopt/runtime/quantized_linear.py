@@ -76,6 +76,7 @@ def register_processor() -> None:
 def _implementations() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "IMPL")
     library.impl("packed_linear", packed_linear_on_processor, "CPU")
+    library.impl("packed_product", packed_linear_on_processor, "CPU")
     library.impl("packed_linear_backward", backward_on_processor, "CPU")
     return library
 

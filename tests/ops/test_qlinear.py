@@ -151,6 +151,19 @@ def test_columns_in_another_order(name: str) -> None:
     assert relative(call(x, weight, None, "int8"), exact(x, weight)) < 2e-2
 
 
+def test_an_op_of_its_own_without_gradients() -> None:
+    weight, x = made((20, 64), "int4", 32), torch.randn(3, 64)
+    parts = (weight.codes, weight.scales, weight.offsets, None, None)
+    kinds = {"format": "int4", "group_size": 32, "activation": ""}
+    assert torch.equal(torch.ops.fxopt.packed_product(x, *parts, **kinds), call(x, weight))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fxopt.packed_product.default, (x, *parts), kinds, test_utils=tests)
+    trained = x.requires_grad_()
+    assert torch.ops.fxopt.qlinear(trained, *parts, **kinds).requires_grad
+    with torch.no_grad():
+        assert not torch.ops.fxopt.qlinear(trained, *parts, **kinds).requires_grad
+
+
 @pytest.mark.parametrize("activation", ["", "int8"])
 @pytest.mark.parametrize(("name", "group"), WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,7 +40,7 @@ def test_notes(report: Any) -> None:
     assert (up.format, up.source, up.route) == (
         "int4 of groups of 32",
         "a parameter",
-        "fxopt::qlinear (processor)",
+        "fxopt::qlinear (product)",
     )
     assert up.bytes_before == 4 * N * K
     assert up.bytes_after == N * K // 2 + 2 * 2 * N * K // 32
@@ -53,7 +53,7 @@ def test_notes(report: Any) -> None:
 def test_text(report: Any) -> None:
     text = str(report)
     assert "2 of 4 linear layers quantized, 4.5 -> 3.1 MB" in text
-    assert "int4 of groups of 32 by fxopt::qlinear (processor)" in text
+    assert "int4 of groups of 32 by fxopt::qlinear" in text
     assert "dense: it makes the logits" in text
     assert "  up: int4 of groups of 32, a parameter by fxopt::qlinear" not in text
     assert "  up: int4 of groups of 32, a parameter by fxopt::qlinear" in str(report.verbose())
