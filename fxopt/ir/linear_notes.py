@@ -15,7 +15,7 @@ class LinearNote:
         source: what the layer was: a class, or a parameter.
         route: what computes it.
         bytes_before: of the dense weight. bytes_after: of what is kept.
-        decibels: signal-to-noise ratio of the weight; None when it is dense.
+        decibels: signal-to-noise ratio of the weight; None when it is dense, or the dense one is not known.
         reason: why it is dense, or nothing.
     """
 
@@ -59,4 +59,5 @@ def _line(note: LinearNote) -> str:
     sizes = f"{note.bytes_before} -> {note.bytes_after} B"
     if not note.is_quantized:
         return f"  {note.name}: {note.bytes_before} B, dense: {note.reason}"
-    return f"  {note.name}: {note.format}, {note.source} by {note.route}, {sizes}, {note.decibels:.1f} dB"
+    noise = "" if note.decibels is None else f", {note.decibels:.1f} dB"
+    return f"  {note.name}: {note.format}, {note.source} by {note.route}, {sizes}{noise}"
