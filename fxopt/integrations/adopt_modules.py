@@ -8,7 +8,6 @@ kept, and where that is the same memory, nothing is copied.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
 from fxopt.ir.sources import CannotConvert
 from fxopt.ir.sources.modules import Layer, read_module
+from fxopt.runtime.held_weights import leaves
 
 ROUTE, KEPT = "fxopt::qlinear", "its library"
 
@@ -78,9 +78,9 @@ def _format(layer: Layer) -> str:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of the tensors that a module holds; those within tensor subclasses count, too."""
-    held: Any = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    return sum(each.untyped_storage().nbytes() or each.numel() * each.element_size() for each in held)
+    """Of the parameters and buffers that a module holds."""
+    held = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return sum(each.numel() * each.element_size() for one in held for each in leaves(one))
 
 
 def _remove_decompression(model: nn.Module) -> None:
