@@ -7,67 +7,80 @@ kept, and where that is the same memory, nothing is copied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
 
-from fxopt.integrations.quantized_linear import QuantizedLinear
+from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.ir.linear_notes import LinearNote, LinearNotes
 from fxopt.ir.sources import CannotConvert
-from fxopt.ir.sources.modules import read_module
+from fxopt.ir.sources.modules import Layer, read_module
+from fxopt.runtime.held_weights import leaves
+
+ROUTE, KEPT = "fxopt::qlinear", "its library"
 
 
-@dataclass
-class Adoption:
-    """What became of the quantized linear modules of a model, by their names.
-
-    Attributes:
-        adopted: what each is. kept: why each stays as it is.
-    """
-
-    adopted: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {what}" for name, what in self.adopted.items()]
-        lines += [f"{name}: kept, {why}" for name, why in self.kept.items()]
-        return "\n".join(lines)
-
-
-def adopt_modules(model: nn.Module) -> Adoption:
+@torch.no_grad()
+def adopt_modules(model: nn.Module) -> LinearNotes:
     """Replace the linear modules of `model` that a library has quantized, in place.
 
-    Layers that cannot be converted stay as they are, with the reason.
+    Layers that cannot be converted stay as they are, with the reason. A module that is held in several places
+    is replaced in all.
+
+    Returns:
+        a note for each module of a known library.
     """
-    done = Adoption()
+    notes = LinearNotes()
     made: dict[int, QuantizedLinear] = {}
-    with torch.no_grad():
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module is model:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name:
+            continue
+        if id(module) not in made:
+            new = _converted(module, name, notes)
+            if new is None:
                 continue
-            new = made.get(id(module)) or _converted(module, name, done)
-            if new is not None:
-                made[id(module)] = new
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, new)
-    if done.adopted and not done.kept:
+            made[id(module)] = new
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, made[id(module)])
+    if made and all(note.is_quantized for note in notes):
         _remove_decompression(model)
-    return done
+    return notes
 
 
-def _converted(module: nn.Module, name: str, done: Adoption) -> QuantizedLinear | None:
+def _converted(module: nn.Module, name: str, notes: LinearNotes) -> QuantizedLinear | None:
+    size = _bytes(module)
     try:
         layer = read_module(module)
     except CannotConvert as refusal:
-        done.kept[name] = refusal.reason
+        notes.append(LinearNote(name, "", type(module).__name__, KEPT, size, size, None, refusal.reason))
         return None
     if layer is None:
         return None
+    found = layer.found
+    notes.append(LinearNote(name, _format(layer), found.source, ROUTE, size, found.weight.nbytes, None, ""))
     new = QuantizedLinear(
-        layer.found, layer.bias, threshold=layer.threshold, compute_dtype=layer.compute_dtype
+        found.weight,
+        found.activation,
+        layer.bias,
+        threshold=layer.threshold,
+        compute_dtype=layer.compute_dtype,
     )
-    done.adopted[name] = str(layer.found)
     return new.train(module.training)
+
+
+def _format(layer: Layer) -> str:
+    weight, activation = layer.found.weight, layer.found.activation
+    groups = f" g{weight.group_size}" if weight.group_size < weight.in_features else ""
+    rounded = f", activations {activation}" if activation else ""
+    apart = f" below {layer.threshold:g}" if layer.threshold else ""
+    return f"{weight.format.name}{groups}{rounded}{apart}"
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of the parameters and buffers that a module holds."""
+    held = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return sum(each.numel() * each.element_size() for one in held for each in leaves(one))
 
 
 def _remove_decompression(model: nn.Module) -> None:

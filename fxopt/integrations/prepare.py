@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxopt.integrations.adopt_modules import adopt_modules
 from fxopt.integrations.calibrate import Calibration
 from fxopt.integrations.linear_modules import is_linear, matrix_of
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.calibrated_quantize import quantize_calibrated
-from fxopt.ir.linear_notes import LinearNote, LinearNotes
+from fxopt.ir.linear_notes import LinearNote
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
 from fxopt.ir.quantize import NotFinite
 from fxopt.ir.quantize import quantize as round_to_nearest
@@ -36,6 +37,9 @@ def prepare(
 ) -> Model:
     """Put `QuantizedLinear` in the place of linear layers, one by one; each dense weight is freed at once.
 
+    Layers that bitsandbytes, torchao, optimum-quanto, HQQ, GPTQModel, compressed-tensors or transformers have
+    quantized keep their numbers, whatever `quantize` says.
+
     Args:
         model: changed in place. Compile it afterwards.
         quantize, group_size, skip: as ``options`` have them, see `fxopt.options.Options`.
@@ -50,8 +54,10 @@ def prepare(
     """
     given = {"quantize": quantize, "group_size": group_size, "skip": skip}
     options = Options.parse(options=given, environ={})
-    names = [name for name, module in model.named_modules() if is_linear(module)]
-    about, notes = _About(model), LinearNotes()
+    notes = adopt_modules(model)
+    known = {note.name for note in notes}
+    names = [name for name, module in model.named_modules() if is_linear(module) and name not in known]
+    about = _About(model)
     for name in names:
         module: Any = model.get_submodule(name)
         chosen = about.scheme(name, module, options)

@@ -27,20 +27,35 @@ class QuantizedLinear(nn.Module):
     and in any compiled graph the product is the same op; it has gradients for x and the bias.
     """
 
-    def __init__(self, weight: QuantizedWeight, activation: str, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        activation: str,
+        bias: torch.Tensor | None,
+        *,
+        threshold: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Args:
+        threshold: features of x with an entry as large as this are multiplied apart; 0 for none.
+        compute_dtype: what x is cast to before the product; None for its own dtype.
+        """
         super().__init__()
         register_ops()
         register_processor()
         self.format, self.activation = weight.format.name, activation
         self.group_size, self.in_features = weight.group_size, weight.in_features
-        self.out_features = weight.shape[0]
+        self.out_features, self.threshold = weight.shape[0], threshold
+        self.compute_dtype = compute_dtype
         for name in PARTS:
             self.register_buffer(name, _stored(getattr(weight, name)))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer(MEANING, torch.frombuffer(bytearray(self._meaning()), dtype=torch.uint8))
 
     def _meaning(self) -> bytes:
-        kept = {name: getattr(self, name) for name in ("format", "activation", "group_size", "in_features")}
+        names = ("format", "activation", "group_size", "in_features", "threshold")
+        kept = {name: getattr(self, name) for name in names}
+        kept["compute_dtype"] = "" if self.compute_dtype is None else str(self.compute_dtype)
         return json.dumps(kept).encode()
 
     @staticmethod
@@ -51,7 +66,14 @@ class QuantizedLinear(nn.Module):
         codes = state[prefix + "codes"].view(kind.storage)
         parts = (state.get(prefix + name) for name in PARTS[1:])
         weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, *parts)  # type: ignore[arg-type]
-        return QuantizedLinear(weight, kept["activation"], state.get(prefix + "bias"))
+        told = kept.get("compute_dtype", "").removeprefix("torch.")
+        return QuantizedLinear(
+            weight,
+            kept["activation"],
+            state.get(prefix + "bias"),
+            threshold=kept.get("threshold", 0.0),
+            compute_dtype=getattr(torch, told) if told else None,
+        )
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -74,12 +96,20 @@ class QuantizedLinear(nn.Module):
         codes = self.codes.view(torch.float8_e4m3fn) if self.format == "fp8_e4m3" else self.codes
         kinds = {"format": self.format, "group_size": self.group_size, "activation": self.activation}
         parts = (codes, self.scales, self.offsets, self.columns)
-        out: torch.Tensor = torch.ops.fxopt.qlinear(_computed(x), *parts, self.bias, **kinds)
-        return out
+        given = _computed(x) if self.compute_dtype is None else x.to(self.compute_dtype)
+        out: torch.Tensor
+        if self.threshold:
+            out = torch.ops.fxopt.outlier_linear(
+                given, codes, self.scales, self.bias, threshold=self.threshold
+            )
+        else:
+            out = torch.ops.fxopt.qlinear(given, *parts, self.bias, **kinds)
+        return out if self.compute_dtype is None else out.to(x.dtype)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         kinds = f"format={self.format}, group_size={self.group_size}, activation={self.activation!r}"
+        kinds += f", threshold={self.threshold}" if self.threshold else ""
         return f"{shape}, bias={self.bias is not None}, {kinds}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:

@@ -13,10 +13,10 @@ class LinearNote:
         name: of the module, with dots.
         format: what its weight is stored as, with groups; empty when it is dense.
         source: what the layer was: a class, or a parameter.
-        route: what computes it.
+        route: what computes it; "dense", and "its library" where that has quantized it.
         bytes_before: of the dense weight. bytes_after: of what is kept.
-        decibels: signal-to-noise ratio of the weight; None when it is dense, or the dense one is not known.
-        reason: why it is dense, or nothing.
+        decibels: signal-to-noise ratio of the weight; None when it is dense, or was quantized before.
+        reason: why it is not quantized by fxopt's product, or nothing.
     """
 
     name: str
@@ -58,6 +58,6 @@ class LinearNotes(list[LinearNote]):
 def _line(note: LinearNote) -> str:
     sizes = f"{note.bytes_before} -> {note.bytes_after} B"
     if not note.is_quantized:
-        return f"  {note.name}: {note.bytes_before} B, dense: {note.reason}"
-    noise = "" if note.decibels is None else f", {note.decibels:.1f} dB"
-    return f"  {note.name}: {note.format}, {note.source} by {note.route}, {sizes}{noise}"
+        return f"  {note.name}: {note.bytes_before} B, {note.route}: {note.reason}"
+    lost = "" if note.decibels is None else f", {note.decibels:.1f} dB"
+    return f"  {note.name}: {note.format}, {note.source} by {note.route}, {sizes}{lost}"

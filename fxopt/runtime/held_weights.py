@@ -39,6 +39,11 @@ class Seen:
         return _state(leaves) if self._one else tuple(map(_state, leaves))
 
 
+def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor subclass is made of; of a plain tensor, itself."""
+    return [attrgetter(path)(tensor) for path in _leaf_paths(tensor)] or [tensor]
+
+
 def _state(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 

@@ -1,0 +1,103 @@
+"""fxopt.prepare takes over linear modules of other libraries: here one with bitsandbytes' attributes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.integrations.quantized_module import QuantizedLinear
+from support.compiled import all_handled, compile_fxopt
+from support.packed_layouts import codes_of, scales_of
+
+N, K = 96, 64
+
+
+class Linear8bitLt(nn.Linear):
+    """bitsandbytes' layer at its default threshold: it reads how many features are large."""
+
+    def __init__(self, seed: int, has_fp16_weights: bool = False, outputs: int = N, inputs: int = K) -> None:
+        super().__init__(inputs, outputs)
+        codes = (codes_of(outputs, inputs, 8, seed).int() - 128).to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight.CB, self.weight.SCB = codes, scales_of(outputs, seed=seed)  # type: ignore[attr-defined]
+        self.state = SimpleNamespace(CB=None, SCB=None, threshold=6.0, has_fp16_weights=has_fp16_weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        if int((x.abs() >= self.state.threshold).sum()) > 10**9:
+            raise AssertionError
+        dense = weight.CB.to(x.dtype) * weight.SCB[:, None].to(x.dtype) / 127
+        return nn.functional.linear(x, dense, self.bias)
+
+
+class Model(nn.Module):
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Linear8bitLt(1), second, nn.Linear(K, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.tanh(self.first(x))))
+
+
+def model(**given: Any) -> Model:
+    return Model(Linear8bitLt(2, outputs=K, inputs=N, **given)).eval()
+
+
+def test_one_graph_after_preparing() -> None:
+    own = model()
+    x = torch.randn(2, 5, K)
+    with torch.no_grad():
+        wanted = own(x)
+        fxopt.prepare(own)
+        torch._dynamo.utils.counters.clear()
+        with all_handled() as records:
+            found = compile_fxopt(own)(x)
+    assert len(records) == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert isinstance(own.first, QuantizedLinear) and own.first.threshold == 6.0
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error <= 2e-2, "activations are rounded to 8 bits, as bitsandbytes does"
+
+
+def test_every_layer_is_noted() -> None:
+    own = model(has_fp16_weights=True)
+    fxopt.prepare(own)
+    notes = {note.name: note for note in own.fxopt_linears}  # type: ignore[union-attr]
+    assert notes["first"].is_quantized and notes["first"].source == "bitsandbytes Linear8bitLt"
+    assert notes["second"].route == "its library" and "anew in each call" in notes["second"].reason
+    assert notes["head"].route == "dense"
+    assert type(own.second) is Linear8bitLt
+    assert "first: int8, activations int8 below 6" in str(own.fxopt_linears)
+
+
+def test_memory_is_the_librarys() -> None:
+    own = model()
+    where = own.first.weight.CB.data_ptr()  # type: ignore[union-attr]
+    fxopt.prepare(own)
+    assert own.first.codes.data_ptr() == where  # type: ignore[union-attr]
+
+
+def test_a_shared_layer_stays_shared() -> None:
+    own = model()
+    own.again = own.first  # type: ignore[assignment]
+    fxopt.prepare(own)
+    assert own.again is own.first and isinstance(own.first, QuantizedLinear)
+
+
+def test_a_state_is_complete() -> None:
+    own = model()
+    fxopt.prepare(own)
+    state = own.state_dict()
+    made = QuantizedLinear.described(state, "first.")
+    x = torch.randn(3, K)
+    assert made.threshold == 6.0
+    torch.testing.assert_close(made(x), own.first(x), rtol=0, atol=0)
+
+
+def test_layers_of_libraries_are_not_quantized_again() -> None:
+    own = model()
+    fxopt.prepare(own, quantize={"head": "int8", "*": "int4"})
+    assert own.first.format == "int8" and own.second.format == "int8"  # type: ignore[union-attr]
