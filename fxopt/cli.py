@@ -181,7 +181,7 @@ def _plan(given: dict[str, Any]) -> Plan:
     names = [name for name in given.pop("targets") or [] if name.strip()]
     suite = names.pop(0) if names and names[0] in SUITES else "hf"
     infer, train = given.pop("infer"), given.pop("train")
-    changed = {
+    changed: dict[str, Any] = {
         "models": (*names, *_words(given.pop("models"))),
         "infer": infer or not train,
         "train": train or not infer,

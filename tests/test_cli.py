@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fxopt import __version__, cli
+from fxopt.commands import bench
 from fxopt.suites import hf
 from support.cli import Run
 
@@ -231,6 +232,29 @@ def _row(model: str, ratio: float, **more: Any) -> dict[str, Any]:
 
 
 class TestBench:
+    @pytest.mark.parametrize(
+        ("words", "suite", "models"),
+        [
+            ([], "hf", ()),
+            (["hf"], "hf", ()),
+            (["bert", "t5"], "hf", ("bert", "t5")),
+            (["train", "llama", "--models", "bert, t5"], "train", ("llama", "bert", "t5")),
+        ],
+    )
+    def test_the_first_word_may_be_a_suite(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], suite: str, models: tuple[str, ...]
+    ) -> None:
+        plans = []
+        monkeypatch.setattr(bench, "run", lambda plan, console: plans.append(plan) or 0)
+        assert run("bench", *words, "--batch", "1,8", "--train", "--no-check").exit_code == 0
+        (plan,) = plans
+        assert (plan.suite, plan.models, plan.batches) == (suite, models, (1, 8))
+        assert (plan.infer, plan.train, plan.check) == (False, True, False)
+
+    @pytest.mark.parametrize("wrong", ["0", "x", "1,-2"])
+    def test_sizes_are_positive_numbers(self, run: Run, wrong: str) -> None:
+        assert run("bench", "--batch", wrong).exit_code == 2
+
     def test_one_function(self, run: Run, targets: Path, tmp_path: Path) -> None:
         out = tmp_path / "results" / "bench.jsonl"
         threads = torch.get_num_threads()

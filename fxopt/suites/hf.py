@@ -10,7 +10,7 @@ from fxopt.commands.targets import Request, resolve
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
-from fxopt.measure.suite import Case, cases, measure, suite_of
+from fxopt.measure.suite import Case, cases, expanded, measure, suite_of
 from fxopt.suites.plan import Plan, megabytes, milliseconds, over
 
 TITLE = "time of inductor / time of fxopt: more than 1 means that fxopt is faster"
@@ -29,7 +29,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def jobs(plan: Plan) -> list[Job]:
     """One for each architecture and phase."""
-    names = plan.models or tuple(FULL if plan.size == "full" else suite_of(plan.size))
+    names = expanded(plan.models) or tuple(FULL if plan.size == "full" else suite_of(plan.size))
     todo = [
         case
         for case in cases(names, infer=plan.infer, train=plan.train)

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
+from fxopt.measure.accuracy import (
+    allowed_error,
+    comparable,
+    dashboard_passes,
+    float64_everywhere,
+    max_error,
+)
 
 
 def test_float64_everywhere_widens_written_casts() -> None:
@@ -49,3 +55,29 @@ def test_another_computation_is_not_comparable() -> None:
 def test_mask_fills_are_not_compared() -> None:
     exact = torch.tensor([1.0, torch.finfo(torch.float64).min], dtype=torch.float64)
     assert max_error(torch.tensor([1.0, torch.finfo(torch.float32).min]), exact) == 0.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_rule_of_the_dashboard(training: bool) -> None:
+    exact = [torch.randn(64, 64, dtype=torch.float64), torch.randn(8, dtype=torch.float64)]
+    eager = [each.float() for each in exact]
+    assert dashboard_passes(eager, eager, exact, training=training)
+    assert dashboard_passes([each + 1e-5 for each in eager], eager, exact, training=training)
+    faults = [
+        [eager[0] * 1.1, eager[1]],
+        [eager[0], eager[1].roll(1)],
+        [eager[0].bfloat16(), eager[1]],
+        eager[:1],
+        [eager[0], torch.full((8,), math.nan)],
+    ]
+    assert not any(dashboard_passes(fault, eager, exact, training=training) for fault in faults)
+
+
+def test_training_has_the_wider_tolerance() -> None:
+    exact = [torch.randn(64, 64, dtype=torch.float64)]
+    eager = [each.float() for each in exact]
+    moved = [each + 5e-4 for each in eager]
+    far = [each + 3e-3 for each in eager]
+    assert dashboard_passes(moved, eager, exact, training=False)
+    assert not dashboard_passes(far, eager, exact, training=False)
+    assert dashboard_passes(far, eager, exact, training=True)

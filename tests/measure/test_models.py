@@ -13,12 +13,12 @@ import transformers
 from fxopt.measure.compare import exact_result
 from fxopt.measure.models import CannotBuild, Subject, build, loss_of
 from fxopt.measure.shrink import SCALES, Scale, shrink
-from fxopt.measure.suite import SUITE, cases, suite_of
+from fxopt.measure.suite import GROUPS, SUITE, cases, expanded, suite_of
 
 TINY = SCALES["tiny"]
 
 
-@pytest.mark.parametrize("name", suite_of("tiny"))
+@pytest.mark.parametrize("name", expanded([*suite_of("tiny"), "dashboard"]))
 def test_every_model_of_the_suite_is_small_and_runs(name: str) -> None:
     for case in cases([name]):
         subject = case.subject(TINY, None, torch.float32, "cpu")
@@ -32,6 +32,7 @@ def test_every_model_of_the_suite_is_small_and_runs(name: str) -> None:
 def test_suite_has_the_architectures_that_it_promises() -> None:
     assert len(SUITE) >= 25
     assert len(set(suite_of("tiny"))) == len(suite_of("tiny")) >= 40
+    assert expanded(["t5", "dashboard", "t5"]) == ("t5", *(n for n in GROUPS["dashboard"] if n != "t5"))
 
 
 def test_a_class_of_the_dashboard_is_the_class_that_is_built() -> None:

@@ -1,0 +1,162 @@
+"""The suites of `fxopt bench`: what they measure, and that rivals compute the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TUNED, TWIN, caches_in, how
+from fxopt.measure.full_models import FULL
+from fxopt.measure.models import build, model_class
+from fxopt.measure.noise import name_of
+from fxopt.measure.shrink import SCALES
+from fxopt.measure.timing import Timings
+from fxopt.suites import attention, fusion, generate, train
+from fxopt.suites.plan import SUITES, Plan, UnknownSuite, load
+
+# What the publishers say, in millions of parameters.
+MILLIONS = {
+    "llama-3.2-1b": 1236, "llama-3.1-8b": 8030, "qwen2.5-7b": 7616, "gemma-2-9b": 9242, "bert-large": 335,
+    "t5-large": 738, "vit-large": 304, "whisper-large": 1543,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "full"])
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_has_rows_of_every_size_and_their_names_differ(name: str, size: str) -> None:
+    suite = load(name)
+    jobs = suite.jobs(Plan(suite=name, size=size))
+    assert jobs
+    assert len({tuple(job.key.items()) for job in jobs}) == len({job.name for job in jobs}) == len(jobs)
+    assert suite.TITLE
+    assert suite.COLUMNS
+
+
+def test_models_are_chosen() -> None:
+    jobs = load("hf").jobs(Plan(models=("t5", "BartForCausalLM"), train=False))
+    assert [name_of(job.key, list(job.key)) for job in jobs] == ["t5 infer", "BartForCausalLM infer"]
+
+
+def test_what_does_not_fit_is_not_trained() -> None:
+    jobs = load("hf").jobs(Plan(size="full"))
+    trained = {job.key["model"] for job in jobs if job.key["phase"] == "train"}
+    assert trained == {name for name, model in FULL.items() if model.trained}
+
+
+def test_an_unknown_suite() -> None:
+    with pytest.raises(UnknownSuite, match="no suite 'hff'"):
+        load("hff")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_size_is_the_published_one(name: str) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(FULL[name].kind, **FULL[name].config)
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions == pytest.approx(MILLIONS[name], rel=0.01)
+
+
+class TestCandidates:
+    def test_who_compiles_how(self) -> None:
+        assert how(BASELINE, mode="reduce-overhead", options={"x": 1})["mode"] == "reduce-overhead"
+        assert "options" not in how(BASELINE, options={"x": 1})
+        ours = how(CANDIDATE, mode="max-autotune", options={"strict": True}, cache="c")
+        assert ours["options"] == {"strict": True, "mode": "max-autotune", "cache_dir": "c"}
+        assert how(TUNED)["backend"] == BASELINE
+        assert how(TUNED)["mode"].startswith("max-autotune")
+
+    def test_caches_are_where_they_were_afterwards(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        before = cache_dir()
+        with caches_in(tmp_path):
+            assert Path(cache_dir()).is_relative_to(tmp_path)
+            assert os.environ["TRITON_CACHE_DIR"].startswith(str(tmp_path))
+        assert cache_dir() == before
+        assert "TRITON_CACHE_DIR" not in os.environ
+
+
+class TestAttention:
+    @pytest.mark.parametrize("case", list(attention.cases(Plan(size="tiny"))), ids=str)
+    def test_sdpa_with_the_known_mask_is_the_same(self, case: attention.Case) -> None:
+        subject = attention.subject_of(case, "tiny", "cpu")
+        window = attention.SHAPES["tiny"][3]
+        rows = slice(0, case.length - case.length // 10)  # those whose own key is live
+        ours = subject.step(subject.model)()[:, :, rows]
+        theirs = attention._stock(case, subject, window)()[:, :, rows]
+        torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_flex_attention_is_the_same(self, padded: bool) -> None:
+        case = attention.Case("window", "sdpa", 128, padded, False, "float32")
+        subject = attention.subject_of(case, "tiny", "cpu")
+        found = attention._flex(case, subject, attention.SHAPES["tiny"][3])()
+        torch.testing.assert_close(found, subject.step(subject.model)())
+
+
+class TestGenerate:
+    def test_a_token_is_what_the_longer_text_adds(self) -> None:
+        seconds = {"fxopt/0": [1.0, 2.0], "fxopt/1": [3.0, 6.0]}
+        found = generate._phases(Timings(seconds), ["fxopt"], 4)
+        assert found["prompt"].seconds == {"fxopt": [1.0, 2.0]}
+        assert found["decode"].seconds == {"fxopt": [0.5, 1.0]}
+
+    def test_a_token_reads_the_weights_once_and_the_keys_and_values(self) -> None:
+        subject = build("llama", SCALES["tiny"])
+        model, config = subject.model, subject.model.config
+        rows = 2 * 3 * 10 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        table = model.get_input_embeddings().weight.numel()
+        assert generate._token_bytes(subject, 3, 10) == 4 * (weights - table + rows)
+
+    def test_two_phases_share_one_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+
+        def measure(plan: Plan, **key: Any) -> dict[str, Any]:
+            calls.append(key)
+            times = Timings({name: [1.0, 1.0] for name in (EAGER, BASELINE, CANDIDATE, TWIN)})
+            told = {"same_tokens": 1.0, "accepted": True, "faults": [], "peak_bytes": {}}
+            return {"prompt": times, "decode": times, "bytes": 10, "bandwidth": 20.0, **told}
+
+        monkeypatch.setattr(generate, "_measure", measure)
+        plan = Plan(suite="generate", models=("llama",), caches=("dynamic",), batches=(2,), lengths=(8,))
+        prompt, decode = [job.measure() for job in generate.jobs(plan)]
+        assert len(calls) == 1
+        assert prompt["tokens_per_second"][CANDIDATE] == 16.0
+        assert (decode["tokens_per_second"][CANDIDATE], decode["floor"][CANDIDATE]) == (2.0, 0.5)
+
+
+class TestTrain:
+    @pytest.mark.parametrize("by", [train._by_loop, train._by_trainer])
+    def test_a_step_trains(self, by: Any, tmp_path: Path) -> None:
+        subject = build("llama", SCALES["tiny"], training=True).without_chance()
+        expected = subject.answering(subject.step(subject.model))()
+        before = [parameter.detach().clone() for parameter in subject.model.parameters()]
+        answer, step = by(Plan(suite="train"), subject, EAGER, str(tmp_path))
+        for ours, theirs in zip(answer(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        step()
+        changed = [not torch.equal(a, b) for a, b in zip(before, subject.model.parameters(), strict=True)]
+        assert all(changed)
+
+
+class TestFusion:
+    def test_bytes_are_of_what_is_read_and_made(self) -> None:
+        x, weight = torch.randn(4, 128), torch.randn(128)
+        for name, count in (("gate", 3), ("rope", 2), ("softmax", 3)):
+            region = fusion.REGIONS[name]
+            assert fusion._bytes([x, x, weight][: region.read], region.run(x, x, weight)) == count * x.nbytes
+        region = fusion.REGIONS["add_rms_norm"]
+        moved = fusion._bytes([x, x, weight][: region.read], region.run(x, x, weight))
+        assert moved == 4 * x.nbytes + weight.nbytes
