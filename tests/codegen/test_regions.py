@@ -240,6 +240,18 @@ def test_attention_without_dropout_draws_no_numbers() -> None:
     assert is_barrier(barrier)
 
 
+def test_rope_in_sections_is_one_kernel_with_its_layout() -> None:
+    def function(a: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+        parts = [2, 1, 3, 2, 1, 3]
+        cos = torch.cat([one[i % 3] for i, one in enumerate(cos.split(parts, -1))], -1).unsqueeze(1)
+        a = a.view(2, 5, 4, 12).transpose(1, 2)
+        half = torch.cat([-a[..., 6:], a[..., :6]], -1)
+        return (a * cos + half).transpose(1, 2).reshape(2, 5, 48)
+
+    (region,) = regions_of(function, torch.randn(2, 5, 48), torch.randn(3, 2, 5, 12)).regions
+    assert len(region.outputs) == 1
+
+
 def test_evidence_has_numbers(tmp_path: Any) -> None:
     gm = graph_of(lambda a, b: torch.relu(a + b) * 2, x, x)
     before = gm.code

@@ -53,6 +53,23 @@ def interleaved_rope(x: Value, cos: Value, sin: Value) -> Value:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
+def rope_in_sections(x: Value, cos: Value, sin: Value) -> Value:
+    """Qwen2-VL's: parts of a head turn by the places in time, height and width."""
+    parts = [2, 1, 3, 2, 1, 3]
+    cos, sin = (
+        torch.cat([part[place % 3] for place, part in enumerate(one.split(parts, -1))], -1).unsqueeze(1)
+        for one in (cos, sin)
+    )
+    x = x.view(2, 5, 4, 12).transpose(1, 2)
+    half = torch.cat([-x[..., 6:], x[..., :6]], -1)
+    return (x * cos + half * sin).transpose(1, 2).reshape(2, 5, 48)
+
+
+def group_norm_gradient(x: Value, weight: Value, bias: Value, gradient: Value) -> tuple[Value, ...]:
+    _, pull = torch.func.vjp(lambda *given: F.group_norm(given[0], 2, *given[1:]), x, weight, bias)
+    return tuple(pull(gradient))
+
+
 def dropped(x: Value, seed: Value) -> Value:
     drawn = torch.ops.fxopt.uniform(x.t().shape, seed, BITS[x.dtype]).to(x.dtype).t()
     return (drawn > 0.3) * x / 0.7
@@ -141,6 +158,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "group norm": (lambda a: F.group_norm(a, 2), (torch.randn(2, 6, 5),)),
     "rotate-half RoPE": (rope, (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))),
     "interleaved RoPE": (interleaved_rope, (torch.randn(2, 5, 8), torch.randn(5, 4), torch.randn(5, 4))),
+    "RoPE in sections": (
+        rope_in_sections,
+        (torch.randn(2, 5, 48), *(torch.randn(3, 2, 5, 12) for _ in range(2))),
+    ),
+    "gradient of group norm": (
+        group_norm_gradient,
+        (torch.randn(3, 6, 5), torch.randn(6), torch.randn(6), torch.randn(3, 6, 5)),
+    ),
     "parts that are scattered": (scattered, (torch.randn(5, 8), torch.randn(5, 8))),
     "gated activation": (lambda a, b: F.silu(a) * b, (torch.randn(5, 9), torch.randn(5, 9))),
     "permuted input": (lambda a: a.exp() + 1, (torch.randn(3, 4, 5).permute(2, 0, 1),)),
