@@ -41,7 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTForImageClassification", {}),
 }
 LAYERS = {"t5": ("num_layers", "num_decoder_layers")}
-OPTIONS = {"inductor": None, "fxopt": {"kernels": "always", "strict": True}}
+# Of larger products only a model of the GPU says which kernels are a win: they stay with the library.
+OPTIONS = {"inductor": None, "fxopt": {"kernels": "always", "gemm": "never", "strict": True}}
 PHASES = ("forward", "training", "decode")
 
 

@@ -29,6 +29,8 @@ _METHOD = """
   forward and backward.
 - Launches are the calls in the generated code: Triton kernels, matrix products, and other calls of libraries,
   such as fused attention. Of fxopt's, *kernels* are its own, *left* what Inductor makes of the rest.
+- Products with more than 16 rows are the library's in both columns (`"gemm": "never"`): which of them would
+  be faster in a kernel has not been measured.
 - Bytes are, of what Inductor launches, Inductor's own account (`get_read_write_buffers_sizes`); of fxopt's
   kernels what their files say: every tensor that is read or written, once. Weights are part of them. Partial
   sums, which the two launches of a split reduction hand on, are not.

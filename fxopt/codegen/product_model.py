@@ -79,11 +79,12 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
 
 def _most_sums(sizes: Products, block: Block, target: Target) -> int:
     """Sums in the registers of a thread, beside what is computed with them behind the product."""
-    if not sizes.on_matrix_units or sizes.pairs:
-        return _FEWEST_SUMS
-    others = block.operands - 2 - sizes.together
     # From Hopper on operands go from shared memory, or a memory of their own, to the matrix units.
-    meet = sizes.together > 1 and target.arch < 90
+    through_registers = target.arch < 90
+    if not sizes.on_matrix_units or sizes.pairs:
+        return _FEWEST_SUMS // 2 if sizes.on_matrix_units and through_registers else _FEWEST_SUMS
+    others = block.operands - 2 - sizes.together
+    meet = sizes.together > 1 and through_registers
     return _SUMS_AND_MORE if others or meet else _SUMS
 
 
