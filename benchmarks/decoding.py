@@ -28,20 +28,42 @@ def run(
     measure: Callable[[argparse.Namespace, int, int], Row],
     title: str,
 ) -> int:
-    """Measure all cases, print them as a table, and write them to the file that was asked for."""
+    """Measure all cases, print them as a table, and write them to the file that was asked for.
+
+    The file is written behind each case. Cases that are in it, of the same plan, are not measured again.
+    """
     torch.set_num_threads(arguments.threads)
     console = Console()
-    rows: list[Row] = []
+    rows = measured(arguments)
+    there = [row["case"] for row in rows]
     try:
         for case in track(cases, title, console=console, transient=True):
-            rows.append(measure(arguments, *case))
+            if list(case) in there:
+                continue
+            rows.append({**measure(arguments, *case), "case": list(case)})
+            if arguments.out:
+                write(arguments.out, arguments, rows)
     except KeyboardInterrupt:
         console.print("stopped; what was measured is kept")
     console.print(table(rows, f"one token over {title}, milliseconds"))
     if arguments.out:
-        write(arguments.out, arguments, rows)
         console.print(f"written to {arguments.out}")
     return 0
+
+
+def measured(arguments: argparse.Namespace) -> list[Row]:
+    """The rows of a run of the same plan that was stopped."""
+    if not arguments.out or not arguments.out.exists():
+        return []
+    found = json.loads(arguments.out.read_text())
+    rows: list[Row] = [row for row in found["rows"] if "case" in row]
+    return rows if found["plan"] == _plan(arguments) else []
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the figures, as it is in JSON."""
+    plan: dict[str, Any] = json.loads(json.dumps(vars(arguments), default=str))
+    return plan
 
 
 def compile_all(model: Any) -> dict[str, Any]:
@@ -76,8 +98,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def write(path: Path, arguments: argparse.Namespace, rows: Sequence[Row]) -> None:
     """The rows as JSON, with the machine and the command."""
-    found = {"machine": describe(), "plan": vars(arguments), "rows": rows}
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    found = {"machine": describe(), "plan": _plan(arguments), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def numbers(text: str) -> list[int]:
