@@ -29,7 +29,7 @@ def test_random_operations(make: Callable[[], DynamicCache], operations: int) ->
 @pytest.mark.parametrize("make", [DynamicCache, sliding])
 def test_random_operations_past_the_guards(make: Callable[[], DynamicCache]) -> None:
     path = PastGuards()
-    fuzz(seed=2, operations=100, compiled=path, make=make)
+    fuzz(seed=2, operations=60, compiled=path, make=make)
     assert path.taken > 20
 
 

@@ -240,7 +240,7 @@ class PastGuards:
 
     def __init__(self) -> None:
         CURRENT.build(wait=True)
-        self._compiled = torch.compile(Decoder(), backend="fxopt", dynamic=True, options={"host": "eager"})
+        self._compiled = torch.compile(Decoder(), backend="fxopt", options={"host": "eager"})
         self._path, self._cache, self.taken = DecodePath(self._compiled), 0, 0
 
     def __call__(self, cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def row_attention(
         if mask is not None:
             rows, mask = _seen((key, key_scale, value, value_scale), mask)
             operands = (packed, *rows)
-            grouped = mask_per_group(mask, query.shape[:3], groups)
+            grouped = None if bool(mask.all()) else mask_per_group(mask, query.shape[:3], groups)
         out = _in_blocks(*operands, grouped)
     else:
         out = _by_scores(*operands, mask, heads, is_causal, half_scores, given)
@@ -155,7 +155,11 @@ def _block_size(key: torch.Tensor) -> int:
 def widened(rows: torch.Tensor, scale: torch.Tensor, size: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Blocks of `size` rows of (B, H, S, D) with their scales, in `dtype`, each until the next one."""
     batch, heads, keys, depth = rows.shape
-    memory = torch.empty(min(size, keys), batch, heads, depth, dtype=dtype).permute(1, 2, 0, 3)
+    size = min(size, keys)
+    if rows.stride(1) < rows.stride(2):  # as the rows lie: twice as fast as in another order
+        memory = torch.empty(size, batch, heads, depth, dtype=dtype).permute(1, 2, 0, 3)
+    else:
+        memory = torch.empty(batch, heads, size, depth, dtype=dtype)
     scale = scale.to(dtype)
     each = scale.dim() > 1 and scale.shape[-2] == keys
     scales = scale.split(size, -2) if each else (scale,) * -(-keys // size)
