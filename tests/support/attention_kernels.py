@@ -31,7 +31,8 @@ from fxopt.ir.tile_values import TileValues
 from fxopt.report.record import collect
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
-from support.numerics import assert_closer
+from support.numerics import assert_closer, reference_mode
+from support.reference import double_model
 from support.rounding import perturbed
 
 ROWS, COLUMNS, BATCH, GROUPS = 37, 41, 2, 2
@@ -293,7 +294,8 @@ def whole_model(name: str, train: bool, dynamic: bool = False) -> dict[str, Any]
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
-    exact = step(copy.deepcopy(model).double(), inputs, train)
+    with reference_mode():
+        exact = step(double_model(model), inputs, train)
 
     def eager() -> list[torch.Tensor]:
         return step(copy.deepcopy(model), inputs, train)
