@@ -39,19 +39,17 @@ def padded_width(width: int) -> int:
 # Chosen by what compiles without spills and within the shared memory of a block, the largest first; not
 # measured on a GPU yet. By the width of a head: up to 64, up to 128.
 _FORWARD = {
-    80: (Tiles(128, 64, 4, 3), Tiles(128, 32, 8, 2)),
-    90: (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3)),
-    100: (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3)),
+    80: (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
+    90: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
 }
 _QUERIES = {
-    80: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    80: (Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)),
     90: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    100: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
 _KEYS = {
-    80: (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2)),
-    90: (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
-    100: (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2)),
+    80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2)),
+    90: (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
 }
 _WIDE = Tiles(32, 32, 4, 1)
 _FLOAT32 = Tiles(32, 32, 4, 1)

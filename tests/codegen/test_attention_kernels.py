@@ -43,6 +43,14 @@ def test_programs_are_in_the_file(found: dict[str, Any]) -> None:
     assert [one.name for one in kernel.parameters] == ["query", "key", "value"]
 
 
+@pytest.mark.parametrize("name", ["prefill", "prefill of any length", "training"])
+def test_a_whole_model_runs_through_them(found: dict[str, Any], name: str) -> None:
+    one = found["models"][name]
+    assert one["wrong"] == ""
+    assert one["providers"] == ["triton"]
+    assert one["kernels"] == ["attention_backward"] * (name == "training") + ["attention_forward"]
+
+
 @pytest.mark.slow
 def test_all_variants_dtypes_and_directions(tmp_path: Any) -> None:
     everything = run("support.attention_kernels", str(tmp_path), "whole")

@@ -5,6 +5,7 @@ The plain one evaluates programs as `fxopt.ir` does, on all scores at once; it s
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fxopt.codegen.attention_backward import backward_kernel
 from fxopt.codegen.attention_example import example_text
@@ -26,9 +28,11 @@ from fxopt.ir.formula import numbered
 from fxopt.ir.ops.philox import philox_uniform
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.tile_values import TileValues
+from fxopt.report.record import collect
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
-from support.numerics import assert_closer
+from support.numerics import assert_closer, reference_mode
+from support.reference import double_model
 from support.rounding import perturbed
 
 ROWS, COLUMNS, BATCH, GROUPS = 37, 41, 2, 2
@@ -263,6 +267,54 @@ def fault(name: str, cache: KernelCache) -> str:
     return Run(CASES[case], torch.float32, cache, edit).check(backward=backward)
 
 
+def model_of(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    if name == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**shape, sliding_window=8, attn_implementation="eager"))
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def step(model: Any, inputs: dict[str, torch.Tensor], train: bool) -> list[torch.Tensor]:
+    """Logits, or the loss and its gradients."""
+    model.train(train)
+    made = model(**inputs, use_cache=False)
+    if not train:
+        return [made.logits.detach()]
+    model.zero_grad()
+    made.loss.backward()
+    return [made.loss.detach(), *(one.grad for one in model.parameters())]
+
+
+def whole_model(name: str, train: bool, dynamic: bool = False) -> dict[str, Any]:
+    """A prefill or a training step of padded sequences: what is wrong, and who computed attention."""
+    model = model_of(name)
+    tokens = torch.randint(0, 97, (2, 37), generator=torch.manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    with reference_mode():
+        exact = step(double_model(model), inputs, train)
+
+    def eager() -> list[torch.Tensor]:
+        return step(copy.deepcopy(model), inputs, train)
+
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="fxopt", dynamic=dynamic, options={"host": "eager", "strict": True})
+    with collect() as records, torch.set_grad_enabled(train):
+        made = step(compiled, inputs, train)
+    torch._dynamo.reset()
+    try:
+        assert_closer(exact, made, eager(), roundings=perturbed(eager), strides=False)
+        wrong = ""
+    except AssertionError as error:
+        wrong = str(error)
+    chosen = {one for record in records for op, one, _ in record.providers if op == "attention"}
+    kernels = {one.name for record in records for one in record.kernels if one.name.startswith("attention")}
+    return {"wrong": wrong, "providers": sorted(chosen), "kernels": sorted(kernels)}
+
+
 def sampled(place: int, name: str, whole: bool) -> list[tuple[str, bool]]:
     """All dtypes and directions of a case, or one of them."""
     pairs = [(dtype, backward) for dtype in DTYPES for backward in (False, True)]
@@ -278,7 +330,12 @@ def main(directory: str, whole: bool) -> dict[str, Any]:
         for place, (name, case) in enumerate(CASES.items())
         for dtype, backward in sampled(place, name, whole)
     }
-    return {"cases": found, "faults": {name: fault(name, cache) for name in FAULTS}}
+    models = {
+        "prefill": whole_model("llama", train=False),
+        "prefill of any length": whole_model("llama", train=False, dynamic=True),
+        "training": whole_model("gemma2", train=True),
+    }
+    return {"cases": found, "faults": {name: fault(name, cache) for name in FAULTS}, "models": models}
 
 
 if __name__ == "__main__":
