@@ -2,9 +2,9 @@
 
 By heads, group, live keys and room of the cache: the time of fxopt's kernel beside torch's
 `scaled_dot_product_attention` (over the live keys alone, which takes a program that knows their number on the
-host, and over the whole cache with a mask), compiled FlexAttention with a mask of the length, and a copy of as
-many bytes as live keys have. All in one run, on the same tensors, in turns. Without a GPU the kernel runs in
-Triton's interpreter (`TRITON_INTERPRET=1`), which shows that it runs, and nothing of time.
+host, and over the whole cache with a mask), compiled FlexAttention with a mask of the length, and a copy of
+as many bytes as live keys have. All in one run, on the same tensors, in turns. Without a GPU the kernel runs
+in Triton's interpreter (`TRITON_INTERPRET=1`), which shows that it runs, and nothing of time.
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ def cached_pays(node: fx.Node, facts: Facts) -> Verdict:
 
 def cached_rows_pay(node: fx.Node, facts: Facts) -> Verdict:
     """The same, for ``fxopt::quantized_attention``."""
+    if facts.kernels is None:
+        return Verdict.no("")
     query, key, key_scale, value, value_scale = (val(arg) for arg in node.args[:5])
     for rows, scale in ((key, key_scale), (value, value_scale)):
         if scale.dim() != 4 or not isinstance(scale.shape[3], int) or scale.shape[3] != 1:
