@@ -1,10 +1,10 @@
 """Attention of a few queries over a cache, on a GPU: `python -m benchmarks.decode_kernels`.
 
 By heads, group, live keys and room of the cache: the time of fxopt's kernel beside torch's
-`scaled_dot_product_attention` (over the live keys alone, which only a program can ask for that knows their
-number on the host, and over the whole cache with a mask), compiled FlexAttention with a mask of the length,
-and a copy of as many bytes as the live keys have. All in one run, on the same tensors, in turns. Without a GPU
-the kernel runs in Triton's interpreter (`TRITON_INTERPRET=1`), which shows that it runs, and nothing of time.
+`scaled_dot_product_attention` (over the live keys alone, which takes a program that knows their number on the
+host, and over the whole cache with a mask), compiled FlexAttention with a mask of the length, and a copy of
+as many bytes as live keys have. All in one run, on the same tensors, in turns. Without a GPU the kernel runs
+in Triton's interpreter (`TRITON_INTERPRET=1`), which shows that it runs, and nothing of time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of one attention: `batch` sequences, `live` of `room` keys, `kv_heads` heads of `group` queries."""
+    """Sizes of one attention: `live` of `room` keys for each of `batch` sequences and `kv_heads` heads."""
 
     batch: int
     kv_heads: int
@@ -67,7 +67,8 @@ def candidates(setting: Setting, device: str) -> dict[str, Step]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads = setting.kv_heads * setting.group
     made = {"device": device, "dtype": dtype}
-    query = torch.randn(setting.batch, heads, setting.queries, setting.width, **made)  # type: ignore[call-overload]
+    of_queries = (setting.batch, heads, setting.queries, setting.width)
+    query = torch.randn(of_queries, **made)  # type: ignore[call-overload]
     shape = (setting.batch, setting.kv_heads, setting.room, setting.width)
     key, value = (torch.randn(shape, **made) for _ in range(2))  # type: ignore[call-overload]
     length = torch.tensor([setting.live - setting.queries], device=device)

@@ -32,7 +32,7 @@ from fxopt.ir.target import Target
 NAME = "append_attention"
 # Rows that are rotated are held several times: as they were, their partners, and both angles. So tiles have
 # fewer of them, and programs more warps where rows are wider than this.
-MOST_ROWS, WIDE = 64, 128
+MOST_ROWS, FEWEST_ROWS, WIDE = 64, 16, 128
 _SHORT = {
     "query": ("q", "bhs"), "k_new": ("k_new", "bhs"), "v_new": ("v_new", "bhs"), "key": ("k", "bhk"),
     "value": ("v", "bhk"),
@@ -64,7 +64,8 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
     """
     if problem.dead_rows == MEAN:
         raise Unsupported("rows without a live key that give the mean of a cache")
-    tiling = tiling_of(problem, target, MOST_ROWS)
+    wide = int(problem.query.shape[3]) > WIDE
+    tiling = tiling_of(problem, target, FEWEST_ROWS if wide else MOST_ROWS)
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
     functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
     text = f"{functions}\n\n{template('decode_attention')}\n\n\n{template('append_attention')}"

@@ -34,7 +34,7 @@ def number_text(expression: Any) -> str:
     if expression.is_number:
         return repr(float(expression))
     if isinstance(expression, AppliedUndef):
-        return f"{expression.func}[{', '.join(map(number_text, expression.args))}]"
+        return f"{expression.func}[{', '.join(map(number_text, expression.args)) or '()'}]"
     if isinstance(expression, sympy.floor):
         above, below = (number_text(part) for part in expression.args[0].as_numer_denom())
         return f"torch.div({above}, {below}, rounding_mode='floor')"

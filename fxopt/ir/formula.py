@@ -125,7 +125,8 @@ def number_text(expression: Any) -> str:
     """A number in one line; captured tensors are indexed with square brackets."""
     expression = sympy.expand(expression)
     if isinstance(expression, AppliedUndef):
-        return f"{expression.func}[{', '.join(number_text(arg) for arg in expression.args)}]"
+        # A tensor without dimensions has one entry, `c0[()]`.
+        return f"{expression.func}[{', '.join(map(number_text, expression.args)) or '()'}]"
     if isinstance(expression, sympy.Add):
         terms = sorted(expression.args, key=_place_in_sum)
         return " + ".join(number_text(term) for term in terms).replace("+ -", "- ")

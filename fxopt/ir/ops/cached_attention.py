@@ -28,7 +28,7 @@ from fxopt.ir.formula import AXES, K, Q, capture, numbered, real_capture
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.attention_attributes import Attributes, computed_in, without_symbol
 from fxopt.ir.ops.attention_providers import DECODE_ROWS, flash_has_it
-from fxopt.ir.ops.decode_attention import sequences_first, span_of
+from fxopt.ir.ops.decode_attention import ends_of, sequences_first
 from fxopt.ir.ops.decomposed_attention import decomposed
 from fxopt.ir.ops.masking import MEAN, NAN, NONE, ZERO
 from fxopt.ir.ops.op import define_op, without_autocast
@@ -89,6 +89,8 @@ def cached_pays(node: fx.Node, facts: Facts) -> Verdict:
 
 def cached_rows_pay(node: fx.Node, facts: Facts) -> Verdict:
     """The same, for ``fxopt::quantized_attention``."""
+    if facts.kernels is None:
+        return Verdict.no("")
     query, key, key_scale, value, value_scale = (val(arg) for arg in node.args[:5])
     for rows, scale in ((key, key_scale), (value, value_scale)):
         if scale.dim() != 4 or not isinstance(scale.shape[3], int) or scale.shape[3] != 1:
@@ -263,7 +265,7 @@ def _span(
     else:
         mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     mask = mask.expand(*mask.shape[:3], key.shape[2])
-    return span_of(mask, mask.is_floating_point())
+    return ends_of(mask, mask.is_floating_point())
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:

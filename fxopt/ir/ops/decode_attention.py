@@ -111,16 +111,38 @@ def span_of(mask: torch.Tensor, whole: bool) -> torch.Tensor:
 
     The second is 0 when there is none. All keys with `whole`, if a row has none.
     """
-    columns = mask.shape[-1]
-    live, free = (~_excludes(mask), mask == 0) if mask.is_floating_point() else (mask, mask)
-    live = live.reshape(-1, columns)
-    seen, places = live.any(0), torch.arange(columns, device=mask.device)
-    first, last = torch.where(seen, places, columns).amin(), torch.where(seen, places + 1, 0).amax()
-    unmasked = free.sum() == live.shape[0] * (last - first)
+    first, last = _ends(mask)
+    free = mask == 0 if mask.is_floating_point() else mask
+    rows = mask.numel() // mask.shape[-1]
+    unmasked = free.sum() == rows * (last - first)
     if whole:
-        dead = ~live.any(1).all()
-        first, last = torch.where(dead, 0, first), torch.where(dead, columns, last)
+        first, last = _unless_dead(mask, first, last)
     return torch.stack([first, last, unmasked.to(torch.int64)])
+
+
+def ends_of(mask: torch.Tensor, whole: bool) -> torch.Tensor:
+    """(2,): the first two numbers of `span_of`."""
+    first, last = _ends(mask)
+    return torch.stack(_unless_dead(mask, first, last) if whole else (first, last))
+
+
+def _ends(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = mask.shape[-1]
+    seen, places = _rows_of(mask).any(0), torch.arange(columns, device=mask.device)
+    return torch.where(seen, places, columns).amin(), torch.where(seen, places + 1, 0).amax()
+
+
+def _unless_dead(
+    mask: torch.Tensor, first: torch.Tensor, last: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dead = ~_rows_of(mask).any(1).all()
+    return torch.where(dead, 0, first), torch.where(dead, mask.shape[-1], last)
+
+
+def _rows_of(mask: torch.Tensor) -> torch.Tensor:
+    """(rows, keys): who takes part."""
+    live = ~_excludes(mask) if mask.is_floating_point() else mask
+    return live.reshape(-1, mask.shape[-1])
 
 
 def _excludes(mask: torch.Tensor) -> torch.Tensor:

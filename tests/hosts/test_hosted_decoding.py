@@ -1,0 +1,63 @@
+"""Attention over caches inside of what Inductor generates, for a GPU that is assumed: in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.options import environment_without
+
+TESTS = Path(__file__).parent.parent
+BOTH = ["_decode_attention_kernel", "_decode_attention_total_kernel"]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = environment_without("PYTHONPATH") | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    command = [sys.executable, "-m", "support.hosted_decoding"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def launches(case: dict[str, Any]) -> list[str]:
+    """Those of attention."""
+    return [name.rpartition("_")[0] for name in case["runs"] if "decode_attention" in name]
+
+
+def test_a_length_on_the_device_takes_two_launches_and_no_mask(found: dict[str, Any]) -> None:
+    case = found["length"]
+    assert launches(case) == BOTH
+    assert len(case["runs"]) == 2
+    assert not case["opaque"]
+
+
+def test_layers_share_what_is_known_of_a_mask(found: dict[str, Any]) -> None:
+    case = found["mask"]
+    assert launches(case) == BOTH * 2
+    assert len(case["runs"]) == 5, case["runs"]
+
+
+def test_without_a_mask_torch_has_a_kernel(found: dict[str, Any]) -> None:
+    case = found["none"]
+    assert case["kernels"] == []
+    assert case["providers"][0][1] == "sdpa"
+    assert "without a mask" in case["providers"][0][2]
+
+
+def test_rows_of_8_bits_are_read_as_they_are(found: dict[str, Any]) -> None:
+    case = found["rows"]
+    assert launches(case) == BOTH
+    assert case["providers"][0][:2] == ["quantized_attention", "cached"]
+
+
+def test_a_growing_cache_needs_no_ends(found: dict[str, Any]) -> None:
+    case = found["growing"]
+    assert launches(case) == BOTH * 2
+    assert len(case["runs"]) == 4, case["runs"]

@@ -1,0 +1,81 @@
+"""Run as a program: attention over caches in what Inductor generates for an assumed GPU; findings as JSON."""
+
+from __future__ import annotations
+
+from benchmarks.assumed_gpu import generated, install
+
+TARGET = install("sm_90")
+
+import json  # noqa: E402
+import re  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from fxopt.report.record import collect  # noqa: E402
+
+Tensor = torch.Tensor
+
+
+def with_length(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
+    live = torch.arange(key.shape[2], device=query.device) <= length
+    return F.scaled_dot_product_attention(query, key, value, live[None, None, None], enable_gqa=True)
+
+
+def with_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Two layers with one mask."""
+    first = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(first, key, value, mask, enable_gqa=True)
+
+
+def without_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def of_rows(query: Tensor, key: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
+    """Keys and values of 8 bits."""
+    wide = (key.to(scale.dtype) * scale).to(query.dtype)
+    return F.scaled_dot_product_attention(query, wide, wide, mask, enable_gqa=True)
+
+
+def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+    """The launches, what they take, and what the record says."""
+    torch._dynamo.reset()
+    with torch.no_grad(), generated(TARGET) as made, collect() as records:
+        torch.compile(function, backend="fxopt", options={"strict": True})(*inputs)
+    runs = [each for one in made for each in re.findall(r"(\w+)\.run\((.*)\)", one.code)]
+    return {
+        "runs": [name for name, _ in runs],
+        "arguments": [arguments.split(", ") for _, arguments in runs],
+        "opaque": any("torch.ops.fxopt" in one.code for one in made),
+        "kernels": [kernel.name for record in records for kernel in record.kernels],
+        "providers": [list(each) for record in records for each in record.providers],
+    }
+
+
+def cases() -> dict[str, Any]:
+    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16)
+    value = torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2, 1, 1, 512, device="cuda", dtype=torch.bool)
+    rows = torch.zeros(2, 2, 512, 64, device="cuda", dtype=torch.int8)
+    growing = [torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    padding = torch.ones(2, 1, 1, 300, device="cuda", dtype=torch.bool)
+    for each, dim in ((growing[0], 2), (growing[1], 2), (padding, 3)):
+        torch._dynamo.mark_dynamic(each, dim)
+    return {
+        "length": compiled(with_length, query, key, value, torch.zeros((), dtype=torch.int64, device="cuda")),
+        "mask": compiled(with_mask, query, key, value, mask),
+        "none": compiled(without_mask, query, key, value),
+        "rows": compiled(of_rows, query, rows, torch.ones(2, 2, 512, 1, device="cuda"), mask),
+        "growing": compiled(with_mask, query, *growing, padding),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with FakeTensorMode():
+        print(json.dumps(cases()))
