@@ -82,7 +82,8 @@ def _most_sums(sizes: Products, block: Block, target: Target) -> int:
     # From Hopper on operands go from shared memory, or a memory of their own, to the matrix units.
     through_registers = target.arch < 90
     if not sizes.on_matrix_units or sizes.pairs:
-        return _FEWEST_SUMS // 2 if sizes.on_matrix_units and through_registers else _FEWEST_SUMS
+        # Hopper alone keeps sums where they are exchanged with few registers more.
+        return _FEWEST_SUMS // 2 if sizes.pairs and target.arch // 10 != 9 else _FEWEST_SUMS
     others = block.operands - 2 - sizes.together
     meet = sizes.together > 1 and through_registers
     return _SUMS_AND_MORE if others or meet else _SUMS
