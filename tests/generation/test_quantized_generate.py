@@ -39,10 +39,8 @@ def test_tokens_are_those_of_the_rounded_model(way: str, more: dict[str, Any]) -
     wanted = tokens(prepared)
     assert not torch.equal(wanted, tokens(model))
     with collect() as records:
-        if way == "options":
-            compiled = compile_fxopt(model, quantize="int4")
-        else:
-            compiled = compile_fxopt(prepared)
+        asked = way == "options"
+        compiled = compile_fxopt(model, quantize="int4") if asked else compile_fxopt(prepared)
         assert torch.equal(tokens(compiled, **more), wanted)
         assert torch.equal(tokens(compiled, **more), wanted)
     # Keys and values of three heads are too small.
