@@ -87,7 +87,11 @@ def test_bitsandbytes_4bit_for_cpus(folder: str) -> None:
     ready = prepared(model)
     with torch.no_grad():
         library = model(IDS, use_cache=False).logits  # packs the weights, and rounds scales to bfloat16
-    check(Outcome(model), exact, library)
+    outcome = Outcome(model)
+    # Where bitsandbytes' own op is measured to be faster it stays.
+    assert outcome.adopted + sum("the time of fxopt's product" in why for why in outcome.left) == LAYERS
+    assert (outcome.graphs, outcome.breaks) == (1, 0)
+    assert relative(outcome.logits, exact) <= 2 * relative(library, exact)
     torch._dynamo.reset()
     check(Outcome(ready), exact, None, in_graph=False)
 
