@@ -37,7 +37,7 @@ def _own(found: Found) -> Product:
     weight = found.weight
     parts = (weight.codes, weight.scales, weight.offsets, weight.columns)
     kinds = {"format": weight.format.name, "group_size": weight.group_size, "activation": found.activation}
-    return lambda x: torch.ops.fxopt.packed_linear(x, *parts, None, **kinds)  # type: ignore[no-any-return]
+    return lambda x: torch.ops.fxopt.packed_linear(x, *parts, None, **kinds)
 
 
 def _sum(product: Product, features: int, dtype: torch.dtype) -> float:
