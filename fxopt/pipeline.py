@@ -23,6 +23,7 @@ from fxopt.frontend.known_buffers import NAME as KNOWN_BUFFERS
 from fxopt.frontend.known_buffers import KnownBuffer, checked, compute_known_buffers, settle, when_changed
 from fxopt.frontend.kv_append import NAME as APPEND_KV_CACHE
 from fxopt.frontend.kv_append import insert_appends
+from fxopt.frontend.linear_notes import linear_notes, note_routes
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.frontend.outputs import keep_output_layout, output_layout
@@ -212,6 +213,7 @@ def _optimize(
             record.evidence += notes
         with record.timed("lower"):
             lowered = lower(normal, record)
+            note_routes(record)
             known, notes = settle(lowered, known)
             record.evidence += notes
         dump.write("lowered", lowered)
@@ -246,10 +248,12 @@ def _rewrite(
     """All passes; what they may know of parameters, and what they made of these, where any is quantized."""
     if not options.quantize:
         rewrite(normal, options, record, dump)
+        record.linears = linear_notes(normal, ())
         return None
     show_parameters(normal, inputs)
     try:
         rewrite(normal, options, record, dump)
+        record.linears = linear_notes(normal, record.evidence)
     finally:
         hide_parameters(normal)
     return packed_inputs(normal)

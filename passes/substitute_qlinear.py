@@ -3,12 +3,11 @@
 Only on request (`options={"quantize": ...}`), which `fxopt.ir.quantization_policy` turns into a format for
 each layer. The graph gets inputs for the codes and scales, which are made of the parameter: at this point,
 and again once it has changed (`fxopt.runtime.packed_weights`). Assumed: nothing; the answer differs from
-eager's by what rounding the weight loses, which the evidence tells in decibels.
+eager's by what rounding the weight loses, which the report tells in decibels.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch._ops import OpOverload
 from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.facts import is_call
+from fxopt.ir.layer_names import layer_name
 from fxopt.ir.ops.qlinear import QLINEAR
 from fxopt.ir.propagate import fake_mode_of
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
@@ -59,30 +59,29 @@ class SubstituteQlinear:
         weight, node = match["weight"], match.anchor
         held = weight.meta[HELD_KEY]
         if ctx.facts.differentiates(node) and weight.meta.get("fxopt_needs_grad"):
-            return self._no(match, "its weight is trained")
+            return Verdict.no("its weight is trained")
         if type(held) not in (torch.Tensor, torch.nn.Parameter) or held.is_meta:
-            return self._no(match, f"its weight is a {type(held).__name__}")
+            return Verdict.no(f"its weight is a {type(held).__name__}")
         if held.dtype not in _FLOATS or facts.dtype(node) not in _FLOATS:
-            return self._no(match, f"wanted floats of 16 or 32 bits, saw {held.dtype}, {facts.dtype(node)}")
+            return Verdict.no(f"wanted floats of 16 or 32 bits, saw {held.dtype}, {facts.dtype(node)}")
         writer = ctx.facts.written_after(weight, weight)
         if writer is not None:
-            return self._no(match, f"its weight is written by {writer.name} ({facts.location(writer)})")
+            return Verdict.no(f"its weight is written by {writer.name} ({facts.location(writer)})")
         scheme = scheme_of(_layer(match), ctx.options)
         if not isinstance(scheme, Scheme):
-            return self._no(match, scheme)
+            return Verdict.no(scheme)
         spec = Spec(scheme.format, scheme.group_size, match["transposed"])
         try:
             form = STORE.form(held, spec, checked=True)
         except NotFinite as error:
-            return self._no(match, str(error))
+            return Verdict.no(str(error))
         match["found"].update(scheme=scheme, spec=spec, form=form)
         return Verdict.yes()
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
         form, held = match["found"]["form"], match["weight"].meta[HELD_KEY]
         dense = held.numel() * held.element_size()
-        sizes = f"{dense} B -> {form.weight.nbytes} B"
-        return Verdict.yes(f"{match['layer']}: {match['found']['scheme']}, {sizes}, {form.decibels:.1f} dB")
+        return Verdict.yes(f"{match['found']['scheme']}, {dense} B -> {form.weight.nbytes} B of weights")
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         node, found = match.anchor, match["found"]
@@ -96,9 +95,6 @@ class SubstituteQlinear:
         names = ("codes", "scales", "offsets", "columns")
         args = (x, *(parts.get(name) for name in names), match["bias"])
         return graph.call_function(QLINEAR.overload, args, kinds)
-
-    def _no(self, match: Match, reason: str) -> Verdict:
-        return Verdict.no(f"{match['layer']}: {reason}")
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
@@ -134,14 +130,6 @@ def _what(operand: Any) -> str:
         inner = "an input of a sub-graph, as of a checkpointed region"
         return inner if "fxopt_outer" in operand.meta else f"{operand.name}, which is no parameter"
     return f"the result of {operand.target}" if isinstance(operand, fx.Node) else str(operand)
-
-
-def layer_name(weight: fx.Node) -> str:
-    """The module that a parameter belongs to, with dots, by where Dynamo found it; or the input's name."""
-    source = getattr(weight, "_dynamo_source", None)
-    text = getattr(source, "name", "")
-    text = text() if callable(text) else text
-    return ".".join(re.findall(r"_modules\['([^']+)'\]", text)) or weight.name
 
 
 def _layer(match: Match) -> Layer:

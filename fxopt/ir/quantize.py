@@ -49,12 +49,9 @@ def quantize(
     group = min(group or dense.shape[1], dense.shape[1])
     step = max(1, _NUMBERS_AT_ONCE // max(1, dense.shape[1]))
     parts = [_rounded(rows.float(), kind, group, symmetric, checked) for rows in dense.detach().split(step)]
-    codes, scales = (torch.cat([part[place] for part in parts]) for place in (0, 1))
-    offsets = (
-        torch.cat([part[2] for part in parts if part[2] is not None]) if parts[0][2] is not None else None
-    )
-    stored = {"codes": codes, "scales": scales, "offsets": offsets}
-    return QuantizedWeight(kind, dense.shape[1], group, **stored)
+    codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    found = [part[2] for part in parts if part[2] is not None]
+    return QuantizedWeight(kind, dense.shape[1], group, codes, scales, torch.cat(found) if found else None)
 
 
 def _rounded(

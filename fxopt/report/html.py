@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fxopt.ir.contract import Status
 from fxopt.report.html_style import SCRIPT, STYLE
+from fxopt.report.linears import grouped, linears_of
 from fxopt.report.record import GraphRecord
 from fxopt.report.summary import SiteGroup, group_sites, human_bytes, saved, sites_by_pass
 from fxopt.report.text import bytes_text, kind, launches_text, name_of, own_seconds, places, short, troubles
@@ -22,6 +23,7 @@ def page(report: Report) -> str:
     body = [
         f"<header><h1>{title}</h1><p>{escape(report.summary)}</p>{_cards(report)}</header>",
         _passes(report.graphs),
+        _linears(report.graphs),
         _sites(report.graphs),
         _graphs(report.graphs),
         _breaks(report),
@@ -75,6 +77,22 @@ def _passes(graphs: Sequence[GraphRecord]) -> str:
         for name, (applied, sites) in counts.items()
     ]
     return f"<section><h2>Passes</h2><table><tbody>{''.join(rows)}</tbody></table></section>"
+
+
+def _linears(graphs: Sequence[GraphRecord]) -> str:
+    notes = linears_of(graphs)
+    if not notes:
+        return ""
+    rows = [
+        f"<tr><td class=why>{escape(outcome)}</td><td class=num>{count}</td>"
+        f"<td class=num>{_arrow(human_bytes(before, after))}</td><td class=num>{escape(decibels)}</td></tr>"
+        for outcome, count, before, after, decibels in grouped(notes)
+    ]
+    head = _head("weights", "layers", "bytes", "dB")
+    each = f"<details><summary>{escape(notes.summary)}</summary><pre>{escape(str(notes))}</pre></details>"
+    return (
+        f"<section><h2>Linear layers</h2><table>{head}<tbody>{''.join(rows)}</tbody></table>{each}</section>"
+    )
 
 
 def _sites(graphs: Sequence[GraphRecord]) -> str:

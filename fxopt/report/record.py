@@ -21,6 +21,7 @@ from torch import fx
 from fxopt.integrations.logging import announce
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import location
+from fxopt.ir.linear_notes import LinearNotes
 
 if TYPE_CHECKING:
     from fxopt.codegen.kernel_file import KernelFile
@@ -59,6 +60,7 @@ class GraphRecord:
         providers: (semantic op, chosen provider, why the ones before it were refused), one per call.
         chosen: name of the semantic op's node -> chosen provider.
         kernels: what was emitted for regions of the graphs after autograd.
+        linears: linear layers with quantized weights, and those that might have had them.
         refusals: (stage, reason) of what was handed to the host untouched, by design.
         failures: (stage, message) of faults of fxopt that were survived.
         seconds: wall-clock seconds by stage: normalize, passes, lower, host.
@@ -79,6 +81,7 @@ class GraphRecord:
     providers: list[tuple[str, str, str]] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
     kernels: list[KernelFile] = field(default_factory=list)
+    linears: LinearNotes = field(default_factory=LinearNotes)
     refusals: list[tuple[str, str]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

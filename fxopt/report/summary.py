@@ -221,6 +221,7 @@ def graph_dict(record: GraphRecord) -> dict[str, Any]:
         "host": record.host,
         "seconds": {stage: round(spent, 6) for stage, spent in record.seconds.items()},
         "pass_seconds": {name: round(spent, 6) for name, spent in record.pass_seconds.items()},
+        "linears": [vars(note).copy() for note in record.linears],
         "refusals": [{"stage": stage, "reason": reason} for stage, reason in record.refusals],
         "failures": [{"stage": stage, "message": message} for stage, message in record.failures],
         "error": record.error,

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.ir.contract import Cost, Status
+from fxopt.report.linears import grouped, linears_of
 from fxopt.report.record import GraphRecord
 from fxopt.report.summary import SiteGroup, group_sites, human_bytes, miss_counts, plural
 
@@ -50,6 +51,7 @@ def parts(report: Report, verbose: bool, width: int) -> Iterator[RenderableType]
     yield Text(report.summary)
     if report.graphs:
         yield from _graphs(report.graphs, verbose, width)
+    yield from _linears(report.graphs, verbose)
     yield from _sites(report.graphs, verbose, width)
     yield from _breaks(report, verbose)
     yield from _recompiles(report)
@@ -173,6 +175,18 @@ def _sites(graphs: Iterable[GraphRecord], verbose: bool, width: int) -> Iterator
         yield table
     if not verbose:
         yield from _misses(records)
+
+
+def _linears(graphs: Iterable[GraphRecord], verbose: bool) -> Iterator[RenderableType]:
+    notes = linears_of(graphs)
+    if not notes:
+        return
+    table = _table(notes.summary, "weights", "layers", "bytes", "dB", right=("layers",), wrap=("weights",))
+    for outcome, count, before, after, decibels in grouped(notes):
+        table.add_row(Text(outcome), str(count), human_bytes(before, after), decibels)
+    yield table
+    if verbose:
+        yield Text(str(notes), style="dim")
 
 
 _Row = tuple[str, str, Cost | None, Cost | None]

@@ -198,24 +198,27 @@ void eight_bit_rows(const Product& p, const float* x, int64_t padded, const uint
   for (int64_t group = 0; group < p.groups; ++group) {
     const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
     __m512 scale[kRows], offset[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       scale[r] = _mm512_set1_ps(numbers[r].scales[group]);
       offset[r] = _mm512_set1_ps(numbers[r].offsets[group]);
     }
-    const auto step = [&](int64_t k, __mmask16 live) {
+    for (int64_t k = group * p.group; k < stop; k += 16) {
+      const __mmask16 live = first(stop - k);
       __m512 weights[kRows];
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         weights[r] = _mm512_fmadd_ps(eight_bits(codes[r] + k, kCode, live), scale[r], offset[r]);
       }
+#pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const __m512 here = _mm512_maskz_loadu_ps(live, x + t * padded + k);
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_fmadd_ps(weights[r], here, total[r][t]);
       }
-    };
-    int64_t k = group * p.group;
-    for (; k + 16 <= stop; k += 16) step(k, 0xffff);
-    if (k < stop) step(k, first(stop - k));
+    }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     _mm_storeu_ps(sums[t], sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
   }
@@ -233,24 +236,18 @@ inline void find_rows(const Product& p, int64_t row, const uint8_t** rows) {
   for (int r = 0; r < kRows; ++r) rows[r] = all + (row + r < p.N ? row + r : p.N - 1) * p.row_bytes;
 }
 
+// Products of kRows rows with T tokens, from one of them on.
 template <int T>
-void tokens_of_block(const Product& p, const float* x, int64_t padded, int64_t token, int64_t row,
-                     const RowNumbers* numbers) {
-  alignas(64) float sums[T][kBlock] = {};
+void float_rows(const Product& p, const float* x, int64_t padded, int64_t token, const uint8_t* const* codes,
+                const RowNumbers* numbers, float (*sums)[kBlock]) {
   const float* here = x + token * padded;
-  for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
-    const uint8_t* codes[kRows];
-    find_rows(p, row + r, codes);
-    auto* part = reinterpret_cast<float(*)[kBlock]>(&sums[0][r]);
-    if (p.code == kNibble) {
-      nibble_rows<T>(p, here, padded, codes, numbers + r, part);
-    } else if (p.code == kInt8) {
-      eight_bit_rows<T, kInt8>(p, here, padded, codes, numbers + r, part);
-    } else {
-      eight_bit_rows<T, kFloat8>(p, here, padded, codes, numbers + r, part);
-    }
+  if (p.code == kNibble) {
+    nibble_rows<T>(p, here, padded, codes, numbers, sums + token);
+  } else if (p.code == kInt8) {
+    eight_bit_rows<T, kInt8>(p, here, padded, codes, numbers, sums + token);
+  } else {
+    eight_bit_rows<T, kFloat8>(p, here, padded, codes, numbers, sums + token);
   }
-  for (int t = 0; t < T; ++t) finish(p, token + t, row, first(p.N - row), _mm512_load_ps(sums[t]));
 }
 
 }  // namespace
@@ -265,15 +262,24 @@ extern "C" void fxopt_weight_only(const Product* given) {
   }
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<RowNumbers> numbers(kBlock, RowNumbers(p.groups));
-    const RowNumbers* of_rows = numbers.data();
+    std::vector<RowNumbers> numbers(kRows, RowNumbers(p.groups));
+    std::vector<float> memory(p.M * kBlock);
+    auto* sums = reinterpret_cast<float(*)[kBlock]>(memory.data());
 #pragma omp for
     for (int64_t row = 0; row < p.N; row += kBlock) {
-      for (int64_t r = 0; r < kBlock; ++r) numbers[r].read(p, row + r < p.N ? row + r : p.N - 1);
-      int64_t token = 0;
-      for (; token + 4 <= p.M; token += 4) tokens_of_block<4>(p, x.data(), padded, token, row, of_rows);
-      for (; token + 2 <= p.M; token += 2) tokens_of_block<2>(p, x.data(), padded, token, row, of_rows);
-      for (; token < p.M; ++token) tokens_of_block<1>(p, x.data(), padded, token, row, of_rows);
+      for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
+        const uint8_t* codes[kRows];
+        find_rows(p, row + r, codes);
+        for (int64_t i = 0; i < kRows; ++i) numbers[i].read(p, row + r + i < p.N ? row + r + i : p.N - 1);
+        auto* part = reinterpret_cast<float(*)[kBlock]>(&sums[0][r]);
+        int64_t token = 0;
+        for (; token + 4 <= p.M; token += 4) float_rows<4>(p, x.data(), padded, token, codes, numbers.data(), part);
+        for (; token + 2 <= p.M; token += 2) float_rows<2>(p, x.data(), padded, token, codes, numbers.data(), part);
+        for (; token < p.M; ++token) float_rows<1>(p, x.data(), padded, token, codes, numbers.data(), part);
+      }
+      for (int64_t token = 0; token < p.M; ++token) {
+        finish(p, token, row, first(p.N - row), _mm512_loadu_ps(sums[token]));
+      }
     }
   }
 }
@@ -348,25 +354,30 @@ template <int T, bool kSumRows>
 void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* const* rows,
                   int32_t (*sums)[kBlock], int32_t* of_rows) {
   __m512i total[kRows][T], alone[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     alone[r] = _mm512_setzero_si512();
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) total[r][t] = _mm512_setzero_si512();
   }
   const __m512i ones = _mm512_set1_epi8(1);
-  const auto step = [&](int64_t k, __mmask64 live) {
+  for (int64_t k = 0; k < K; k += 64) {
+    const __mmask64 live = K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1;
     __m512i weights[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) weights[r] = _mm512_maskz_loadu_epi8(live, rows[r] + k);
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const __m512i here = _mm512_loadu_si512(x + t * padded + k);
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_dpbusd_epi32(total[r][t], here, weights[r]);
     }
     if (kSumRows) {
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) alone[r] = _mm512_dpbusd_epi32(alone[r], ones, weights[r]);
     }
-  };
-  int64_t k = 0;
-  for (; k + 64 <= K; k += 64) step(k, ~0ull);
-  if (k < K) step(k, (1ull << (K - k)) - 1);
+  }
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[t]),
                      sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
@@ -376,29 +387,26 @@ void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* co
   }
 }
 
-// What a block of 16 features needs besides its codes.
-struct Block {
-  const uint8_t* x;
-  const float* x_scales;
-  int64_t padded, row;
-  __m512 scales;
-  alignas(64) int32_t of_rows[kBlock];
-};
-
-template <int T, bool kSumRows>
-void integer_tokens(const Product& p, Block& block, int64_t token) {
-  alignas(64) int32_t sums[T][kBlock] = {};
-  for (int64_t r = 0; r < kBlock && block.row + r < p.N; r += kRows) {
-    const uint8_t* rows[kRows];
-    find_rows(p, block.row + r, rows);
-    auto* part = reinterpret_cast<int32_t(*)[kBlock]>(&sums[0][r]);
-    integer_rows<T, kSumRows>(p.K, block.padded, block.x + token * block.padded, rows, part, block.of_rows + r);
+// Sums of kRows rows with all tokens, to sums[token][0 to kRows); they stay in the first cache meanwhile.
+void integer_sums(const Product& p, int64_t padded, const uint8_t* x, int64_t row, int32_t (*sums)[kBlock],
+                  int32_t* of_rows) {
+  const uint8_t* rows[kRows];
+  find_rows(p, row, rows);
+  int64_t token = 0;
+  if (p.M >= 4) {
+    integer_rows<4, true>(p.K, padded, x, rows, sums, of_rows);
+    for (token = 4; token + 4 <= p.M; token += 4) {
+      integer_rows<4, false>(p.K, padded, x + token * padded, rows, sums + token, of_rows);
+    }
+  } else {
+    integer_rows<1, true>(p.K, padded, x, rows, sums, of_rows);
+    token = 1;
   }
-  const __m512i moved = _mm512_slli_epi32(_mm512_load_si512(block.of_rows), 7);
-  for (int t = 0; t < T; ++t) {
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums[t]), moved));
-    const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(block.x_scales[token + t]));
-    finish(p, token + t, block.row, first(p.N - block.row), _mm512_mul_ps(scaled, block.scales));
+  for (; token + 2 <= p.M; token += 2) {
+    integer_rows<2, false>(p.K, padded, x + token * padded, rows, sums + token, of_rows);
+  }
+  for (; token < p.M; ++token) {
+    integer_rows<1, false>(p.K, padded, x + token * padded, rows, sums + token, of_rows);
   }
 }
 
@@ -412,23 +420,27 @@ extern "C" void fxopt_int8_dynamic(const Product* given) {
   std::vector<float> x_scales(p.M);
 #pragma omp parallel num_threads(p.threads)
   {
+    std::vector<int32_t> memory(p.M * kBlock);
+    auto* sums = reinterpret_cast<int32_t(*)[kBlock]>(memory.data());
 #pragma omp for
     for (int64_t token = 0; token < p.M; ++token) {
       x_scales[token] = quantize_token(p, token, padded, x.data() + token * padded);
     }
 #pragma omp for
     for (int64_t row = 0; row < p.N; row += kBlock) {
-      Block block{x.data(), x_scales.data(), padded, row, load(p.scales, row, Number(p.scale_number), first(p.N - row)), {}};
-      int64_t token = 0;
-      if (p.M >= 4) {
-        integer_tokens<4, true>(p, block, 0);
-        for (token = 4; token + 4 <= p.M; token += 4) integer_tokens<4, false>(p, block, token);
-      } else {
-        integer_tokens<1, true>(p, block, 0);
-        token = 1;
+      alignas(64) int32_t of_rows[kBlock] = {};
+      for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
+        integer_sums(p, padded, x.data(), row + r, reinterpret_cast<int32_t(*)[kBlock]>(&sums[0][r]),
+                     of_rows + r);
       }
-      for (; token + 2 <= p.M; token += 2) integer_tokens<2, false>(p, block, token);
-      for (; token < p.M; ++token) integer_tokens<1, false>(p, block, token);
+      const __mmask16 live = first(p.N - row);
+      const __m512 scales = load(p.scales, row, Number(p.scale_number), live);
+      const __m512i moved = _mm512_slli_epi32(_mm512_load_si512(of_rows), 7);
+      for (int64_t token = 0; token < p.M; ++token) {
+        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[token]), moved);
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x_scales[token]));
+        finish(p, token, row, live, _mm512_mul_ps(scaled, scales));
+      }
     }
   }
 }

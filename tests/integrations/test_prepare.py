@@ -86,7 +86,7 @@ def test_one_graph_with_the_op() -> None:
     with collect() as records:
         compile_fxopt(model)(ids())
     (record,) = records
-    assert [each[:2] for each in record.providers].count(("qlinear", "processor")) == 14
+    assert [each[:2] for each in record.providers].count(("qlinear", "product")) == 14
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

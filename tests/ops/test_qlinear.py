@@ -79,7 +79,7 @@ def test_compiled_code_is_used_where_it_is_said_to_be() -> None:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 9, 63, 64, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 9, 127, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_of_integers_are_exact(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
     """Scales are powers of two, so that every number up to the result is exact in float32."""
@@ -99,7 +99,7 @@ def test_sums_of_integers_are_exact(shape: tuple[int, int], tokens: int, dtype: 
 @pytest.mark.parametrize(("name", "group"), WEIGHTS)
 def test_rounded_activations(name: str, group: int, activation: str) -> None:
     weight, bias = made((37, 100), name, group), torch.randn(37)
-    for tokens in (1, 5, 70):
+    for tokens in (1, 5, 130):
         x = torch.randn(tokens, 100)
         codes, scale = round_tokens(x, activation)
         wanted = exact(codes.double() * scale.double(), weight, bias)
@@ -149,6 +149,19 @@ def test_columns_in_another_order(name: str) -> None:
     x = torch.randn(3, 96)
     assert relative(call(x, weight), exact(x, weight)) < 1e-5
     assert relative(call(x, weight, None, "int8"), exact(x, weight)) < 2e-2
+
+
+def test_an_op_of_its_own_without_gradients() -> None:
+    weight, x = made((20, 64), "int4", 32), torch.randn(3, 64)
+    parts = (weight.codes, weight.scales, weight.offsets, None, None)
+    kinds = {"format": "int4", "group_size": 32, "activation": ""}
+    assert torch.equal(torch.ops.fxopt.packed_product(x, *parts, **kinds), call(x, weight))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fxopt.packed_product.default, (x, *parts), kinds, test_utils=tests)
+    trained = x.requires_grad_()
+    assert torch.ops.fxopt.qlinear(trained, *parts, **kinds).requires_grad
+    with torch.no_grad():
+        assert not torch.ops.fxopt.qlinear(trained, *parts, **kinds).requires_grad
 
 
 @pytest.mark.parametrize("activation", ["", "int8"])

@@ -196,7 +196,7 @@ def test_json_is_stable(report: Report) -> None:
     (graph,) = data["graphs"]
     assert set(graph) == {
         *("index", "compile_id", "location", "nodes", "inputs", "dynamic", "backward", "normalized", "host"),
-        *("seconds", "pass_seconds", "refusals", "failures", "error", "sites", "providers"),
+        *("seconds", "pass_seconds", "linears", "refusals", "failures", "error", "sites", "providers"),
     }
     assert len(graph["sites"]) == 65
     assert graph["sites"][0] == {
