@@ -40,11 +40,16 @@ def validate(mode: str | None = None, options: Mapping[str, Any] | None = None) 
 
 
 def reset() -> None:
-    """Forget CUDA graphs, fuel and records. `torch.compiler.reset` leads here for compiled functions."""
+    """Forget CUDA graphs, fuel, records and converted weights.
+
+    `torch.compiler.reset` leads here for compiled functions.
+    """
     from fxopt.frontend.driver import FUEL
     from fxopt.integrations.generate import forget as forget_stand_ins
     from fxopt.report.record import forget
+    from fxopt.runtime.held_weights import STORE
 
+    STORE.clear()
     FUEL.reset()
     forget()
     forget_stand_ins()

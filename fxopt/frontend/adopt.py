@@ -21,6 +21,7 @@ from fxopt.frontend.dequantized import dequantized_site
 from fxopt.frontend.library_products import library_site
 from fxopt.frontend.linear_site import Site
 from fxopt.frontend.retrace import CannotNormalize
+from fxopt.frontend.rivals import faster_rival
 from fxopt.frontend.static_values import StaticValues
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import aten, is_call, location
@@ -180,8 +181,12 @@ class _Adoption:
                 self._note(node, Status.DISABLED, "disabled by options")
                 return
             found = self._found(site)
+            slower = self._slower(site, found)
         except CannotConvert as refusal:
             self._note(node, Status.ILLEGAL, refusal.reason)
+            return
+        if slower is not None:
+            self._note(node, Status.UNPROFITABLE, slower)
             return
         self._note(node, Status.APPLIED, str(found))
         self._replace(site, found)
@@ -214,6 +219,16 @@ class _Adoption:
             if place is not None and place not in self.seen:
                 self.seen[place] = Seen(self.inputs[place])
         return found
+
+    def _slower(self, site: Site, found: Found) -> str | None:
+        """Why the library's product stays, where it is an op that was measured to be faster."""
+        rival = site.rival
+        if rival is None:
+            return None
+        values = [self.values.value(each) for each in site.weights]
+        with torch.no_grad():
+            name = str(site.root.target)
+            return faster_rival(name, lambda x: rival(values, x), found, site.x.meta["val"].dtype)
 
     def _replace(self, site: Site, found: Found) -> None:
         graph, weight = self.gm.graph, found.weight

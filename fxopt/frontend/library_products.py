@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -73,7 +74,14 @@ def _gemv_4bit(node: fx.Node) -> Site:
         return Found(bitsandbytes.from_4bit(data, sizes, scales, block, kind), f"bitsandbytes {kind}")
 
     key = ("gemv_4bit", rows, columns, block, for_cpu)
-    return Site(node, x, None, (packed, absmax, table), convert, key)
+    product: Any = node.target
+
+    def own(values: Any, given: torch.Tensor) -> torch.Tensor:
+        data, scales, values_of_codes = values
+        result: torch.Tensor = product(given, data, sizes, scales, values_of_codes, block)
+        return result
+
+    return Site(node, x, None, (packed, absmax, table), convert, key, own if for_cpu else None)
 
 
 def _int8_scaled_mm(node: fx.Node) -> Site:

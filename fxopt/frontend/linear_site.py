@@ -20,6 +20,7 @@ class Site:
         weights: static nodes that w is made of.
         convert: their values -> the weight.
         key: names `convert` and what else decides its result.
+        rival: the library's own product, of the weights' values and x, where it may be the faster one.
     """
 
     root: fx.Node
@@ -28,3 +29,4 @@ class Site:
     weights: tuple[fx.Node, ...]
     convert: Callable[[Sequence[torch.Tensor]], Found]
     key: object
+    rival: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor] | None = None

@@ -37,8 +37,7 @@ def prepare(
 ) -> Model:
     """Put `QuantizedLinear` in the place of linear layers, one by one; each dense weight is freed at once.
 
-    Layers that bitsandbytes, torchao, optimum-quanto, HQQ, GPTQModel, compressed-tensors or transformers have
-    quantized keep their numbers, whatever `quantize` says.
+    Layers that a library has quantized keep their numbers, whatever `quantize` says.
 
     Args:
         model: changed in place. Compile it afterwards.

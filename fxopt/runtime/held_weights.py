@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.ir.sources.found import Found
+from fxopt.runtime.packed_weights import stamp
 
 
 class Seen:
@@ -34,18 +35,14 @@ class Seen:
 
     def _read(self, tensor: Any) -> tuple[Any, ...]:
         if self._leaves is None:
-            return _state(tensor)
+            return stamp(tensor)
         leaves: Any = self._leaves(tensor)
-        return _state(leaves) if self._one else tuple(map(_state, leaves))
+        return stamp(leaves) if self._one else tuple(map(stamp, leaves))
 
 
 def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a tensor subclass is made of; of a plain tensor, itself."""
     return [attrgetter(path)(tensor) for path in _leaf_paths(tensor)] or [tensor]
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def _leaf_paths(tensor: Any, before: str = "") -> list[str]:

@@ -209,7 +209,7 @@ def test_rounded_activations_are_rounded() -> None:
     assert 1e-4 < error < 2e-2, "rounding to 8 bits shows, and no more than that"
 
 
-@pytest.mark.parametrize("way", ["written", "written below", "replaced", "memory replaced"])
+@pytest.mark.parametrize("way", ["written", "written below", "written behind", "replaced", "memory replaced"])
 def test_weights_that_change_are_not_stale(way: str) -> None:
     layer = layer_of(int8_weight(N, K))
     compiled, x = compile_fxopt(layer), torch.randn(3, K)
@@ -219,6 +219,8 @@ def test_weights_that_change_are_not_stale(way: str) -> None:
             layer.weight.scale.mul_(2)
         elif way == "written below":
             layer.weight.qdata.copy_(layer.weight.qdata.flip(0))
+        elif way == "written behind":
+            layer.weight.scale.data.mul_(2)
         elif way == "replaced":
             layer.weight = layer_of(int8_weight(N, K)).weight
             layer.weight.scale.add_(1)
