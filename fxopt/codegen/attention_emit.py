@@ -130,7 +130,7 @@ def spec_of(operands: Sequence[Any], attributes: dict[str, Any]) -> Spec:
 def emit_attention(
     graph: fx.Graph, target: Target | None, as_op: Emit | None
 ) -> tuple[list[KernelFile], list[Evidence]]:
-    """The kernels of all calls in a graph after autograd, and what was done.
+    """The kernels of the calls in a graph after autograd that were made for one, and what was done.
 
     Args:
         as_op: the op that launches a kernel; it is called in the place of the call. None leaves the graph
@@ -142,7 +142,8 @@ def emit_attention(
         getattr(torch.ops.fxopt, name).default for name in ("block_attention", "block_attention_backward")
     )
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in (forward, backward):
+        called = node.op == "call_function" and node.target in (forward, backward)
+        if not called or not node.kwargs.get("kernel"):
             continue
         kernel = _kernel(node, node.target is backward, target)
         kernels.setdefault(kernel.digest, kernel)

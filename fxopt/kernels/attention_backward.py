@@ -97,8 +97,8 @@ def add_to_queries(
     for place in tl.range(start, end, BLOCK_N):
         keys = place + tl.arange(0, BLOCK_N)
         k = keys[None, :]
-        k_tile = load_rows(k_base, keys, k_stride_s, columns, WIDTH, BLOCK_D, MODE != 0)
-        v_tile = load_rows(v_base, keys, v_stride_s, columns, WIDTH_V, BLOCK_DV, MODE != 0)
+        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MODE != 0)
+        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MODE != 0)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if SCALE != 1.0:
             raw *= SCALE
@@ -126,9 +126,11 @@ def add_to_keys(
         pair = place + tl.arange(0, BLOCK_M)
         queries, heads_of = tl.minimum(pair // GROUP, rows - 1), group * GROUP + pair % GROUP
         h, q, pairs = heads_of[None, :], queries[None, :], rows * GROUP
-        q_tile = load_pairs(q_base, pair, queries, heads_of, q_stride_h, q_stride_s, pairs, WIDTH, BLOCK_D)
+        q_tile = load_pairs(
+            q_base, place, group, q_stride_h, q_stride_s, pairs, GROUP, BLOCK_M, WIDTH, BLOCK_D
+        )
         grad_tile = load_pairs(
-            grad_base, pair, queries, heads_of, grad_stride_h, grad_stride_s, pairs, WIDTH_V, BLOCK_DV
+            grad_base, place, group, grad_stride_h, grad_stride_s, pairs, GROUP, BLOCK_M, WIDTH_V, BLOCK_DV
         )
         top, share, delta, dead = load_sums(
             sums_ptr, delta_ptr, b, heads_of, queries, pair < pairs, batch, heads, rows
@@ -210,14 +212,14 @@ def _attention_dq_kernel(
 ):  # fmt: skip
     """dQ of one tile of (query, head) pairs of one group of heads."""
     pairs, heads = rows * GROUP, groups * GROUP
-    b, group, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
+    b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q, inside = heads_of[:, None], queries[:, None], pair < pairs
     q_base, grad_base = head_of(q_ptr, b, b, q_stride_b, 0), head_of(grad_ptr, b, b, grad_stride_b, 0)
     k_base = head_of(k_ptr, b, group, k_stride_b, k_stride_h)
     v_base = head_of(v_ptr, b, group, v_stride_b, v_stride_h)
-    q_tile = load_pairs(q_base, pair, queries, heads_of, q_stride_h, q_stride_s, pairs, WIDTH, BLOCK_D)
+    q_tile = load_pairs(q_base, begin, group, q_stride_h, q_stride_s, pairs, GROUP, BLOCK_M, WIDTH, BLOCK_D)
     grad_tile = load_pairs(
-        grad_base, pair, queries, heads_of, grad_stride_h, grad_stride_s, pairs, WIDTH_V, BLOCK_DV
+        grad_base, begin, group, grad_stride_h, grad_stride_s, pairs, GROUP, BLOCK_M, WIDTH_V, BLOCK_DV
     )
     top, share, delta, dead = load_sums(sums_ptr, delta_ptr, b, heads_of, queries, inside, batch, heads, rows)
     acc, numbers, edge = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32), 0
@@ -269,8 +271,8 @@ def _attention_dkdv_kernel(
     q_base, grad_base = head_of(q_ptr, b, b, q_stride_b, 0), head_of(grad_ptr, b, b, grad_stride_b, 0)
     k_base = head_of(k_ptr, b, group, k_stride_b, k_stride_h)
     v_base = head_of(v_ptr, b, group, v_stride_b, v_stride_h)
-    k_tile = load_rows(k_base, keys, k_stride_s, columns, WIDTH, BLOCK_D, True)
-    v_tile = load_rows(v_base, keys, v_stride_s, columns, WIDTH_V, BLOCK_DV, True)
+    k_tile = load_rows(k_base, first, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, True)
+    v_tile = load_rows(v_base, first, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, True)
     of_key, of_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     edge = 0
     for piece in tl.static_range(PIECES):

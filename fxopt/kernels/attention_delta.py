@@ -26,13 +26,12 @@ def _attention_delta_kernel(
     tiles = tl.cdiv(rows, BLOCK_M)
     head = tl.program_id(0) // tiles
     h, b = (head % heads).to(tl.int64), (head // heads).to(tl.int64)
-    q = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    grad = load_rows(
-        grad_ptr + b * grad_stride_b + h * grad_stride_h, q, grad_stride_s, rows, WIDTH_V, BLOCK_DV, True
-    )
-    out = load_rows(
-        out_ptr + b * out_stride_b + h * out_stride_h, q, out_stride_s, rows, WIDTH_V, BLOCK_DV, True
-    )
+    start = tl.program_id(0) % tiles * BLOCK_M
+    q = start + tl.arange(0, BLOCK_M)
+    grad_base = head_of(grad_ptr, b, h, grad_stride_b, grad_stride_h)
+    out_base = head_of(out_ptr, b, h, out_stride_b, out_stride_h)
+    grad = load_rows(grad_base, start, grad_stride_s, rows, BLOCK_M, WIDTH_V, BLOCK_DV, True)
+    out = load_rows(out_base, start, out_stride_s, rows, BLOCK_M, WIDTH_V, BLOCK_DV, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * rows + q, delta, mask=q < rows)
 
@@ -48,8 +47,8 @@ def add_to_delta(
     for place in tl.range(start, end, BLOCK_N):
         keys = place + tl.arange(0, BLOCK_N)
         k = keys[None, :]
-        k_tile = load_rows(k_base, keys, k_stride_s, columns, WIDTH, BLOCK_D, MODE != 0)
-        v_tile = load_rows(v_base, keys, v_stride_s, columns, WIDTH_V, BLOCK_DV, MODE != 0)
+        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MODE != 0)
+        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MODE != 0)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if SCALE != 1.0:
             raw *= SCALE
@@ -74,14 +73,14 @@ def _attention_delta_again_kernel(
 ):  # fmt: skip
     """D of one tile of (query, head) pairs of one group of heads, from the weights."""
     pairs, heads = rows * GROUP, groups * GROUP
-    b, group, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
+    b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q, inside = heads_of[:, None], queries[:, None], pair < pairs
     q_base, grad_base = head_of(q_ptr, b, b, q_stride_b, 0), head_of(grad_ptr, b, b, grad_stride_b, 0)
     k_base = head_of(k_ptr, b, group, k_stride_b, k_stride_h)
     v_base = head_of(v_ptr, b, group, v_stride_b, v_stride_h)
-    q_tile = load_pairs(q_base, pair, queries, heads_of, q_stride_h, q_stride_s, pairs, WIDTH, BLOCK_D)
+    q_tile = load_pairs(q_base, begin, group, q_stride_h, q_stride_s, pairs, GROUP, BLOCK_M, WIDTH, BLOCK_D)
     grad_tile = load_pairs(
-        grad_base, pair, queries, heads_of, grad_stride_h, grad_stride_s, pairs, WIDTH_V, BLOCK_DV
+        grad_base, begin, group, grad_stride_h, grad_stride_s, pairs, GROUP, BLOCK_M, WIDTH_V, BLOCK_DV
     )
     top, share, _, dead = load_sums(sums_ptr, sums_ptr, b, heads_of, queries, inside, batch, heads, rows)
     acc, total, edge = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32), 0

@@ -33,14 +33,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(base, places, stride, extent, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GUARD: tl.constexpr):
-    """(places, BLOCK): rows of numbers; 0 behind the width, and with GUARD behind the last row."""
-    d = tl.arange(0, BLOCK)[None, :]
-    pointers = base + places[:, None].to(tl.int64) * stride + d
+def load_rows(
+    base, start, stride, extent, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    GUARD: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, BLOCK): rows of numbers from `start`; 0 behind the width, and with GUARD behind the last row.
+
+    The offsets within a tile are the same for all tiles, and have 32 bits.
+    """
+    d, row = tl.arange(0, BLOCK)[None, :], tl.arange(0, ROWS)[:, None]
+    pointers = base + (tl.full([], 0, tl.int64) + start) * stride + ((row * stride).to(tl.int32) + d)
     if GUARD and WIDTH < BLOCK:
-        found = tl.load(pointers, mask=(places[:, None] < extent) & (d < WIDTH), other=0.0)
+        found = tl.load(pointers, mask=(start + row < extent) & (d < WIDTH), other=0.0)
     elif GUARD:
-        found = tl.load(pointers, mask=places[:, None] < extent, other=0.0)
+        found = tl.load(pointers, mask=start + row < extent, other=0.0)
     elif WIDTH < BLOCK:
         found = tl.load(pointers, mask=d < WIDTH, other=0.0)
     else:
@@ -50,14 +56,14 @@ def load_rows(base, places, stride, extent, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def tile_of_pairs(groups, rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(b, group, pair, q, h, first, last): whose pairs a program has, and between which queries they are."""
+    """(b, group, start, pair, q, h, first, last): whose pairs a program has, and of which queries."""
     tiles = tl.cdiv(rows * GROUP, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles
     group, b = tl.program_id(0) // tiles % groups, tl.program_id(0) // tiles // groups
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q, h = tl.minimum(pair // GROUP, rows - 1), group * GROUP + pair % GROUP
     first, last = tile * BLOCK_M // GROUP, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, rows - 1)
-    return b, group, pair, q, h, first, last
+    return b, group, tile * BLOCK_M, pair, q, h, first, last
 
 
 @triton.jit
@@ -67,11 +73,20 @@ def head_of(ptr, b, h, stride_b, stride_h):
 
 
 @triton.jit
-def load_pairs(base, pair, q, h, stride_h, stride_s, pairs, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(pairs, BLOCK): the rows of (query, head) pairs, 0 behind the last one."""
-    d = tl.arange(0, BLOCK)[None, :]
-    start = h.to(tl.int64) * stride_h + q.to(tl.int64) * stride_s
-    return tl.load(base + start[:, None] + d, mask=(pair[:, None] < pairs) & (d < WIDTH), other=0.0)
+def load_pairs(
+    base, start, group, stride_h, stride_s, pairs, GROUP: tl.constexpr, PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(PAIRS, BLOCK): the rows of (query, head) pairs from `start`, 0 behind the last one."""
+    d, at = tl.arange(0, BLOCK)[None, :], tl.arange(0, PAIRS)[:, None]
+    base += (tl.full([], 0, tl.int64) + group) * GROUP * stride_h
+    if PAIRS % GROUP == 0:  # tiles begin with the first head
+        pointers = base + (tl.full([], 0, tl.int64) + start // GROUP) * stride_s
+        pointers += (at // GROUP * stride_s).to(tl.int32) + (at % GROUP * stride_h).to(tl.int32) + d
+    else:
+        pair = (start + at).to(tl.int64)
+        pointers = base + pair // GROUP * stride_s + pair % GROUP * stride_h + d
+    return tl.load(pointers, mask=(start + at < pairs) & (d < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -118,7 +133,7 @@ def attend(
     for place in tl.range(start, end, BLOCK_N):
         keys = place + tl.arange(0, BLOCK_N)
         k = keys[None, :]
-        k_tile = load_rows(k_base, keys, k_stride_s, columns, WIDTH, BLOCK_D, MASKED)
+        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MASKED)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if SCALE != 1.0:
             s *= SCALE
@@ -134,7 +149,7 @@ def attend(
         kept = rescaled(top, shift, FACTOR)
         total = total * kept + tl.sum(weights, 1)
         weights = dropped(weights, b, h, q, k, heads, rows, columns, captured)
-        v_tile = load_rows(v_base, keys, v_stride_s, columns, WIDTH_V, BLOCK_DV, MASKED)
+        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MASKED)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * kept[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
@@ -148,7 +163,7 @@ def mean_of_values(
     """`acc` with the mean of all values in dead rows, after dropout."""
     for place in tl.range(0, columns, BLOCK_N):
         keys = place + tl.arange(0, BLOCK_N)
-        v_tile = load_rows(v_base, keys, v_stride_s, columns, WIDTH_V, BLOCK_DV, True)
+        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, True)
         share = tl.where(dead[:, None] & (keys[None, :] < columns), 1.0 / columns, 0.0)
         share = dropped(share, b, h, q, keys[None, :], heads, rows, columns, captured)
         acc = tl.dot(share.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
@@ -203,11 +218,11 @@ def _attention_forward_kernel(
 ):  # fmt: skip
     """One tile of (query, head) pairs of one group of heads."""
     pairs, heads = rows * GROUP, groups * GROUP
-    b, group, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
+    b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q = heads_of[:, None], queries[:, None]
     q_base, k_base = head_of(q_ptr, b, b, q_stride_b, 0), head_of(k_ptr, b, group, k_stride_b, k_stride_h)
     v_base = head_of(v_ptr, b, group, v_stride_b, v_stride_h)
-    q_tile = load_pairs(q_base, pair, queries, heads_of, q_stride_h, q_stride_s, pairs, WIDTH, BLOCK_D)
+    q_tile = load_pairs(q_base, begin, group, q_stride_h, q_stride_s, pairs, GROUP, BLOCK_M, WIDTH, BLOCK_D)
     acc, edge = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), 0
     top, total = initial_top(heads_of, captured), initial_total(heads_of, captured)
     for piece in tl.static_range(PIECES):

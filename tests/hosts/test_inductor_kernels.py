@@ -106,6 +106,22 @@ def test_a_fault_leaves_the_graph_to_inductor(found: dict[str, Any]) -> None:
     assert found["strict"] == {"raised": "RuntimeError: cannot dissolve"}
 
 
+@pytest.mark.parametrize("name", ["window", "window, always"])
+def test_attention_under_a_window_is_fxopts_kernels(found: dict[str, Any], name: str) -> None:
+    forward, backward = found[name]["runs"]
+    assert any(one.startswith("_attention_forward_kernel") for one in forward)
+    kinds = ("delta", "dq", "dkdv")
+    assert all(any(one.startswith(f"_attention_{kind}_kernel") for one in backward) for kind in kinds)
+    assert found[name]["ops"] == 0, "Inductor sees the kernels, not an op around them"
+    assert found[name]["failures"] == []
+
+
+def test_causal_attention_is_left_to_flash(found: dict[str, Any]) -> None:
+    for name in ("causal", "window, never"):
+        assert not any("_attention_" in one for runs in found[name]["runs"] for one in runs)
+        assert found[name]["kernels"] == []
+
+
 def test_a_kernel_that_was_measured_to_be_faster_is_used(found: dict[str, Any]) -> None:
     one = found["faster"]
     assert len(one["kernels"]) == 1

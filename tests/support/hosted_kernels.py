@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from torch._inductor import config  # noqa: E402
 from torch._inductor.codecache import compiled_fx_graph_hash  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention as attend  # noqa: E402
 
 from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.hosts import inductor_kernels  # noqa: E402
@@ -37,6 +38,24 @@ def dropped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def dropped_norm(x: torch.Tensor) -> torch.Tensor:
     return norm(torch.dropout(x, 0.1, True))
+
+
+def windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    place = torch.arange(query.shape[2], device=query.device)
+    mask = (place <= place[:, None]) & (place > place[:, None] - 7)
+    return attend(query, key, value, mask, enable_gqa=True)
+
+
+def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return attend(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def attention(function: Callable[..., Any], **options: Any) -> Found:
+    """A training step of attention, without a word about kernels."""
+    heads = ((2, 4), (2, 2), (2, 2))
+    operands = [torch.randn(b, 300, h, 64, device="cuda", dtype=torch.bfloat16) for b, h in heads]
+    operands = [one.transpose(1, 2).requires_grad_() for one in operands]
+    return compiled(function, *operands, train=True, **{"kernels": "auto", **options})
 
 
 def compiled(
@@ -78,6 +97,10 @@ def cases() -> Found:
         "views": compiled(lambda a, b: norm(a.t() + b[:, 3:67]), x, wide),
         "written": compiled(write_behind, x),
         "dynamic": compiled(norm, marked(torch.randn(64, 96, device="cuda"))),
+        "window": attention(windowed),
+        "window, always": attention(windowed, kernels="always"),
+        "window, never": attention(windowed, kernels="never"),
+        "causal": attention(causal),
         "dropout": compiled(dropped, x, weight, train=True),
         "dropout, slower": measured(x, kernel=2e-5, host=1e-5, function=dropped_norm),
         "fault": with_fault(x, strict=False),

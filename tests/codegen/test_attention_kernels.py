@@ -1,0 +1,80 @@
+"""Kernels of attention: against a plain one in Triton's interpreter, and compiled for GPUs not here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from codegen.test_emission import run
+
+from fxopt.codegen.attention_backward import backward_kernel
+from fxopt.codegen.attention_example import example_text
+from fxopt.codegen.attention_kernel import forward_kernel
+from fxopt.codegen.compile import compile_launches
+from fxopt.ir.target import Target
+from support.attention_kernels import CASES, Case, spec_of
+
+GPU_CASES = {
+    "window": Case("k <= q and k > q - 1024", group=4),
+    "soft cap": Case("k <= q and k > q - 1024", "50*tanh(s/50)", group=4),
+    "padding": Case("k <= q and c0[b, k]", captures=CASES["left padding"].captures, dead="mean", group=4),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run("support.attention_kernels", str(tmp_path_factory.mktemp("kernels")))
+
+
+def test_a_sample_of_variants_dtypes_and_directions(found: dict[str, Any]) -> None:
+    assert len(found["cases"]) == len(CASES)
+    assert {name: problem for name, problem in found["cases"].items() if problem} == {}
+
+
+def test_faults_are_seen(found: dict[str, Any]) -> None:
+    assert [name for name, problem in found["faults"].items() if not problem] == []
+
+
+def test_programs_are_in_the_file(found: dict[str, Any]) -> None:
+    """A formula of the mask is an expression of the kernel, and no argument of it is a mask."""
+    kernel = forward_kernel(spec_of(CASES["window"], torch.bfloat16), None, "")
+    assert "return (k <= q) & (k > q + (-7))" in kernel.jit
+    assert [one.name for one in kernel.parameters] == ["query", "key", "value"]
+
+
+@pytest.mark.parametrize("name", ["prefill", "prefill of any length", "training"])
+def test_a_whole_model_runs_through_them(found: dict[str, Any], name: str) -> None:
+    one = found["models"][name]
+    assert one["wrong"] == ""
+    assert one["providers"] == ["triton"]
+    assert one["kernels"] == ["attention_backward"] * (name == "training") + ["attention_forward"]
+
+
+@pytest.mark.slow
+def test_all_variants_dtypes_and_directions(tmp_path: Any) -> None:
+    everything = run("support.attention_kernels", str(tmp_path), "whole")
+    assert len(everything["cases"]) == 6 * len(CASES)
+    assert {name: problem for name, problem in everything["cases"].items() if problem} == {}
+
+
+def problems(case: Case, width: int, arch: str) -> list[Any]:
+    target = Target.named(arch)
+    spec = spec_of(Case(**{**vars(case), "width": width, "width_v": width}), torch.bfloat16)
+    example = example_text(spec, ())
+    kernels = [forward_kernel(spec, target, example), backward_kernel(spec, (), target, example)]
+    launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
+    compiled = compile_launches(launches, target)
+    return [(one.entry, one.problems()) for one in compiled if one.problems()]
+
+
+def test_a_window_compiles_for_hopper_without_spills() -> None:
+    assert problems(GPU_CASES["window"], 64, "sm_90") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", sorted(GPU_CASES))
+def test_kernels_compile_without_spills(case: str, width: int, arch: str) -> None:
+    assert problems(GPU_CASES[case], width, arch) == []
