@@ -17,10 +17,10 @@ out=$(cd "$out" && pwd)
 
 # Seconds that each part may take; together 25 minutes. LIMIT replaces them all.
 declare -A limits=(
-    [install]=50 [doctor]=30 [fusion]=120 [kernel-tests]=180 [attention]=140 [decode]=110 [decode-tests]=130
-    [hf]=220 [generate]=190 [train]=130 [generation-tests]=160 [report]=40
+    [install]=50 [doctor]=30 [fusion]=110 [kernel-tests]=160 [attention]=130 [decode]=110 [decode-tests]=120
+    [hf]=220 [generate]=140 [generate-growing]=100 [train]=130 [generation-tests]=160 [report]=40
 )
-order=(install doctor fusion kernel-tests attention decode decode-tests hf generate train generation-tests report)
+order=(install doctor fusion kernel-tests attention decode decode-tests hf generate generate-growing train generation-tests report)
 
 # What is installed, and beside it what is not part of the package. The checkout's own `fxopt` lacks its passes.
 mkdir -p "$out/site"
@@ -33,17 +33,18 @@ if [[ ${REHEARSE:-0} == 1 ]]; then
     export FXOPT_REHEARSE_GPU=1
 fi
 
-suite() { # name, then arguments for a rehearsal, --, arguments for a GPU
-    local name=$1 small=() full=() word
+suite() { # name or name-kind, then arguments for a rehearsal, --, arguments for a GPU
+    local label=$1 name=${1%%-*} small=() full=()
     shift
     while [[ $1 != -- ]]; do small+=("$1"); shift; done
     shift
     full=("$@")
     if [[ ${REHEARSE:-0} == 1 ]]; then
-        "$python" -m fxopt bench "$name" --size tiny --seconds 0.1 --out "$out/$name-tiny-cpu.jsonl" --resume "${small[@]}"
+        "$python" -m fxopt bench "$name" --size tiny --seconds 0.1 \
+            --out "$out/$label-tiny-cpu.jsonl" --resume "${small[@]}"
     else
         "$python" -m fxopt bench "$name" --size full --device cuda --dtype bfloat16 \
-            --out "$out/$name-full-gpu.jsonl" --resume "${full[@]}"
+            --out "$out/$label-full-gpu.jsonl" --resume "${full[@]}"
     fi
 }
 
@@ -68,10 +69,16 @@ part() { # its command, by name
             "$root"/tests/gpu/test_generation.py ${REHEARSE:+-k llama} ;;
         fusion) interpreted suite fusion --models gate -- --seconds 1 ;;
         attention) suite attention --lengths 64 -- --seconds 1 ;;
-        hf) suite hf --models bert --infer -- --seconds 2 ;;
-        generate) suite generate --models llama --batch 1 --lengths 8 --caches dynamic --tokens 2 -- \
-            --mode reduce-overhead --seconds 2 --kv auto,int8 ;;
-        train) suite train --models bert -- --seconds 2 ;;
+        # What compiles soonest comes first: a later call goes on with what did not fit.
+        hf) suite hf --models bert --infer -- --seconds 2 --infer --models \
+            llama-3.2-1b,bert-large,vit-large,llama-3.1-8b,gemma-2-9b,qwen2.5-7b,t5-large,whisper-large ;;
+        # As transformers runs a static cache; over one that grows, CUDA graphs are recorded for every length.
+        generate) suite generate --models llama --batch 1 --lengths 8 --caches static --tokens 2 -- --seconds 2 \
+            --caches static --mode reduce-overhead --kv auto,int8 --models llama-3.2-1b,llama-3.1-8b \
+            --batch 1 --lengths 2048 ;;
+        generate-growing) suite generate-growing --models llama --batch 1 --lengths 8 --caches dynamic --tokens 2 -- \
+            --seconds 2 --caches dynamic --models llama-3.2-1b,qwen2.5-7b --batch 1,8 --lengths 2048 ;;
+        train) suite train --models bert -- --seconds 2 --models bert-large,llama-3.2-1b ;;
         report) "$python" -m benchmarks.report --results "$out" --out "$out/report" ;;
         decode) interpreted "$python" -m benchmarks.decode_kernels --out "$out/decode.json" ${REHEARSE:+--tiny --seconds 0.1} ;;
         decode-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
@@ -83,8 +90,8 @@ part() { # its command, by name
 finished() { # part, exit code: whether it need not be run again. What fails a test or a row is an answer, too.
     case $1 in
         *-tests | report) [[ $2 == 0 || $2 == 1 ]] ;;
-        fusion | attention | hf | generate | train)
-            [[ $2 == 0 || $2 == 1 ]] && grep -qs '"kind": "summary"' "$out/$1"-*.jsonl ;;
+        fusion | attention | hf | generate | generate-growing | train)
+            [[ $2 == 0 || $2 == 1 ]] && grep -qs '"kind": "summary"' "$out/$1"-{tiny-cpu,full-gpu}.jsonl ;;
         *) [[ $2 == 0 ]] ;;
     esac
 }

@@ -251,6 +251,12 @@ class TestBench:
         assert (plan.suite, plan.models, plan.batches) == (suite, models, (1, 8))
         assert (plan.infer, plan.train, plan.check) == (False, True, False)
 
+    def test_other_tokens_are_told(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {name: value for name, value in _row("a", 1.0, accepted=False).items() if name != "errors"}
+        monkeypatch.setattr(hf, "_one", lambda plan, case: dict(row))
+        result = run("bench", "a", "--infer")
+        assert (result.exit_code, "other tokens" in result.stdout) == (1, True)
+
     @pytest.mark.parametrize("wrong", ["0", "x", "1,-2"])
     def test_sizes_are_positive_numbers(self, run: Run, wrong: str) -> None:
         assert run("bench", "--batch", wrong).exit_code == 2

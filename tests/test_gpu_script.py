@@ -30,7 +30,7 @@ def test_the_parts_are_short_enough() -> None:
     assert sum(limits.values()) <= 25 * 60
 
 
-@pytest.mark.parametrize("name", ["hf", "generate"])
+@pytest.mark.parametrize("name", ["hf", "generate", "generate-growing"])
 def test_a_suite_that_ended_without_its_summary_is_not_done(tmp_path: Path, name: str) -> None:
     call(tmp_path, name, PYTHON="true")
     assert not (tmp_path / f"{name}.done").exists()

@@ -73,7 +73,8 @@ def _notes(row: Row) -> list[str]:
     """What a reader of the row must know beside its numbers."""
     if "error" in row:
         return [f"[red]{escape(row['error'][:200])}[/red]"]
-    wrong = [] if row.get("accepted", True) else [f"[red]differs from eager: {row['errors']}[/red]"]
+    told = row.get("errors", "other tokens")
+    wrong = [] if row.get("accepted", True) else [f"[red]differs from eager: {told}[/red]"]
     wrong += [] if row.get("dashboard", True) else ["[red]fails the dashboard's rule of accuracy[/red]"]
     return wrong + [f"[yellow]fault: {escape(fault[:200])}[/yellow]" for fault in row.get("faults", ())]
 

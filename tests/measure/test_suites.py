@@ -15,7 +15,7 @@ from fxopt.measure.models import build, model_class
 from fxopt.measure.noise import name_of
 from fxopt.measure.shrink import SCALES
 from fxopt.measure.timing import Timings
-from fxopt.suites import attention, fusion, generate, train
+from fxopt.suites import attention, compile, fusion, generate, train
 from fxopt.suites.plan import SUITES, Plan, UnknownSuite, load
 
 # What the publishers say, in millions of parameters.
@@ -160,3 +160,39 @@ class TestFusion:
         region = fusion.REGIONS["add_rms_norm"]
         moved = fusion._bytes([x, x, weight][: region.read], region.run(x, x, weight))
         assert moved == 4 * x.nbytes + weight.nbytes
+
+
+class TestCompile:
+    def test_a_row_is_of_processes_that_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[tuple[str, bool]] = []
+
+        def run(plan: Plan, key: dict[str, Any], backend: str, folder: Path) -> dict[str, Any]:
+            cold = not (folder / "seen").exists()
+            (folder / "seen").touch()
+            calls.append((backend, cold))
+            seconds = {BASELINE: 10.0, CANDIDATE: 8.0}[backend] * (1.0 if cold else 0.1)
+            stages = {"normalize": 0.3, "passes": 0.2, "host": 5.0}
+            return {"seconds": seconds, "stages": stages, "passes": {}, "sites": 3, "graphs": [False]}
+
+        monkeypatch.setattr(compile, "_in_new_process", run)
+        plan = Plan(suite="compile", models=("bert",), layers=(4,), train=False, repeats=2)
+        (job,) = compile.jobs(plan)
+        row = job.measure()
+        assert calls.count((BASELINE, True)) == calls.count((BASELINE, False)) == 4
+        assert calls.count((CANDIDATE, True)) == calls.count((CANDIDATE, False)) == 2
+        assert (row["ratio"]["median"], row["noise"]["median"]) == (1.25, 1.0)
+        assert row["warm"] == {BASELINE: 1.0, CANDIDATE: pytest.approx(0.8)}
+        assert (row["own"], row["share"]) == (0.5, 0.05)
+
+    @pytest.mark.slow
+    def test_the_second_process_finds_what_the_first_left(self, tmp_path: Path) -> None:
+        key = {"model": "bert", "phase": "infer", "layers": 1}
+        plan = Plan(suite="compile", size="tiny")
+        cold, warm = [compile._in_new_process(plan, key, CANDIDATE, tmp_path) for _ in range(2)]
+        assert warm["seconds"] < cold["seconds"]
+        assert warm["stages"]["host"] < cold["stages"]["host"]
+
+    def test_a_process_that_fails_says_why(self) -> None:
+        key = {"model": "no_such_model", "phase": "infer", "layers": 1}
+        with pytest.raises(compile.CompilationFailed, match="no_such_model"):
+            compile._in_new_process(Plan(suite="compile", size="tiny"), key, CANDIDATE, Path("unused"))
