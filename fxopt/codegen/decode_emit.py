@@ -15,6 +15,7 @@ from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import argument, location, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.same_value import same_value
 from fxopt.ir.target import Target
 
 _TENSORS = ("query", "key", "value", "key_scale", "value_scale", "query_rest", "key_rest", "span", "sinks")
@@ -32,6 +33,8 @@ def emit_cached(
     """
     kernels, evidence = list[KernelFile](), list[Evidence]()
     made: dict[Any, KernelFile] = {}
+    if emit is not None:
+        _share_spans(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
         try:
             problem, inputs = problem_of(node)
@@ -45,6 +48,30 @@ def emit_cached(
         if emit is not None:
             _replace(node, emit(kernel), inputs)
     return kernels, evidence
+
+
+def _share_spans(graph: fx.Graph) -> None:
+    """Layers under one mask read where its keys begin and end from one tensor, computed once."""
+    spans: list[fx.Node] = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
+        span = argument(node, "span")
+        if span is None:
+            continue
+        first = next((one for one in spans if same_value(one, span)), span)
+        if first is span:
+            spans.append(span)
+            continue
+        node.replace_input_with(span, first)
+        _erase_unread(span)
+
+
+def _erase_unread(node: fx.Node) -> None:
+    """Erase an operator that nothing reads, and what was computed for it alone."""
+    if node.op == "call_function" and not node.users:
+        read = node.all_input_nodes
+        node.graph.erase_node(node)
+        for each in read:
+            _erase_unread(each)
 
 
 def problem_of(node: fx.Node) -> tuple[Problem, list[Any]]:

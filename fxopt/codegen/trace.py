@@ -41,7 +41,7 @@ from fxopt.codegen.statements import (
     Statement,
     Store,
 )
-from fxopt.codegen.view_index import broadcast_to, is_view, keeps_strides, shape_of, view_source
+from fxopt.codegen.view_index import broadcast_to, is_view, keeps_strides, shape_of, spelling_of, view_source
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import size_of
 
@@ -212,7 +212,7 @@ class Tracer:
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             return self.add(Position, node, (), torch.int64, expr=size_of(value))
-        alike, node = node, self._spelled.setdefault(_spelling(node), node)
+        alike, node = node, self._spelled.setdefault(spelling_of(node), node)
         at = offset(index, sizes_of(value.stride()))
         key = ("load", node, at, conditions)
         if key not in self._known:
@@ -387,13 +387,6 @@ class Tracer:
             count += 1
             name = f"{wanted}_{count}"
         return name
-
-
-def _spelling(node: fx.Node) -> tuple[Any, ...]:
-    """The same for views of one tensor that are made alike."""
-    if not is_view(node) or not isinstance(node.args[0], fx.Node):
-        return (node,)
-    return (node.target, *_spelling(node.args[0]), repr(node.args[1:]), repr(node.kwargs))
 
 
 def _symbols(part: Any) -> set[Any]:

@@ -143,3 +143,10 @@ _MAPS: dict[Any, Map] = {
 def broadcast_to(index: Index, node: fx.Node) -> Index:
     """The index of an operand of an operator whose result is indexed by `index`."""
     return broadcast(index, shape_of(node))
+
+
+def spelling_of(node: fx.Node) -> tuple[Any, ...]:
+    """The same for views of one tensor that are made alike."""
+    if not is_view(node) or not isinstance(node.args[0], fx.Node):
+        return (node,)
+    return (node.target, *spelling_of(node.args[0]), repr(node.args[1:]), repr(node.kwargs))

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxopt.errors import NoHost
 from fxopt.hosts.host import Host, Notes
-from fxopt.hosts.inductor_kernels import emitter, takes_regions
+from fxopt.hosts.inductor_kernels import emitter
 from fxopt.hosts.kernels import own_random_numbers
 from fxopt.options import Options
 from fxopt.runtime.fingerprint import source_fingerprint
@@ -35,9 +35,9 @@ def missing_compiler() -> str | None:
 def config_patches(options: Options, emit: Callable[[fx.Graph], None] | None = None) -> dict[str, Any]:
     """The Inductor configuration of one compilation.
 
-    Its passes go into the keys of Inductor's caches, with fxopt's version and options. `emit` runs before
-    Inductor fuses anything. Where kernels may take regions, random numbers become functions of seeds before
-    forward and backward are apart, for kernels to draw. The last pass changes nothing.
+    Its passes go into the keys of Inductor's caches, with fxopt's version and options. With `emit`, random
+    numbers become functions of seeds before forward and backward are apart, for kernels to draw, and `emit`
+    runs before Inductor fuses anything. The last pass changes nothing.
     """
     from torch._inductor import list_mode_options
 
@@ -47,9 +47,7 @@ def config_patches(options: Options, emit: Callable[[fx.Graph], None] | None = N
     patches |= options.host_config
     own: dict[str, Callable[[fx.Graph], object]] = {"post_grad_custom_post_pass": _nothing}
     if emit is not None:
-        own["post_grad_custom_pre_pass"] = emit
-        if takes_regions(options):
-            own["joint_custom_pre_pass"] = own_random_numbers
+        own |= {"joint_custom_pre_pass": own_random_numbers, "post_grad_custom_pre_pass": emit}
     return patches | {name: _graph_pass(name, patches, one, options) for name, one in own.items()}
 
 

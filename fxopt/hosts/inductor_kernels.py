@@ -22,20 +22,22 @@ if TYPE_CHECKING:
     from fxopt.codegen.emit import Decide
 
 UNMEASURED = (
-    "regions are left to TorchInductor: kernels are used where they were measured to be faster, under "
-    'mode="max-autotune" or options={"tune_seconds": 60}, or unmeasured with options={"kernels": "always"}'
+    "all is left to TorchInductor: kernels of regions are used where they were measured to be faster, under "
+    'mode="max-autotune" or options={"tune_seconds": 60}, and all of them, also those of attention, '
+    'unmeasured with options={"kernels": "always"}'
 )
 
 
 def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None:
-    """What puts kernels into a graph, in place; None when the options want none at all.
+    """What puts kernels into a graph, in place; None when the options leave all to Inductor.
 
     A fault of fxopt leaves the graph as it was, and a note, unless `options.strict`.
     """
     if not wants_kernels(options):
         return None
-    if not takes_regions(options):
+    if options.kernels == "auto" and not options.measuring_seconds:
         notes.evidence.append(Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, UNMEASURED))
+        return None
 
     def emit(graph: fx.Graph) -> None:
         before = _copy(graph)
@@ -50,22 +52,14 @@ def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None
     return emit
 
 
-def takes_regions(options: Options) -> bool:
-    """Whether kernels may take regions from Inductor, and not semantic ops alone."""
-    return wants_kernels(options) and (options.kernels != "auto" or options.measuring_seconds > 0)
-
-
 def _emit(graph: fx.Graph, options: Options, notes: Notes) -> None:
-    from fxopt.codegen.emit import emit_kernels, emit_semantic_ops
+    from fxopt.codegen.emit import emit_kernels
     from fxopt.runtime.launch import dissolve_ops
 
     owner = graph.owning_module
     assert owner is not None
-    if takes_regions(options):
-        with _decider(options) as decide:
-            kernels, evidence = emit_kernels(owner, options, call=True, decide=decide)
-    else:
-        kernels, evidence = emit_semantic_ops(owner, options, call=True)
+    with _decider(options) as decide:
+        kernels, evidence = emit_kernels(owner, options, call=True, decide=decide)
     dissolve_ops(graph)
     graph.lint()
     notes.kernels += kernels

@@ -37,11 +37,16 @@ def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
 
 
 def kernel_devices(host: str, options: Options, example_inputs: Sequence[Any]) -> frozenset[str]:
-    """Types of devices for whose semantic ops the host of this name puts kernels."""
+    """Types of devices for whose semantic ops the host of this name puts kernels.
+
+    Nothing measures these kernels against what Inductor makes of the op, so there they are for those who ask.
+    """
     if not wants_kernels(options):
         return frozenset()
     if host == "eager":
         return frozenset({"cpu", "cuda"} if makes_kernels(options, example_inputs) else ())
+    if options.kernels != "always":
+        return frozenset()
     devices = {value.device for value in example_inputs if hasattr(value, "device")}
     return frozenset({"cuda"} if any(map(_runs_kernels, devices)) else ())
 

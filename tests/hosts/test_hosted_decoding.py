@@ -41,7 +41,8 @@ def test_a_length_on_the_device_takes_two_launches_and_no_mask(found: dict[str, 
 def test_layers_share_what_is_known_of_a_mask(found: dict[str, Any]) -> None:
     case = found["mask"]
     assert launches(case) == BOTH * 2
-    assert len(case["runs"]) == 5, case["runs"]
+    ends = [name for name in case["runs"] if "amin" in name]
+    assert len(ends) == 1, case["runs"]
 
 
 def test_without_a_mask_torch_has_a_kernel(found: dict[str, Any]) -> None:

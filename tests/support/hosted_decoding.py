@@ -45,7 +45,7 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]
     """The launches, what they take, and what the record says."""
     torch._dynamo.reset()
     with torch.no_grad(), generated(TARGET) as made, collect() as records:
-        torch.compile(function, backend="fxopt", options={"strict": True})(*inputs)
+        torch.compile(function, backend="fxopt", options={"kernels": "always", "strict": True})(*inputs)
     runs = [each for one in made for each in re.findall(r"(\w+)\.run\((.*)\)", one.code)]
     return {
         "runs": [name for name, _ in runs],
