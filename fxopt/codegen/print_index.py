@@ -36,9 +36,23 @@ class _Printer(StrPrinter):
                 text += f" - {self._print(-term)}" if negative else f" + {self._print(term)}"
         return text
 
+    def _print_Max(self, expr: sympy.Max) -> str:
+        return self._nested("max", expr.args)
+
+    def _print_Min(self, expr: sympy.Min) -> str:
+        return self._nested("min", expr.args)
+
+    def _nested(self, function: str, args: tuple[sympy.Expr, ...]) -> str:
+        """Of two arguments each, which is what Triton has."""
+        *others, last = sorted(args, key=str)
+        text: str = self._print(last)
+        for one in others:
+            text = f"{function}({self._print(one)}, {text})"
+        return text
+
     def _operand(self, expr: sympy.Expr) -> str:
         text = self._print(expr)
-        simple = expr.is_Symbol or (expr.is_Integer and expr >= 0) or isinstance(expr, sympy.Max)
+        simple = expr.is_Symbol or (expr.is_Integer and expr >= 0) or isinstance(expr, (sympy.Max, sympy.Min))
         return str(text) if simple else f"({text})"
 
 

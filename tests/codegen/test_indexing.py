@@ -68,3 +68,11 @@ def test_text_has_large_steps_first() -> None:
     x, y = (axis(name, sympy.Integer(9)).symbol for name in "xy")
     assert print_index(y + 64 * x - 8) == "x * 64 - 8 + y"
     assert print_index(-y) == "-y"
+
+
+def test_bounds_are_functions_of_two_arguments() -> None:
+    x, y, z = (axis(name, sympy.Integer(9)).symbol for name in "xyz")
+    text = print_index(sympy.Max(x - 7, y, z) * 2 + sympy.Min(x, y))
+    for numbers in ((1, 2, 3), (8, 0, 0), (3, 5, 2)):
+        expected = max(numbers[0] - 7, *numbers[1:]) * 2 + min(numbers[:2])
+        assert eval(text, dict(zip("xyz", numbers, strict=True))) == expected

@@ -296,9 +296,11 @@ def dynamic(options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     weight = torch.randn(9, 3)
 
-    def function(a: Value) -> tuple[Value, Value]:
+    def function(a: Value) -> tuple[Value, Value, Value]:
         rows = a[:, :3] * (a[:, :3].pow(2).mean(-1, keepdim=True) + 1).rsqrt()
-        return (a * 2).softmax(-1) + a.mean(0), F.silu(F.linear(rows, weight.to(a.dtype))) * 2
+        newest = torch.arange(a.shape[0])[:, None] >= max(0, a.shape[0] - 5)
+        products = F.silu(F.linear(rows, weight.to(a.dtype))) * 2
+        return (a * 2).softmax(-1) + a.mean(0), products, torch.where(newest, a * 2, a - 1).sum(0)
 
     wrong = []
     torch._dynamo.reset()
