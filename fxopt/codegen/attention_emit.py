@@ -143,7 +143,7 @@ def emit_attention(
     )
     for node in list(graph.nodes):
         called = node.op == "call_function" and node.target in (forward, backward)
-        if not called or not node.kwargs.get("kernel"):
+        if not called or not node.kwargs.get("by_kernel"):
             continue
         kernel = _kernel(node, node.target is backward, target)
         kernels.setdefault(kernel.digest, kernel)

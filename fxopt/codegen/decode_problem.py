@@ -23,8 +23,10 @@ SMALLEST_TILE = 16
 # Programs that share an SM, so that some read while others compute.
 PROGRAMS_PER_SM = 2
 MOST_SPLITS = 128
-# Of the time of all keys, what one more part costs: its sums are written, read and added.
-TIME_OF_A_PART = 1 / 512
+# Of the time that one program would take for all keys: what a program does besides its keys (it reads the
+# queries and writes its sums), and what adding one more part's sums to the others takes.
+TIME_OF_A_PROGRAM = 1 / 512
+TIME_OF_A_SUM = 1 / 16384
 # Bytes of K in one step of the loop, which is what keeps an SM's share of the memory busy; bytes of K of 8
 # bits are counted as they are converted, in registers.
 STEP_BYTES = 16384
@@ -180,8 +182,8 @@ def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROW
 def splits_of(programs: int, columns: int | None, keys: int, target: Target | None) -> int:
     """The number of parts that the keys are cut into.
 
-    The one for which waves of programs, times the length of a part, is least: by the number of programs
-    and the SMs, not by a length, which is not known. No more than there are tiles in the cache.
+    The one for which the waves of programs, times the length of a part, take the least time: by the number
+    of programs and the SMs, not by a length, which is not known. No more than there are tiles in the cache.
 
     Args:
         columns: keys that the cache has room for; None where it grows.
@@ -191,6 +193,6 @@ def splits_of(programs: int, columns: int | None, keys: int, target: Target | No
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)
-        return waves / splits + splits * TIME_OF_A_PART
+        return waves * (1 / splits + TIME_OF_A_PROGRAM) + splits * TIME_OF_A_SUM
 
     return min(range(1, most + 1), key=time)

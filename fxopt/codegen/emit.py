@@ -22,6 +22,7 @@ from fxopt.codegen.regions import Partition, partition
 from fxopt.errors import UnsupportedTarget
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import location
+from fxopt.ir.ops import register_ops
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import can_compute, size_node
 from fxopt.ir.target import Target
@@ -120,6 +121,7 @@ def emit_semantic_ops(
     gm: fx.GraphModule, options: Options, *, call: bool
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of semantic ops that are still whole behind autograd, and what was done."""
+    register_ops()
     launched = functools.partial(as_op, cache=cache_of(options)) if call else None
     kernels, evidence = list[KernelFile](), list[Evidence]()
     for emit in (emit_attention, emit_cached):

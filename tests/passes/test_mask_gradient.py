@@ -13,6 +13,7 @@ from fxopt.ir.ops import attention_providers
 from support.numerics import assert_closer
 from support.reference import reference_mode
 from support.rewriting import rewriting
+from support.rounding import perturbed
 
 pytestmark = pytest.mark.usefixtures("blocks_at_any_size")
 
@@ -129,7 +130,8 @@ def test_no_factor_of_queries_by_keys_under_a_learned_bias(kind: str, fill: floa
     args, found = [*left_padded()[:3], torch.rand(shape)], rewriting(attend, PASSES)
     with reference_mode():
         exact = gradients(attend, [each.double() for each in args])
-    assert_closer(exact, gradients(found.call, args), gradients(attend, args))
+    others = perturbed(lambda: gradients(attend, args))
+    assert_closer(exact, gradients(found.call, args), gradients(attend, args), roundings=others)
     words = found.reasons("recover-mask")
     assert 'mask="k <= q" score="s + ' in words
     assert "s*" not in words

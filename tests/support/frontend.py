@@ -56,8 +56,8 @@ def watch_lowered(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     lowered: list[fx.GraphModule] = []
     lower = pipeline.lower
 
-    def watched(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-        lowered.append(lower(gm, record))
+    def watched(*arguments: Any) -> fx.GraphModule:
+        lowered.append(lower(*arguments))
         return lowered[-1]
 
     monkeypatch.setattr(pipeline, "lower", watched)

@@ -11,7 +11,7 @@ they are put in the place of the ops. The backward is an op as well; it has no d
     mask, score         the texts of a `MaskProgram` and of a `ScoreProgram`
     dead_rows, stops    what rows without a live key give, and whether their scores get no gradient
     stopped             the places of captures that get no gradient from them
-    kernel              a kernel is to take the place of the op; what its forward saves is for its backward
+    by_kernel           a kernel is to take the place of the op; what its forward saves is for its backward
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPERANDS = (
 )
 _ATTRIBUTES = (
     "str mask, str score, float scale, str dead_rows, bool stops, int[] stopped, bool wide_scores, "
-    "float dropout_p, bool kernel=False"
+    "float dropout_p, bool by_kernel=False"
 )
 FORWARD = f"block_attention({_OPERANDS}, *, {_ATTRIBUTES}) -> (Tensor, Tensor)"
 BACKWARD = (
@@ -72,10 +72,10 @@ def block_arguments(
     }
 
 
-def in_blocks(*arguments: Any, kernel: bool = False, **attributes: Any) -> torch.Tensor:
+def in_blocks(*arguments: Any, by_kernel: bool = False, **attributes: Any) -> torch.Tensor:
     """`fxopt::attention` by its programs: reads no `attn_mask`. The arguments are those of the op."""
     operands, attributes = block_arguments(*arguments, **attributes)
-    attributes |= {"kernel": kernel}
+    attributes |= {"by_kernel": by_kernel}
     if attributes["dropout_p"] > 0.0:
         operands[4] = torch.randint(2**31, (), dtype=torch.int64, device=operands[0].device)
     out, _ = torch.ops.fxopt.block_attention(*operands, **attributes)
@@ -108,7 +108,7 @@ def kernel_arguments(
 def in_kernel(*arguments: Any, **attributes: Any) -> torch.Tensor:
     """`fxopt::attention` for a kernel. The arguments are those of the op."""
     given, attributes = kernel_arguments(*arguments, **attributes)
-    return in_blocks(*given, kernel=True, **attributes)
+    return in_blocks(*given, by_kernel=True, **attributes)
 
 
 def _problem(
