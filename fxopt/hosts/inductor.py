@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.errors import NoHost
@@ -94,9 +95,22 @@ def _compile(
             raise NoHost(host="inductor", reason=reason, remedy="Install g++ (Debian: apt-get install g++).")
     emit = emitter(options, notes) if "cuda" in devices else None
     compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
-        gm, example_inputs, config_patches=config_patches(options, emit)
+        gm, [*map(_known_symbol, example_inputs)], config_patches=config_patches(options, emit)
     )
     return compiled
+
+
+def _known_symbol(value: Any) -> Any:
+    """A size under the symbol that guards have replaced its own by.
+
+    Inductor knows it by its own alone, and then finds no input for sizes of tensors, such as ``s1 + 1``.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    node = value.node
+    if node._expr == node.expr or not node.expr.is_Symbol:
+        return value
+    return node.shape_env.create_symintnode(node.expr, hint=node.hint)
 
 
 INDUCTOR = Host("inductor", _compile)

@@ -234,3 +234,12 @@ def test_unknown_dtypes() -> None:
         OptionValueError, match="has no value 'int9'.*Nearest valid values: int8.*Valid: int8, fp8"
     ):
         fxopt.QuantizedCache(dtype="int9")
+
+
+def test_inductor_compiles_steps_over_rows_of_8_bits() -> None:
+    """Their number and that of their scales are one symbol, under the name of another one."""
+    model = llama().bfloat16()
+    compiled = compile_fxopt(model, host="inductor", kv_cache_dtype="int8")
+    with all_handled():
+        found = generated(compiled, 4, alone=True)
+    assert found.shape[1] == 9 + 4
