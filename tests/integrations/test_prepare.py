@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from pathlib import Path
@@ -118,8 +119,11 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        if isinstance(each, torch.Tensor) and type(each).__name__ in ("Tensor", "Parameter"):
-            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        if type(each) in (torch.Tensor, nn.Parameter):
+            # What functorch wraps, and what is sparse, has no storage; their parts are objects of their own.
+            with contextlib.suppress(NotImplementedError):
+                storage = each.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
