@@ -30,6 +30,8 @@ KERNELS = ("auto", "always", "never")
 GEMM = ("auto", "always", "never")
 SPLIT_K = ("deterministic", "atomic", "never")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
+# What `disable` calls the kernels that take regions.
+EMIT_KERNELS = "emit-kernels"
 # Those of the fields that can change the compiled result.
 DECISIVE = (
     "mode", "host", "disable", "fuel", "target", "interpret", "kernels", "gemm", "split_k", "tune_seconds",

@@ -36,12 +36,12 @@ from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.hosts.inductor import without_graphs
-from fxopt.hosts.kernels import EMIT_KERNELS, kernel_devices
+from fxopt.hosts.kernels import kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
 from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import register_ops
-from fxopt.options import Options
+from fxopt.options import EMIT_KERNELS, Options
 from fxopt.report.dump import Dump
 from fxopt.report.record import GraphRecord, recorded
 from fxopt.runtime.frames import Frame
@@ -213,12 +213,13 @@ def _optimize(
         record.normalized = True
         dump.write("normalized", normal)
         with record.timed("passes"):
-            packed = _rewrite(normal, example_inputs, options, record, dump)
+            kernels = _kernels(host, options, example_inputs)
+            packed = _rewrite(normal, example_inputs, options, record, dump, kernels)
             # A step is replayed with the inputs that Dynamo gives.
             step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
         with record.timed("lower"):
-            lowered = lower(normal, record, _kernels(host, options, example_inputs))
+            lowered = lower(normal, record, kernels)
             note_routes(record)
             known, notes = settle(lowered, known)
             record.evidence += notes
@@ -249,16 +250,21 @@ def _normalize(
 
 
 def _rewrite(
-    normal: fx.GraphModule, inputs: Sequence[Any], options: Options, record: GraphRecord, dump: Dump
+    normal: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    record: GraphRecord,
+    dump: Dump,
+    kernels: Kernels | None,
 ) -> PackedInputs | None:
     """All passes; what they may know of parameters, and what they made of these, where any is quantized."""
     if not options.quantize:
-        rewrite(normal, options, record, dump)
+        rewrite(normal, options, record, dump, kernels)
         record.linears = linear_notes(normal, ())
         return None
     show_parameters(normal, inputs)
     try:
-        rewrite(normal, options, record, dump)
+        rewrite(normal, options, record, dump, kernels)
         record.linears = linear_notes(normal, record.evidence)
     finally:
         hide_parameters(normal)
@@ -285,13 +291,19 @@ def _growing(
     return plan
 
 
-def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dump | None = None) -> None:
+def rewrite(
+    gm: fx.GraphModule,
+    options: Options,
+    record: GraphRecord,
+    dump: Dump | None = None,
+    kernels: Kernels | None = None,
+) -> None:
     """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
     for one in load_passes():
         with record.timed_pass(one.name):
-            found = run_pass(one, gm, options)
+            found = run_pass(one, gm, options, kernels)
         record.evidence += found
         if dump is not None and any(entry.status == "applied" for entry in found):
             dump.write(one.name, gm)
@@ -299,12 +311,14 @@ def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dum
         keep_output_layout(module, layout)
 
 
-def run_pass(one: Rewrite, gm: fx.GraphModule, options: Options) -> list[Evidence]:
+def run_pass(
+    one: Rewrite, gm: fx.GraphModule, options: Options, kernels: Kernels | None = None
+) -> list[Evidence]:
     """Run one pass over `gm` and over the graphs of its higher-order ops, in place."""
     found: list[Evidence] = []
     link_subgraphs(gm)
     for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
-        new = run_rewrite(one, module, options)
+        new = run_rewrite(one, module, options, kernels)
         if any(entry.status == "applied" for entry in new):
             link_subgraphs(gm)
         found += new

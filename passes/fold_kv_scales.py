@@ -74,7 +74,7 @@ class FoldKvScales:
     def profit(self, match: Match, ctx: Context) -> Verdict:
         pays = rows_pay(match.anchor, ctx.facts)
         if not pays:
-            pays = kernel_pays(match.anchor, ctx.facts, ctx.options) or pays
+            pays = kernel_pays(match.anchor, ctx.facts) or pays
         if not pays:
             return pays
         size = sum(numel(val(match[name].node)) for name in ("K", "V"))

@@ -26,11 +26,9 @@ from fxopt.ir.ops import register_ops
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import can_compute, size_node
 from fxopt.ir.target import Target
-from fxopt.options import Options
+from fxopt.options import EMIT_KERNELS, Options
 from fxopt.runtime.kernel_cache import cache_of
 from fxopt.runtime.launch import as_op
-
-NAME = "emit-kernels"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def emit_kernels(
     try:
         target = target_of(options)
     except UnsupportedTarget as error:
-        return [], [Evidence(NAME, "graph", "-", Status.DISABLED, str(error))]
+        return [], [Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, str(error))]
     made, done = emit_semantic_ops(gm, options, call=call)
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
@@ -217,7 +215,7 @@ def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
     if region.again:
         least += f"; {len(region.again)} operators of others computed again, {region.why_again}"
     return Evidence(
-        rewrite=NAME,
+        rewrite=EMIT_KERNELS,
         anchor=region.members[0].name,
         location=location(region.members[0]),
         status=Status.APPLIED,
@@ -229,7 +227,7 @@ def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
 
 
 def _evidence(node: fx.Node, status: Status, reason: str) -> Evidence:
-    return Evidence(NAME, node.name, location(node), status, reason)
+    return Evidence(EMIT_KERNELS, node.name, location(node), status, reason)
 
 
 def _call(graph: fx.Graph, one: Emitted, op: Callable[..., object], instead: dict[fx.Node, fx.Node]) -> None:

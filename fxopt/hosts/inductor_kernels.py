@@ -14,9 +14,9 @@ from torch import fx
 
 from fxopt.errors import UnsupportedTarget
 from fxopt.hosts.host import Notes
-from fxopt.hosts.kernels import EMIT_KERNELS, wants_kernels
+from fxopt.hosts.kernels import wants_kernels
 from fxopt.ir.contract import Evidence, Status
-from fxopt.options import Options
+from fxopt.options import EMIT_KERNELS, Options
 
 if TYPE_CHECKING:
     from fxopt.codegen.emit import Decide

@@ -15,9 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.hosts.host import Notes
-from fxopt.options import Options
-
-EMIT_KERNELS = "emit-kernels"
+from fxopt.options import EMIT_KERNELS, Options
 
 
 def wants_kernels(options: Options) -> bool:

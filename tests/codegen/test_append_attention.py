@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +13,12 @@ from fxopt.codegen.compile import compile_launches
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
-from fxopt.options import environment_without
 from fxopt.runtime.kernel_cache import KernelCache
-
-TESTS = Path(__file__).parent.parent
+from support.programs import findings
 
 
 def run(*arguments: object) -> Any:
-    environment = environment_without("PYTHONPATH")
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, "-m", "support.appending", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return findings("support.appending", *arguments)
 
 
 def test_numerics_and_what_is_written(tmp_path: Path) -> None:

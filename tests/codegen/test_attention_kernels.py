@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from codegen.test_emission import run
 
 from fxopt.codegen.attention_backward import backward_kernel
 from fxopt.codegen.attention_example import example_text
@@ -14,6 +13,7 @@ from fxopt.codegen.attention_kernel import forward_kernel
 from fxopt.codegen.compile import compile_launches
 from fxopt.ir.target import Target
 from support.attention_kernels import CASES, Case, spec_of
+from support.programs import findings
 
 GPU_CASES = {
     "window": Case("k <= q and k > q - 1024", group=4),
@@ -24,7 +24,7 @@ GPU_CASES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run("support.attention_kernels", str(tmp_path_factory.mktemp("kernels")))
+    return findings("support.attention_kernels", tmp_path_factory.mktemp("kernels"))
 
 
 def test_a_sample_of_variants_dtypes_and_directions(found: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def test_a_whole_model_runs_through_them(found: dict[str, Any], name: str) -> No
 
 @pytest.mark.slow
 def test_all_variants_dtypes_and_directions(tmp_path: Any) -> None:
-    everything = run("support.attention_kernels", str(tmp_path), "whole")
+    everything = findings("support.attention_kernels", tmp_path, "whole")
     assert len(everything["cases"]) == 6 * len(CASES)
     assert {name: problem for name, problem in everything["cases"].items() if problem} == {}
 

@@ -5,10 +5,7 @@ In Triton's interpreter, in processes of their own.
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +18,14 @@ from fxopt.codegen.decode_attention import decode_kernel
 from fxopt.codegen.decode_problem import MOST_SPLITS, Problem, Widths, splits_of
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
-from fxopt.options import environment_without
 from fxopt.runtime.kernel_cache import KernelCache
+from support.programs import findings
 
-TESTS = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 def run(*arguments: object) -> Any:
-    environment = environment_without("PYTHONPATH")
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, "-m", "support.decoding", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return findings("support.decoding", *arguments)
 
 
 def test_numerics(tmp_path: Path) -> None:

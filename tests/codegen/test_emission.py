@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxopt.options import environment_without
-
-TESTS = Path(__file__).parent.parent
-
-
-def run(module: str, *arguments: str) -> Any:
-    environment = environment_without("PYTHONPATH")
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from support.programs import findings
 
 
 def test_random_programs() -> None:
-    found = run("support.emission_fuzz", "--programs", "60")
+    found = findings("support.emission_fuzz", "--programs", "60")
     assert found["failure"] == ""
     assert found["kernels"] > 40
 
 
 @pytest.mark.slow
 def test_many_random_programs() -> None:
-    found = run("support.emission_fuzz", "--programs", "2000")
+    found = findings("support.emission_fuzz", "--programs", "2000")
     assert found["failure"] == ""
     assert found["programs"] >= 2000
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run("support.emitted", str(tmp_path_factory.mktemp("kernels")))
+    return findings("support.emitted", str(tmp_path_factory.mktemp("kernels")))
 
 
 def test_programs_that_kernels_are_known_to_get_wrong(cases: dict[str, Any]) -> None:

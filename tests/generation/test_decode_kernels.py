@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxopt.options import environment_without
-
-TESTS = Path(__file__).parent.parent
+from support.programs import findings
 
 
-def run(*arguments: str) -> Any:
-    environment = environment_without("PYTHONPATH")
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, "-m", "support.decoding_models", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def run(*arguments: object) -> Any:
+    return findings("support.decoding_models", *arguments)
 
 
 @pytest.mark.parametrize(

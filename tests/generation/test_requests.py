@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from fxopt.runtime.decode_path import DecodePath
+from support.cache_fuzz import saved
 
 NEW = 16
 SLOW = pytest.mark.slow  # many graphs
@@ -204,15 +204,7 @@ def test_a_cache_from_request_to_request(pair: Any) -> None:
         ]
         assert torch.equal(*found)
         ids = torch.cat([found[0], torch.full((1, 2), 7)], 1)
-        caches = [_saved(cache) for cache in caches]
-
-
-def _saved(cache: DynamicCache) -> DynamicCache:
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    loaded: DynamicCache = torch.load(file, weights_only=False)
-    return loaded
+        caches = [saved(cache) for cache in caches]
 
 
 class _Words:

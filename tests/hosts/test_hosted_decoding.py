@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxopt.options import environment_without
+from support.programs import findings
 
-TESTS = Path(__file__).parent.parent
 BOTH = ["_decode_attention_kernel", "_decode_attention_total_kernel"]
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = environment_without("PYTHONPATH") | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, "-m", "support.hosted_decoding"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = findings("support.hosted_decoding", interpreted=False)
     return result
 
 

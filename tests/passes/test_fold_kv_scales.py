@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from fxopt.ir.contract import Verdict
+from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import quantized_attention
 from support.golden import assert_golden
 from support.numerics import assert_closer
@@ -214,6 +216,16 @@ def test_unprofitable_for_few_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rewriting(cached, PASSES)
     check(found, cached, inputs())
     assert "pays from 1000000" in found.reasons(NAME)
+
+
+def test_a_kernel_reads_few_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the devices of the host's kernels, and nowhere else."""
+    monkeypatch.setattr(quantized_attention, "ROW_NUMBERS", 10**6)
+    for device, applied in (("cpu", 1), ("cuda", 0)):
+        kernels = Kernels(frozenset({device}), lambda node, facts: Verdict.no(""))
+        found = rewriting(cached, PASSES, kernels=kernels)
+        check(found, cached, inputs())
+        assert found.applied(NAME) == applied, found.reasons(NAME)
 
 
 def test_not_where_gradients_are_needed() -> None:

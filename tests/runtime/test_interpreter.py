@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fxopt.options import environment_without
-
-TESTS = Path(__file__).parent.parent
+from support.programs import findings
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    environment = environment_without("PYTHONPATH")
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.interpreted", str(tmp_path_factory.mktemp("kernels"))],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return findings("support.interpreted", tmp_path_factory.mktemp("kernels"))
 
 
 def test_bfloat16_is_exact_with_the_remedy(found: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ class Fuzz:
     def save(self) -> None:
         place = self.random.randrange(len(self.caches))
         mine, eager = self.caches[place]
-        self.caches[place] = (_saved(mine), _saved(eager))
+        self.caches[place] = (saved(mine), saved(eager))
 
     def drop(self) -> None:
         self.caches.pop(self.random.randrange(len(self.caches)))
@@ -198,7 +198,8 @@ def _sharing(cache: DynamicCache) -> DynamicCache:
     return other
 
 
-def _saved(cache: DynamicCache) -> DynamicCache:
+def saved(cache: DynamicCache) -> DynamicCache:
+    """What a file of the cache holds."""
     file = io.BytesIO()
     torch.save(cache, file)
     file.seek(0)

@@ -26,7 +26,6 @@ from fxopt.ir.ops.attention_providers import DECODE_ROWS, GROWN
 from fxopt.ir.ops.cached_attention import cached_rows_pay, rows_in_cache
 from fxopt.ir.ops.masking import MEAN, NONE
 from fxopt.ir.ops.op import Provider, SemanticOp
-from fxopt.options import Options
 
 # What rows may be stored as.
 ROW_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -78,12 +77,11 @@ def rows_pay(node: fx.Node, facts: Facts) -> Verdict:
     return Verdict.yes(f"{rows} queries read rows of 8 bits")
 
 
-def kernel_pays(node: fx.Node, facts: Facts, options: Options) -> Verdict:
-    """Whether a kernel is to read rows of 8 bits, for an attention `node` in a host that emits kernels."""
+def kernel_pays(node: fx.Node, facts: Facts) -> Verdict:
+    """Whether a kernel is to read rows of 8 bits, for an attention `node`."""
     query = val(node.args[0])
     rows, device = query.shape[-2], query.device.type
-    emits = options.kernels != "never" and not {"emit-kernels", "all"} & set(options.disable)
-    if not emits or not (device == "cuda" or options.interpret or options.target is not None):
+    if facts.kernels is None or device not in facts.kernels.devices:
         return Verdict.no(f"no kernels are made for {device}")
     if not isinstance(rows, int) or rows > DECODE_ROWS or facts.differentiates(node):
         return Verdict.no("kernels are for few queries, without gradients")
