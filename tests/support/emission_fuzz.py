@@ -303,6 +303,7 @@ def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
             check(*program, options, counts)
         except AssertionError as error:
             failures.append(str(error))
+            bar.console.print(f"program {counts['programs']} differs: {error}", markup=False, highlight=False)
         bar.update(task, completed=counts["programs"], mismatches=len(failures))
         if bar.disable and counts["programs"] % 100 == 0:
             print(f"{counts['programs']} programs, {len(failures)} differ", file=sys.stderr, flush=True)
