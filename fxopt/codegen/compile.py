@@ -21,6 +21,7 @@ from fxopt.codegen.kernel_file import KernelFile, Launch
 from fxopt.errors import CannotCompile, KernelTooLarge, UnsupportedTarget
 from fxopt.ir.target import Target
 from fxopt.options import TARGETS, environment_without
+from fxopt.runtime.direct_launch import ASSERTING
 from fxopt.runtime.kernel_cache import KernelCache, default_cache
 
 
@@ -108,7 +109,8 @@ def _interpreting() -> bool:
 def _compiled(kernel: KernelFile, launch: Launch, target: Target, cache: KernelCache) -> CompiledKernel:
     file = str(cache.path(kernel.name, kernel.render()))
     try:
-        found = _triton_compile(getattr(cache.load(kernel), launch.entry), launch, target)
+        more = ASSERTING if kernel.asserts else {}
+        found = _triton_compile(getattr(cache.load(kernel), launch.entry), launch, target, **more)
         registers, stack = _resources(found.asm["cubin"], launch.entry)
     except Exception as error:
         detail = str(error) if "triton" in type(error).__module__ else f"{type(error).__name__}: {error}"
@@ -129,7 +131,7 @@ def _compiled(kernel: KernelFile, launch: Launch, target: Target, cache: KernelC
     )
 
 
-def _triton_compile(function: Any, launch: Launch, target: Target) -> Any:
+def _triton_compile(function: Any, launch: Launch, target: Target, **more: bool) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -145,6 +147,7 @@ def _triton_compile(function: Any, launch: Launch, target: Target) -> Any:
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    options |= more
     return triton.compile(source, _triton_target(target, GPUTarget), options)
 
 

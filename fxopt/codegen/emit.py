@@ -208,20 +208,29 @@ def _decisions(emitted: Sequence[Emitted], decide: Decide | None) -> Sequence[De
 def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
     region, about = one.region, one.kernel.about
     moved, flops = about.seen
+    sized = dict.fromkeys(near for node in region.members for near in (node, *node.all_input_nodes))
     least = ""
     if target is not None:
         seconds = target.time(float(moved), float(flops), region.outputs[0].meta["val"].dtype)
         least = f", not below {seconds * 1e6:.2f} us on {target.name}"
     if region.again:
         least += f"; {len(region.again)} operators of others computed again, {region.why_again}"
+    if region.why_beside:
+        least += f"; {region.why_beside}"
     return Evidence(
         rewrite=EMIT_KERNELS,
         anchor=region.members[0].name,
         location=location(region.members[0]),
         status=Status.APPLIED,
         reason=f"{len(region.members)} operators become the kernel {one.kernel.name}: "
-        f"bytes {region.apart.bytes} -> {region.fused.bytes}{least}{why and '; '}{why}",
-        before=Cost(hinted(region.apart.bytes, region.members), flops, region.apart.launches),
+        f"bytes {region.apart.bytes} -> {region.fused.bytes}, operations {region.apart.flops} -> "
+        f"{region.fused.flops}, launches {region.apart.launches} -> {len(one.kernel.launches)}"
+        f"{least}{why and '; '}{why}",
+        before=Cost(
+            hinted(region.apart.bytes, sized),
+            hinted(region.apart.flops, sized),
+            region.apart.launches,
+        ),
         after=Cost(moved, flops, len(one.kernel.launches)),
     )
 

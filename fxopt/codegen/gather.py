@@ -1,8 +1,8 @@
 """Gathers: a tensor read at the places that another tensor says.
 
 `index` counts negative places from the end, as eager does; `embedding`, `gather` and `index_select` know
-none. A place outside of the tensor is an error in eager. A kernel never reads there: it takes zero, and
-asserts if Triton is told to (``TRITON_DEBUG=1``).
+none. A place outside of the tensor is an error in eager, and in a kernel: it asserts that places exist, and
+does not read where they do not.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxopt.runtime.direct_launch import ASSERTING
+
 KINDS = {"Tensor": "torch.Tensor", "int": "int", "float": "float", "bool": "bool"}
 
 
@@ -167,6 +169,11 @@ class KernelFile:
         return hashlib.sha256(self.render().encode()).hexdigest()
 
     @property
+    def asserts(self) -> bool:
+        """Whether something is checked while the kernel runs, which Triton leaves out unless it is told."""
+        return "tl.device_assert(" in self.jit
+
+    @property
     def uses_bfloat16(self) -> bool:
         types = [argument.type for launch in self.launches for argument in launch.arguments]
         return "bfloat16" in self.jit or any("bf16" in one for one in types)
@@ -286,13 +293,13 @@ def _launch(kernel: KernelFile) -> str:
     lines += _sizes(kernel)
     lines += [f"{one.name} = {_allocated(one, kernel)}" for one in kernel.scratch]
     for launch in kernel.launches:
-        lines += _one_launch(launch)
+        lines += _one_launch(launch, kernel.asserts)
     if kernel.outputs:
         lines.append(f"return {_results(kernel)}")
     return f"def launch({_signature(kernel)}) -> {_returns(kernel)}:\n{_body(lines)}"
 
 
-def _one_launch(launch: Launch) -> Iterator[str]:
+def _one_launch(launch: Launch, asserts: bool) -> Iterator[str]:
     """Arguments by name, which is what Triton and torch both accept for constants and for options."""
     for name, value in launch.constants:
         yield f"{name} = {value!r}"
@@ -303,6 +310,8 @@ def _one_launch(launch: Launch) -> Iterator[str]:
         yield f"    {name}={name},"
     yield f"    num_warps={launch.num_warps},"
     yield f"    num_stages={launch.num_stages},"
+    for name, value in ASSERTING.items() if asserts else ():
+        yield f"    {name}={value},"
     yield ")"
 
 

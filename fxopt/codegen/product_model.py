@@ -84,7 +84,7 @@ def _most_sums(sizes: Products, block: Block, target: Target) -> int:
     if not sizes.on_matrix_units or sizes.pairs:
         # Hopper alone keeps sums where they are exchanged with few registers more.
         return _FEWEST_SUMS // 2 if sizes.pairs and target.arch // 10 != 9 else _FEWEST_SUMS
-    others = block.operands - 2 - sizes.together
+    others = max(0, block.operands - 2 - sizes.together)  # products may share their right operand, too
     meet = sizes.together > 1 and through_registers
     return _SUMS_AND_MORE if others or meet else _SUMS
 

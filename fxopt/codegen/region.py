@@ -34,7 +34,7 @@ class Region:
         members: its operators, in order. outputs: those whose results are read elsewhere. body: its loop.
         apart: what the operators cost each for itself. fused: what the kernel costs.
         again: operators of others that it computes once more, in place of reading what they have written.
-        why_again: the bytes that this saves.
+        why_again: the bytes that this saves. why_beside: why kernels that need nothing of each other are one.
     """
 
     members: tuple[fx.Node, ...]
@@ -44,6 +44,7 @@ class Region:
     fused: Price
     again: tuple[fx.Node, ...] = ()
     why_again: str = ""
+    why_beside: str = ""
 
 
 def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:

@@ -8,15 +8,17 @@ region: they are index arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxopt.codegen.beside import NEAR, Joined, SmallLoop, joined, small_loop
 from fxopt.codegen.gather import is_gather
 from fxopt.codegen.loops import is_moment
 from fxopt.codegen.matmul import in_kernel
@@ -74,6 +76,7 @@ class _Grower:
         self.groups = {self.order[node]: [node] for node in self.members}
         self.refused: list[tuple[fx.Node, str]] = []
         self.reasons: dict[Edge, str] = {}
+        self.beside: dict[int, Joined] = {}
         self._tried: dict[Edge, tuple[int, int, int, int]] = {}
         self.paths = self._paths(graph)
         for node in self.members:
@@ -107,6 +110,7 @@ class _Grower:
         # Last what looks up its places: a product takes a norm that is in front of it, but no gather.
         self._join_all(every, every)
         self._join_siblings(siblings)
+        self._join_beside()
         found = list(self._regions())
         apart = [pair for pair in every if self.group[pair[0]] != self.group[pair[1]]]
         refused = [(pair[1], f"not joined with {pair[0].name}: {self.reasons[pair]}") for pair in apart]
@@ -120,6 +124,33 @@ class _Grower:
         for pair in pairs:
             if not self._ordered(*pair):
                 self._try(pair, only_reader=False)
+
+    def _join_beside(self) -> None:
+        """Small kernels of one loop, of which none needs another."""
+        alike: dict[tuple[SmallLoop, int], list[int]] = {}
+        for key, members in sorted(self.groups.items()):
+            with contextlib.suppress(CannotEmit):
+                if loop := small_loop(members):
+                    alike.setdefault((loop, self.epoch[members[0]]), []).append(key)
+        for keys in alike.values():
+            kept: list[int] = []
+            for key in keys:
+                if not any(self._try_beside(one, key) for one in kept[-NEAR:]):
+                    kept.append(key)
+
+    def _try_beside(self, first: int, second: int) -> bool:
+        if self._needs(first, second) or self._needs(second, first):
+            return False
+        try:
+            self._check(first, second)
+            apart = self.groups[first], self.groups[second]
+            found = joined(*apart, self._joined(first, second), self.beside.get(first))
+        except CannotEmit:
+            return False
+        if found is not None:
+            self.beside[first] = found
+            self._join(first, second)
+        return found is not None
 
     def _join_some(self, edges: Iterable[Edge], *, only_reader: bool) -> bool:
         """All joins of results that nobody else reads, or the first of the others."""
@@ -234,4 +265,5 @@ class _Grower:
                 self.refused.append((members[0], refusal.reason))
                 continue
             if region is not None:
-                yield region
+                why = str(self.beside[key]) if key in self.beside else ""
+                yield replace(region, why_beside=why) if why else region

@@ -174,13 +174,19 @@ class _Renderer:
         self, statements: Iterable[Statement], stores: Iterable[Store], inside: str, depth: int
     ) -> None:
         for one in statements:
-            for place in one.places if isinstance(one, Load) else ():
-                self._line(depth, f'tl.device_assert({within(place)}, "index out of bounds", {inside})')
+            if isinstance(one, Load):
+                self._assert(one, inside, depth)
             self._line(depth, f"{one.name} = {self._value(one)}")
         for store in stores:
             mask = inside if store.on_r or not self.has_r else "inside_x"
             where = f"{self.body.names[store.tensor]}_ptr + {self._shaped(store.offset, True, store.on_r)}"
             self._line(depth, f"tl.store({where}, {store.source}, mask={mask})")
+
+    def _assert(self, one: Load, inside: str, depth: int) -> None:
+        """That the places of a load exist, wherever its value is asked for."""
+        asked = " & ".join([inside, *(f"({condition_text(c)})" for c in one.conditions)])
+        for place in one.places:
+            self._line(depth, f'tl.device_assert({within(place)}, "index out of bounds", {asked})')
 
     def _value(self, one: Statement) -> str:
         if isinstance(one, Load):

@@ -245,6 +245,12 @@ def all_targets() -> Iterable[Target]:
 
 
 @functools.cache
+def launch_bytes() -> float:
+    """Bytes that no target needs longer for than the launch of a kernel takes, 2 us."""
+    return 2e-6 * min(one.bandwidth for one in all_targets())
+
+
+@functools.cache
 def least_balance() -> float:
     """Operations in float32 that every target does while it reads a byte."""
     return min(dict(one.vector_rates)["fp32"] / one.bandwidth for one in all_targets())

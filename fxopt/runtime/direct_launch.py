@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from fxopt.codegen.kernel_file import Launch
 
+# How Triton compiles assertions in, without others of its own about the overflow of every sum.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 _ALIGNMENT = 15  # bits of an address, or of a size, that Triton asks for
 _INT32 = 1 << 31
 _TYPES = {

@@ -14,17 +14,18 @@ given, on a CPU as well.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt.runtime.direct_launch import DirectLaunch
+from fxopt.runtime.direct_launch import ASSERTING, DirectLaunch
 from fxopt.runtime.kernel_cache import KernelCache, default_cache
 
 if TYPE_CHECKING:
@@ -129,10 +130,32 @@ def _interpreting(launch: Callable[..., Any]) -> Callable[..., Any]:
     from fxopt.runtime.interpreter import exact_bfloat16
 
     def run(*arguments: Any) -> Any:
-        with exact_bfloat16():
+        with exact_bfloat16(), _asserting():
             return launch(*arguments)
 
     return run
+
+
+@contextlib.contextmanager
+def _asserting() -> Iterator[None]:
+    """Meanwhile the interpreter checks what kernels assert, which it passes over by itself.
+
+    Raises:
+        IndexError: what was asserted does not hold: a place outside of a tensor, for which eager raises it.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    kept = builder.options
+    builder.options = dataclasses.replace(kept, **ASSERTING)
+    try:
+        yield
+    except interpreter.InterpreterError as error:
+        if isinstance(error.__cause__, AssertionError):
+            raise IndexError(f"{error.__cause__} in a kernel") from error
+        raise
+    finally:
+        builder.options = kept
 
 
 def _traceable(kernel: KernelFile, module: types.ModuleType) -> Callable[..., Any]:
@@ -165,5 +188,9 @@ class _Wrapped:
 
     def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
         found = torch.library.wrap_triton(self.kernel)
-        launcher: Callable[..., None] = self.direct[grid] if found is self.kernel else found[grid]
-        return launcher
+        return self.direct[grid] if found is self.kernel else _recorded(found[grid])
+
+
+def _recorded(launcher: Callable[..., None]) -> Callable[..., None]:
+    """For a launch that is traced: Inductor compiles assertions in by its own `assert_indirect_indexing`."""
+    return lambda **given: launcher(**{name: one for name, one in given.items() if name not in ASSERTING})

@@ -117,17 +117,52 @@ import sys, torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from fxopt.codegen.emit import emit_kernels
 from fxopt.options import Options
-a, i = torch.randn(5, 4), torch.tensor([0, 1, int(sys.argv[2])])
-gm = make_fx(lambda a, i: a[i] * 1)(a, i % 5)
+a, i = torch.randn(5, 4), torch.tensor([1, 2, int(sys.argv[2])])
+function = eval(sys.argv[3])
+gm = make_fx(function)(a, i * 0 + 2)
 kernels, _ = emit_kernels(gm, Options.parse(options={"cache_dir": sys.argv[1]}), call=True)
 assert len(kernels) == 1
-print((gm(a, i)[-1] == (a[i[-1]] if -5 <= i[-1] < 5 else 0)).all().item())
+try:
+    print(torch.equal(gm(a, i), function(a, i)))
+except IndexError as error:
+    print(error)
 """
+INDEXED = "lambda a, i: a[i] * 1"
+# Where the first part is, the second would be looked up in front of the first row.
+IN_A_PART = "lambda a, i: torch.cat([a, a.index_select(0, i - 1)]) * 2"
 
 
-@pytest.mark.parametrize("place", [-5, 5, -6, 1 << 40])
-def test_places_outside_are_not_read(tmp_path: Any, place: int) -> None:
-    command = [sys.executable, "-c", OUTSIDE, str(tmp_path), str(place)]
+@pytest.mark.parametrize(
+    ("function", "place", "said"),
+    [
+        (INDEXED, -5, "True"),
+        (INDEXED, 5, "index out of bounds in a kernel"),
+        (INDEXED, -6, "index out of bounds in a kernel"),
+        (INDEXED, 1 << 40, "index out of bounds in a kernel"),
+        ("lambda a, i: a.gather(0, i[:, None]).exp() * 2", -1, "index out of bounds in a kernel"),
+        ("lambda a, i: torch.nn.functional.embedding(i, a).sum(0)", 5, "index out of bounds in a kernel"),
+        (IN_A_PART, 5, "True"),
+        (IN_A_PART, 6, "index out of bounds in a kernel"),
+    ],
+)
+def test_places_outside_are_an_error_as_in_eager(tmp_path: Any, function: str, place: int, said: str) -> None:
+    command = [sys.executable, "-c", OUTSIDE, str(tmp_path), str(place), function]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == "True\n"
+    assert done.stdout == f"{said}\n"
+
+
+def test_assertions_are_compiled_in_where_there_are_gathers(tmp_path: Any) -> None:
+    """By our launches, by themselves; those of Inductor are tested with it."""
+    target = Target.named("sm_90")
+    (looked,) = regions_of(lambda a, i: a[i] * 2, table, at).regions
+    (plain,) = regions_of(lambda a, i: a.exp() * 2, table, at).regions
+    kernels = [kernel_of(one, target) for one in (looked, plain)]
+    compiled = compile_launches([(one, 0) for one in kernels], target)
+    assert ["__assertfail" in one.ptx for one in compiled] == [True, False]
+    assert [one.problems() for one in compiled] == [(), ()]
+    assert ["debug=True, sanitize_overflow=False" in " ".join(one.render().split()) for one in kernels] == [
+        True,
+        False,
+    ]
+    assert compiled[0].ptx.count("call.uni") == 1, "and none of sums that overflow"

@@ -45,6 +45,14 @@ def test_what_is_proposed_fits(rows: int, dtype: torch.dtype, target: Target) ->
         assert launch.num_warps * target.warp_size <= 1024
 
 
+def test_products_of_one_weight_are_products_that_meet() -> None:
+    """A tensor that both read is no other tensor whose values take registers."""
+    sizes = replace(SQUARE, together=2)
+    block = Block(128, 128, 64, 8, 3, operands=4)
+    assert blocks_per_sm(sizes, block, HOPPER) == blocks_per_sm(sizes, replace(block, operands=3), HOPPER) > 0
+    assert blocks_per_sm(sizes, replace(block, operands=5), HOPPER) == 0, "a residual is one"
+
+
 def test_proposals_differ_in_their_tiles() -> None:
     kernel = kernel_for(4096, torch.bfloat16, HOPPER)
     tiles = {one.launches[0].constants[:2] for one in proposals(kernel, HOPPER)}

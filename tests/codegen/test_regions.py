@@ -75,6 +75,21 @@ def test_prices_are_expressions_of_symbolic_sizes() -> None:
     assert kernel_of(region, None).about.seen == (4 * (2 * 6 * 7 + 7), 2 * 6 * 7)
 
 
+def test_evidence_has_the_expressions_and_their_values(tmp_path: Any) -> None:
+    """The size that is summed over is one of no result."""
+    graph = make_fx(lambda a: (a * 2).sum(0), tracing_mode="symbolic")(torch.randn(6, 8))
+    rows, columns = (size.node.expr for size in next(iter(graph.graph.nodes)).meta["val"].shape)
+    options = Options.parse(options={"cache_dir": str(tmp_path)})
+    _, (entry,) = emit_kernels(graph, options, call=False)
+    every, sums = rows * columns, columns
+    assert (
+        f"bytes {12 * every + 4 * sums} -> {4 * every + 4 * sums}, operations {2 * every} -> {2 * every}, "
+        "launches 2 -> 1" in entry.reason
+    )
+    assert (entry.before.bytes, entry.before.flops) == (12 * 48 + 4 * 8, 2 * 48)
+    assert (entry.after.bytes, entry.after.flops) == (4 * 48 + 4 * 8, 2 * 48)
+
+
 def test_softmax_is_one_region() -> None:
     assert len(regions_of(lambda a: a.softmax(-1), x).regions) == 1
 
@@ -137,6 +152,66 @@ def test_siblings_with_something_between_them_stay_apart() -> None:
 def test_siblings_over_other_axes_stay_apart() -> None:
     found = regions_of(lambda a: ((a + 1).sum(0), (a * 2).sum(1)), x)
     assert len(found.regions) == 2
+
+
+# Kernels that read nothing of each other
+
+
+@pytest.mark.parametrize(
+    "function, count",
+    [
+        (lambda a, b: (a.exp() * 2, (b + 1).sin()), 2),
+        (lambda a, b: (a.softmax(-1), b.float().softmax(-1)), 2),
+        (lambda a, b: (a.sum(0) * 2, b.half().amax(0) + 1), 2),
+        (lambda a, b: (a.exp() * 2, (b + 1).sin(), ((a @ b.t()) @ b + 1) * 2), 3),
+    ],
+)
+def test_small_kernels_of_one_loop_are_one(function: Callable[..., Any], count: int) -> None:
+    long = torch.randn(24, 8), torch.randn(24, 8)  # rows, which leave products to the host
+    found = regions_of(function, *long)
+    (region,) = found.regions
+    total = sum(node.meta["val"].nbytes for node in region.outputs)
+    total += sum(one.meta["val"].nbytes for one in {load.tensor for load in region.body.loads})
+    assert region.why_beside == (
+        f"{count} kernels that need nothing of each other: launches {count} -> 1, bytes {total} -> {total}"
+    )
+    assert region.fused.bytes == total
+
+
+def test_kernels_that_were_joined_say_so() -> None:
+    gm = graph_of(lambda a, b: (a.exp() * 2, (b + 1).sin()), x, y)
+    _, (entry,) = emit_kernels(gm, Options.parse(options={"target": "sm_90"}), call=False)
+    assert entry.reason.endswith("launches 2 -> 1, bytes 768 -> 768")
+
+
+def written_between(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    first = a.exp() * 2
+    b.add_(1)
+    return first, (b + 1).sin()
+
+
+@pytest.mark.parametrize(
+    "function, sizes",
+    [
+        (
+            lambda a, b: (a.exp() * 2, ((a.exp() * 2) @ b.t() @ b + 1).sin()),
+            (24, 8, 24, 8),
+        ),  # through a product
+        (lambda a, b: (a.exp() * 2, (b + (a.exp() * 2).cumsum(0)).sin() * 3), (24, 8, 24, 8)),
+        (lambda a, b: (a.exp() * 2, (b + 1).sin()), (6, 8, 8, 6)),  # as many elements, but others
+        (lambda a, b: (a.exp() * 2, (b + 1).sin()), (6, 8, 6, 9)),
+        (lambda a, b: (a.softmax(-1), b.softmax(0)), (6, 8, 6, 8)),
+        (lambda a, b: (a.softmax(-1), b.exp() * 2), (6, 8, 6, 8)),  # no rows
+        (lambda a, b: (a.exp() * 2, b.t().exp() * 2), (6, 6, 6, 6)),  # in another order in memory
+        (written_between, (6, 8, 6, 8)),
+        (lambda a, b: (a.exp() * 2, (b + 1).sin()), (512, 512, 512, 512)),  # longer than a launch
+        (lambda a, b: (a.softmax(-1), b.softmax(-1)), (4, 4096, 4, 4096)),  # two rows fill the registers
+    ],
+)
+def test_others_stay_apart(function: Callable[..., Any], sizes: tuple[int, int, int, int]) -> None:
+    found = regions_of(function, torch.randn(*sizes[:2]), torch.randn(*sizes[2:]))
+    assert len(found.regions) == 2
+    assert [region.why_beside for region in found.regions] == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,12 @@ def test_views_of_inputs_are_not_copied(found: dict[str, Any]) -> None:
     assert len(one["allocated"]) == 1, "the result alone"
 
 
+def test_places_of_gathers_are_asserted(found: dict[str, Any]) -> None:
+    """Inductor compiles what a kernel asserts in, as in its own."""
+    assert found["looked up"]["runs"][0][0].startswith("fused")
+    assert found["looked up"]["asserted"] == [True]
+
+
 def test_an_input_is_written_behind_its_readers(found: dict[str, Any]) -> None:
     one = found["written"]
     readers = [place for place, arguments in enumerate(one["arguments"][0]) if arguments[0] == "arg0_1"]

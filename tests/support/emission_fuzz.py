@@ -1,12 +1,17 @@
 """Random programs through emitted kernels, in Triton's interpreter, against eager; JSON on stdout.
 
-TRITON_INTERPRET=1 python -m support.emission_fuzz --programs 2000
+From the folder ``tests``, with how far it has come on stderr:
+
+    TRITON_INTERPRET=1 python -m support.emission_fuzz --programs 2000
+
+All programs are run; those that differ are counted, and the first of them is made as small as it gets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -14,8 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import Progress
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -248,15 +255,21 @@ def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, 
 
     Raises:
         AssertionError: it differs; the message holds the program.
+        hypothesis.errors.UnsatisfiedAssumption: eager refuses the program.
     """
     run = _run(steps)
+    text = "; ".join(name for name, _ in steps)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        want = run(*inputs)
+        try:
+            want = run(*inputs)
+        except (RuntimeError, TypeError, IndexError) as error:
+            counts["refused by eager"] += 1
+            counts[f"refused: {str(error).splitlines()[0][:60]}"] += 1
+            reject()
         graph = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
         graph.graph.eliminate_dead_code()
         code = graph.code
-        text = "; ".join(name for name, _ in steps)
         try:
             _, evidence = emit_kernels(graph, options, call=True)
             got = graph(*inputs)
@@ -276,29 +289,66 @@ def check(inputs: list[Value], steps: list[tuple[str, Step]], options: Options, 
 
 
 def fuzz(programs_count: int, directory: str) -> dict[str, Any]:
-    """Run that many programs; `failure` is the smallest that differs, or empty."""
+    """Run that many programs.
+
+    Returns: `mismatches`: how many differ; `failure`: the first of them, made smaller; `failures`: the first
+    few as they were found; and how many `programs`, `kernels`, ... there were.
+    """
     counts: Counter[str] = Counter()
+    failures: list[str] = []
     options = Options.parse(options={"cache_dir": directory, "gemm": "always"})
 
-    @settings(
+    def recorded(program: tuple[list[Value], list[tuple[str, Step]]]) -> None:
+        try:
+            check(*program, options, counts)
+        except AssertionError as error:
+            failures.append(str(error))
+            bar.console.print(f"program {counts['programs']} differs: {error}", markup=False, highlight=False)
+        bar.update(task, completed=counts["programs"], mismatches=len(failures))
+        if bar.disable and counts["programs"] % 100 == 0:
+            print(f"{counts['programs']} programs, {len(failures)} differ", file=sys.stderr, flush=True)
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), "{task.fields[mismatches]} differ")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("programs", total=programs_count, mismatches=0)
+        _each(programs_count, recorded, Phase.generate)
+    found = {**counts, "mismatches": len(failures), "failures": failures[:10]}
+    return {**found, "failure": _smallest(programs_count, options) if failures else ""}
+
+
+def _each(programs_count: int, run: Callable[[Any], None], *phases: Phase) -> None:
+    """Call `run` with programs, always with the same ones."""
+    chosen = settings(
         max_examples=programs_count,
         database=None,
         deadline=None,
         derandomize=True,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
     )
+
+    @chosen
     @given(programs())
     def one(program: tuple[list[Value], list[tuple[str, Step]]]) -> None:
-        check(*program, options, counts)
+        run(program)
 
-    failure = ""
+    one()
+
+
+def _smallest(programs_count: int, options: Options) -> str:
+    """The first program that differs, made smaller for as long as it does."""
     try:
-        one()
+        _each(
+            programs_count,
+            lambda program: check(*program, options, Counter()),
+            Phase.generate,
+            Phase.shrink,
+        )
     except AssertionError as error:
-        failure = str(error)
-    return {**counts, "failure": failure}
+        return str(error)
+    return "none that differs again"
 
 
 def main() -> None:

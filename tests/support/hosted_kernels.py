@@ -75,11 +75,17 @@ def compiled(
         "runs": [[name for name, _ in one] for one in runs],
         "arguments": [[arguments.split(", ") for _, arguments in one] for one in runs],
         "allocated": dict(re.findall(r"(\w+) = empty_strided_cuda\((.*), torch\.\w+\)", code[0])),
+        "asserted": ["'assert_indirect_indexing': True" in one for one in kernels_in(code[0])],
         "ops": sum("torch.ops.fxopt_kernels" in text for text in code),
         "kernels": [kernel.name for kernel in record.kernels],
         "evidence": [[e.status.value, e.reason] for e in record.evidence if e.rewrite == "emit-kernels"],
         "failures": [list(one) for one in record.failures],
     }
+
+
+def kernels_in(code: str) -> list[str]:
+    """The definitions of fxopt's kernels that assert something."""
+    return [one for one in code.split("async_compile.triton(") if "tl.device_assert(" in one]
 
 
 def cases() -> Found:
@@ -95,6 +101,7 @@ def cases() -> Found:
         "unpadded": compiled(lambda a: norm(a.cumsum(0)), odd),
         "padded": compiled(lambda a: norm(a.cumsum(0)), odd, kernels="never"),
         "views": compiled(lambda a, b: norm(a.t() + b[:, 3:67]), x, wide),
+        "looked up": compiled(lambda a, i: norm(a[i]), x, torch.arange(60, device="cuda")),
         "written": compiled(write_behind, x),
         "dynamic": compiled(norm, marked(torch.randn(64, 96, device="cuda"))),
         "window": attention(windowed),
