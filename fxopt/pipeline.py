@@ -1,6 +1,6 @@
 """The way of a graph through fxopt, stage by stage. Read this page first.
 
-    Dynamo graph -> normalize -> rewrite (the passes below, in order) -> lower -> host
+    Dynamo graph -> normalize -> rewrite (the passes below, in order) -> steps -> lower -> host
 
 Order is the source text. Nothing registers itself: a pass runs because it is in `PASSES`.
 """
@@ -84,7 +84,11 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
     # likewise for linear layers, which the loss and latent attention have taken theirs of
     ("substitute-qlinear", "fxopt.passes.substitute_qlinear:SubstituteQlinear"),
+    # behind all others and behind `find_step`, which look at writes into caches and at attention one by one
+    ("fuse-append-attention", "fxopt.passes.fuse_append_attention:FuseAppendAttention"),
 )
+# Those that run where the host makes kernels of semantic ops, once steps have got their form.
+KERNEL_PASSES = frozenset({"fuse-append-attention"})
 
 
 @functools.cache
@@ -217,8 +221,11 @@ def _optimize(
             # A step is replayed with the inputs that Dynamo gives.
             step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
+            kernels = _kernels(host, options, example_inputs)
+            if kernels is not None:
+                rewrite(normal, options, record, dump, kernels)
         with record.timed("lower"):
-            lowered = lower(normal, record, _kernels(host, options, example_inputs))
+            lowered = lower(normal, record, kernels)
             note_routes(record)
             known, notes = settle(lowered, known)
             record.evidence += notes
@@ -285,13 +292,25 @@ def _growing(
     return plan
 
 
-def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dump | None = None) -> None:
-    """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
+def rewrite(
+    gm: fx.GraphModule,
+    options: Options,
+    record: GraphRecord,
+    dump: Dump | None = None,
+    kernels: Kernels | None = None,
+) -> None:
+    """Run all passes over `gm` and over the graphs of its higher-order ops, in place.
+
+    Args:
+        kernels: given, those passes run that are for hosts that make kernels; without, all others.
+    """
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
     for one in load_passes():
+        if (one.name in KERNEL_PASSES) != (kernels is not None):
+            continue
         with record.timed_pass(one.name):
-            found = run_pass(one, gm, options)
+            found = run_pass(one, gm, options, kernels)
         record.evidence += found
         if dump is not None and any(entry.status == "applied" for entry in found):
             dump.write(one.name, gm)
@@ -299,12 +318,14 @@ def rewrite(gm: fx.GraphModule, options: Options, record: GraphRecord, dump: Dum
         keep_output_layout(module, layout)
 
 
-def run_pass(one: Rewrite, gm: fx.GraphModule, options: Options) -> list[Evidence]:
+def run_pass(
+    one: Rewrite, gm: fx.GraphModule, options: Options, kernels: Kernels | None = None
+) -> list[Evidence]:
     """Run one pass over `gm` and over the graphs of its higher-order ops, in place."""
     found: list[Evidence] = []
     link_subgraphs(gm)
     for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
-        new = run_rewrite(one, module, options)
+        new = run_rewrite(one, module, options, kernels)
         if any(entry.status == "applied" for entry in new):
             link_subgraphs(gm)
         found += new

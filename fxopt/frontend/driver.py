@@ -19,7 +19,7 @@ from fxopt.ir.cone import from_sizes
 from fxopt.ir.contract import Context, Evidence, Match, Miss, Rewrite, Status, Verdict
 from fxopt.ir.cost import cost_of
 from fxopt.ir.facts import is_floating, location
-from fxopt.ir.graph_facts import Facts
+from fxopt.ir.graph_facts import Facts, Kernels
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
 from fxopt.ir.verify import Violation, check_graph, check_replacement
 from fxopt.options import Options
@@ -73,13 +73,18 @@ class _Edit:
             node.graph.erase_node(node)
 
 
-def run_rewrite(rewrite: Rewrite, gm: fx.GraphModule, options: Options) -> list[Evidence]:
+def run_rewrite(
+    rewrite: Rewrite, gm: fx.GraphModule, options: Options, kernels: Kernels | None = None
+) -> list[Evidence]:
     """Run `rewrite` over one graph (not over its sub-graphs). Returns the evidence, one entry for each site.
+
+    Args:
+        kernels: what the host puts kernels in the place of; None: that is not asked, or nothing.
 
     Raises:
         InternalError: a pass failed and `options.strict` is set.
     """
-    run = _Run(rewrite, gm, options)
+    run = _Run(rewrite, gm, options, kernels)
     disabled = rewrite.name in options.disable or "all" in options.disable
     for node in list(gm.graph.nodes):
         if node.target in rewrite.anchors and node.op == "call_function" and not _is_erased(node):
@@ -92,10 +97,13 @@ def run_rewrite(rewrite: Rewrite, gm: fx.GraphModule, options: Options) -> list[
 class _Run:
     """One run of one rewrite over one graph."""
 
-    def __init__(self, rewrite: Rewrite, gm: fx.GraphModule, options: Options) -> None:
+    def __init__(
+        self, rewrite: Rewrite, gm: fx.GraphModule, options: Options, kernels: Kernels | None
+    ) -> None:
         self.rewrite = rewrite
         self.gm = gm
         self.options = options
+        self.kernels = kernels
         self.evidence: list[Evidence] = []
         self.applied = 0
         self._facts: Facts | None = None
@@ -148,7 +156,7 @@ class _Run:
     @property
     def facts(self) -> Facts:
         if self._facts is None:
-            self._facts = Facts(self.gm.graph)
+            self._facts = Facts(self.gm.graph, self.kernels)
         return self._facts
 
     def _apply(self, match: Match, legal: Verdict, profit: Verdict) -> Evidence:
