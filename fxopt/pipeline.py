@@ -1,6 +1,6 @@
 """The way of a graph through fxopt, stage by stage. Read this page first.
 
-    Dynamo graph -> normalize -> rewrite (the passes below, in order) -> lower -> host
+    Dynamo graph -> normalize -> rewrite (the passes below, in order) -> steps -> lower -> host
 
 Order is the source text. Nothing registers itself: a pass runs because it is in `PASSES`.
 """
@@ -84,7 +84,11 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
     # likewise for linear layers, which the loss and latent attention have taken theirs of
     ("substitute-qlinear", "fxopt.passes.substitute_qlinear:SubstituteQlinear"),
+    # behind all others and behind `find_step`, which look at writes into caches and at attention one by one
+    ("fuse-append-attention", "fxopt.passes.fuse_append_attention:FuseAppendAttention"),
 )
+# Those that run once steps have got their form, and only where the host makes kernels of semantic ops.
+LATE_PASSES = frozenset({"fuse-append-attention"})
 
 
 @functools.cache
@@ -218,6 +222,8 @@ def _optimize(
             # A step is replayed with the inputs that Dynamo gives.
             step, notes = find_step(normal, growing, options) if packed is None else (None, [])
             record.evidence += notes
+            if kernels is not None:
+                rewrite(normal, options, record, dump, kernels, late=True)
         with record.timed("lower"):
             lowered = lower(normal, record, kernels)
             note_routes(record)
@@ -297,11 +303,19 @@ def rewrite(
     record: GraphRecord,
     dump: Dump | None = None,
     kernels: Kernels | None = None,
+    *,
+    late: bool = False,
 ) -> None:
-    """Run all passes over `gm` and over the graphs of its higher-order ops, in place."""
+    """Run all passes over `gm` and over the graphs of its higher-order ops, in place.
+
+    Args:
+        kernels: what the host puts kernels in the place of. late: run those of `LATE_PASSES`, not the others.
+    """
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     layouts = [output_layout(module.graph) for module in graphs]
     for one in load_passes():
+        if (one.name in LATE_PASSES) != late:
+            continue
         with record.timed_pass(one.name):
             found = run_pass(one, gm, options, kernels)
         record.evidence += found

@@ -26,7 +26,7 @@ from fxopt.codegen.decode_reference import append_reference_text, example_text
 from fxopt.codegen.kernel_file import Argument, KernelFile, Launch
 from fxopt.codegen.tile_sizes import power_of_two
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.ops.masking import MEAN
+from fxopt.ir.ops.masking import MEAN, NONE
 from fxopt.ir.target import Target
 
 NAME = "append_attention"
@@ -45,7 +45,8 @@ class AppendProblem(Problem):
 
     Tensors, by name: query (B, Hq, Sq, D); k_new (B, Hkv, Sq, D) and v_new (B, Hkv, Sq, Dv); cos and sin, or
     none of them, (B or 1, Sq, R) with R <= D; key and value, the caches, (B, Hkv, rows, D) and
-    (B, Hkv, rows, Dv); length, an int64 of one element: rows in front of the new ones; sinks.
+    (B, Hkv, rows, Dv); length, an int64 tensor that begins with the number of rows in front of the new ones,
+    or none, where these are the last ones; span and sinks as `Problem` has them.
 
     Attributes:
         interleaved: pairs of the rotary embedding are neighbours. ring: the key at the position p is in the
@@ -60,10 +61,11 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
     """The kernel of a problem; it writes to `key` and `value`.
 
     Raises:
-        Unsupported: a formula has what kernels do not cover, or rows without a live key give the mean of V.
+        Unsupported: a formula has what kernels do not cover, or rows without a live key give the mean of
+            a ring.
     """
-    if problem.dead_rows == MEAN:
-        raise Unsupported("rows without a live key that give the mean of a cache")
+    if problem.ring and problem.dead_rows in (MEAN, NONE):
+        raise Unsupported("rows without a live key that give the mean of a ring")
     wide = int(problem.query.shape[3]) > WIDE
     tiling = tiling_of(problem, target, FEWEST_ROWS if wide else MOST_ROWS)
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
@@ -100,8 +102,13 @@ def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
             arguments += strides(problem, name, name, "bs")
         else:
             absent += [(f"{name}_ptr", 0), (f"{name}_stride_b", 0), (f"{name}_stride_s", 0)]
-    arguments += [Argument("length_ptr", "*i64", "length"), Argument("partial_ptr", "*fp32")]
-    arguments += [Argument("sums_ptr", "*fp32"), Argument("columns", "i32", aligned=False)]
+    for name in ("length", "span"):
+        if problem.has(name):
+            arguments.append(Argument(f"{name}_ptr", "*i64", name))
+        else:
+            absent.append((f"{name}_ptr", 0))
+    arguments += [Argument("partial_ptr", "*fp32"), Argument("sums_ptr", "*fp32")]
+    arguments.append(Argument("columns", "i32", aligned=False))
     arguments += captured_arguments(problem.captured, problem.size_names)
     constants = {
         "SCALE": float(problem.scale),
@@ -114,6 +121,8 @@ def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
         "ROTARY": int(problem.tensors["cos"].shape[2]) if problem.has("cos") else 0,
         "INTERLEAVED": problem.interleaved,
         "RING": problem.ring,
+        "LENGTH": problem.has("length"),
+        "SPAN": problem.has("span"),
         "UNIFORM": problem.is_uniform,
         "BLOCK_NEW": max(SMALLEST_TILE, power_of_two(problem.queries)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ def emit_cached(
     """
     kernels, evidence = list[KernelFile](), list[Evidence]()
     made: dict[Any, KernelFile] = {}
+    calls = graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default)
     if emit is not None:
-        _share_spans(graph)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
+        share_spans([(node, argument(node, "span")) for node in calls])
+    for node in calls:
         try:
             problem, inputs = problem_of(node)
             kernel = decode_kernel(problem, target)
@@ -44,17 +46,16 @@ def emit_cached(
             continue
         kernel = made.setdefault(kernel.digest, kernel)
         kernels.append(kernel)
-        evidence.append(_applied(node, kernel, target))
+        evidence.append(applied(node, kernel, target, problem.query.dtype))
         if emit is not None:
             _replace(node, emit(kernel), inputs)
     return kernels, evidence
 
 
-def _share_spans(graph: fx.Graph) -> None:
+def share_spans(readers: Iterable[tuple[fx.Node, fx.Node | None]]) -> None:
     """Layers under one mask read where its keys begin and end from one tensor, computed once."""
     spans: list[fx.Node] = []
-    for node in graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default):
-        span = argument(node, "span")
+    for node, span in readers:
         if span is None:
             continue
         first = next((one for one in spans if same_value(one, span)), span)
@@ -100,11 +101,12 @@ def _replace(node: fx.Node, op: Any, inputs: list[Any]) -> None:
     node.graph.erase_node(node)
 
 
-def _applied(node: fx.Node, kernel: KernelFile, target: Target | None) -> Evidence:
+def applied(node: fx.Node, kernel: KernelFile, target: Target | None, dtype: torch.dtype) -> Evidence:
+    """What is said of an attention, of this dtype, whose kernel is used."""
     moved, flops = kernel.about.seen
     least = ""
     if target is not None:
-        seconds = target.time(float(moved), float(flops), val(node).dtype, tensor_cores=True)
+        seconds = target.time(float(moved), float(flops), dtype, tensor_cores=True)
         least = f", not below {seconds * 1e6:.2f} us on {target.name} with a full cache"
     cost = Cost(moved, flops, len(kernel.launches))
     reason = (

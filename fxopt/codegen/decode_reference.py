@@ -61,12 +61,13 @@ def append_reference_text(problem: Problem, names: Sequence[str], interleaved: b
     if problem.has("cos"):
         lines += ["    query, k_new = rotated(query, cos, sin), rotated(k_new, cos, sin)"]
     lines += [
-        "    start, columns = int(length), key.shape[2]",
+        "    columns = key.shape[2]",
+        f"    start = {'int(length.flatten()[0])' if problem.has('length') else 'columns - rows'}",
         "    slot = torch.arange(columns, device=key.device)",
     ]
     lines += ["    places = start + torch.arange(rows, device=key.device)"]
     lines += ["    old = slot + (start - 1 - slot) // columns * columns" if ring else "    old = slot"]
-    kept = "(slot < start) & (old + columns >= start + rows)" if ring else "slot < start"
+    kept = "(slot < start) & (old + columns >= start + rows)" if ring else "(slot - start) // rows != 0"
     lines += [f"    kept = {kept}", "    k = torch.cat([old[kept], places])"]
     for cache, new in (("key", "k_new"), ("value", "v_new")):
         lines += [f"    whole_{cache} = torch.cat([{cache}[:, :, kept], {new}], 2)"]
@@ -80,12 +81,23 @@ def append_reference_text(problem: Problem, names: Sequence[str], interleaved: b
     lines += [f"    s = (query @ whole_key.transpose(2, 3)) * {problem.scale!r}"]
     if problem.score.result != S:
         lines.append(f"    s = ({number_text(problem.score.result)}).to(query.dtype)")
+    if problem.has("span"):
+        lines.insert(-1, "    live = live & (k >= span[0]) & (k < span[1])")
     lines.append('    s = torch.where(live, s, float("-inf"))')
     if problem.has("sinks"):
         lines.append("    sink = sinks.view(1, -1, 1, 1).to(s.dtype).expand(batch, heads, rows, 1)")
         lines.append("    s = torch.cat([s, sink], -1)")
     lines.append("    weights = torch.softmax(s, -1, dtype=torch.float32).nan_to_num(0.0)[..., : len(k)]")
-    text = "\n".join([*lines, "    return weights.to(query.dtype) @ whole_value"])
+    lines += [
+        "    live = live.expand(batch, heads, rows, len(k))",
+        "    seen = live.any(2)[..., None]",  # whatever a key holds that nobody sees
+        "    out = weights.to(query.dtype) @ torch.where(seen, whole_value, 0)",
+    ]
+    if problem.dead_rows in _DEAD and not problem.has("sinks"):
+        mean = f"value.mean(2, keepdim=True).repeat_interleave({problem.group}, 1)"
+        dead = _DEAD[problem.dead_rows].replace("value.mean(2, keepdim=True)", mean)
+        lines += ["    alive = live.any(-1, keepdim=True)", f"    {dead}"]
+    text = "\n".join([*lines, "    return out"])
     turn = _INTERLEAVED if interleaved else _HALVES
     return f"{_ROTATED.format(turn=turn)}\n\n{text}" if problem.has("cos") else text
 

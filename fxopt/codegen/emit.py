@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxopt.codegen.append_emit import emit_appends
 from fxopt.codegen.attention_emit import emit_attention
 from fxopt.codegen.choose_products import candidates, choose, compared, large_products
 from fxopt.codegen.copies import erase_unread, with_copies
@@ -122,7 +123,7 @@ def emit_semantic_ops(
     register_ops()
     launched = functools.partial(as_op, cache=cache_of(options)) if call else None
     kernels, evidence = list[KernelFile](), list[Evidence]()
-    for emit in (emit_attention, emit_cached):
+    for emit in (emit_attention, emit_cached, emit_appends):
         made, done = emit(gm.graph, target_of(options), launched)
         kernels += made
         evidence += done

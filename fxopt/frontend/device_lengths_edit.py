@@ -16,6 +16,7 @@ from fxopt.frontend.length_flow import is_symbolic
 from fxopt.ir import facts
 from fxopt.ir.facts import argument, val
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
+from fxopt.ir.writes import COUNTED_ROWS
 
 aten = torch.ops.aten
 
@@ -116,7 +117,8 @@ class Edit:
         have it contiguous.
         """
         places = [*[None] * cache.dim, index]
-        self._call(aten.index_put_.default, cache.node, places, cache.write.args[1])
+        put = self._call(aten.index_put_.default, cache.node, places, cache.write.args[1])
+        put.meta[COUNTED_ROWS] = True
 
     def write(self, cache: Cache, rows: int) -> None:
         """Write new rows behind as many as a number says."""

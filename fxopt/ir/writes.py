@@ -58,6 +58,10 @@ SCATTERS: dict[OpOverload, OpOverload] = {
 STANDS_FOR_WRITE = "fxopt_write"
 
 
+# Marks a write whose places are counted from the front, never from the end, with the key of its metadata.
+COUNTED_ROWS = "fxopt_counted_rows"
+
+
 def part_of(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     """What a scatter puts into its first argument, through a view, a view of that view, and so on.
 

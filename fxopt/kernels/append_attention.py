@@ -7,9 +7,11 @@ of the halves x1, x2 of the first ROTARY columns, or of their even and odd ones 
 stay.
 
 New keys are attended to from where they came, by the programs of the first part, of which those of the first
-rows write them. What is read of the cache is in front of its length: no program reads what another writes.
-In a RING the key at the position p is in the row p % rows; rows that are about to be written are not read, so
-that a mask must exclude what they hold: a window of at most rows - QUERIES + 1 keys.
+rows write them. Rows that are about to be written are not read: no program reads what another writes. Which
+of the other rows take part, in front of the new ones or behind them, is for the mask to say. Without a
+length the new rows are the last ones of the cache.
+In a RING the key at the position p is in the row p % rows; a mask must exclude what the rows that are about
+to be written held: a window of at most rows - QUERIES + 1 keys.
 
 Source: Su et al., "RoFormer", 2021, eq. 34; Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
@@ -23,6 +25,7 @@ from fxopt.kernels.decode_attention import (
     head_of,
     live_keys,
     no_sums,
+    part_of,
     place_of,
     queries_of,
     scores_of,
@@ -30,7 +33,7 @@ from fxopt.kernels.decode_attention import (
     store_part,
     values_of,
 )
-from fxopt.kernels.decode_functions import live_span, scored
+from fxopt.kernels.decode_functions import scored
 
 # --- All below is copied into kernels' files as it stands.
 
@@ -93,19 +96,19 @@ def positions_of(slot, length, columns, inside, QUERIES: tl.constexpr, RING: tl.
         inside = inside & (position + columns >= length + QUERIES)
     else:
         position = slot
+        inside = inside & ((slot < length) | (slot >= length + QUERIES))
     return position, inside
 
 
 @triton.jit
 def old_part(
-    b, split, length, columns, captured, QUERIES: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    b, split, span_ptr, length, columns, captured, QUERIES: tl.constexpr, SPAN: tl.constexpr, RING:
+    tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The part `split` of the rows of the cache that are live: the first, and the one behind the last."""
-    low, high = live_span(b, QUERIES - 1, length + QUERIES, captured)
     if RING:
-        low, high = 0, columns
-    return cut(low, tl.minimum(high, length), split, SPLITS, BLOCK_N)
+        return cut(0, tl.minimum(columns, length), split, SPLITS, BLOCK_N)
+    return part_of(b, split, span_ptr, columns, captured, QUERIES, SPAN, SPLITS, BLOCK_N)
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def join(
 @triton.jit
 def join_new(
     writes, b, h, q, inside, q_0, q_1, k_new_ptr, k_new_stride, v_new, v_new_stride, cos, cos_stride, sin,
-    sin_stride, k_rows, k_stride, v_rows, v_stride, length, columns, captured, m, total, acc_0, acc_1,
+    sin_stride, k_rows, k_stride, v_rows, v_stride, length, extent, columns, captured, m, total, acc_0, acc_1,
     SCALE: tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1:
     tl.constexpr, V_WIDTH: tl.constexpr, V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, ROTARY:
     tl.constexpr, INTERLEAVED: tl.constexpr, QUERIES: tl.constexpr, RING: tl.constexpr, UNIFORM:
@@ -160,33 +163,38 @@ def join_new(
         k_0, k_1, v_0, v_1, k_rows, k_stride, v_rows, v_stride, length, columns, writes, WIDTH_0, BLOCK_0,
         WIDTH_1, BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, QUERIES, RING, BLOCK_NEW,
     )  # fmt: skip
-    live, _ = live_keys(b, h, q, inside, k, known, length + QUERIES, captured, UNIFORM)
+    live, _ = live_keys(b, h, q, inside, k, known, extent, captured, UNIFORM)
     s = tl.dot(q_0, tl.trans(k_0), input_precision="ieee")
     if WIDTH_1:
         s = tl.dot(q_1, tl.trans(k_1), s, input_precision="ieee")
     return join(
-        s * SCALE, live, v_0, v_1, b, h, q, k, length + QUERIES, captured, m, total, acc_0, acc_1,
-        V_BLOCK_0 < V_WIDTH,
+        s * SCALE, live, v_0, v_1, b, h, q, k, extent, captured, m, total, acc_0, acc_1, V_BLOCK_0 < V_WIDTH,
     )  # fmt: skip
 
 
 @triton.jit
 def _append_attention_kernel(
-    q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, length_ptr, partial_ptr, sums_ptr,
+    q_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, length_ptr, span_ptr, partial_ptr, sums_ptr,
     q_stride_b, q_stride_h, q_stride_s, k_new_stride_b, k_new_stride_h, k_new_stride_s, v_new_stride_b,
     v_new_stride_h, v_new_stride_s, cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s, k_stride_b,
     k_stride_h, k_stride_k, v_stride_b, v_stride_h, v_stride_k, columns, captured, SCALE: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN:
     tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_1:
     tl.constexpr, V_WIDTH: tl.constexpr, V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, ROTARY:
-    tl.constexpr, INTERLEAVED: tl.constexpr, RING: tl.constexpr, UNIFORM: tl.constexpr, SPLITS:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr,
+    tl.constexpr, INTERLEAVED: tl.constexpr, RING: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr,
+    UNIFORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW:
+    tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one head, for BLOCK_M of the rows that share it; new keys are of the first."""
     b, head, part, split, row = place_of(KV_HEADS, GROUP * QUERIES, SPLITS, BLOCK_M)
     h, q, inside = head * GROUP + row // QUERIES, row % QUERIES, row < GROUP * QUERIES
-    length = tl.load(length_ptr).to(tl.int32)
-    first, last = old_part(b, split, length, columns, captured, QUERIES, RING, SPLITS, BLOCK_N)
+    length = columns - QUERIES
+    if LENGTH:
+        length = tl.load(length_ptr).to(tl.int32)
+    extent = length + QUERIES if RING else columns
+    first, last = old_part(
+        b, split, span_ptr, length, columns, captured, QUERIES, SPAN, RING, SPLITS, BLOCK_N
+    )  # fmt: skip
     if (first >= last) & (split > 0):
         store_nothing(sums_ptr, part, row, GROUP * QUERIES)
         return
@@ -201,23 +209,24 @@ def _append_attention_kernel(
     for start in range(first, last, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         k, known = positions_of(slot, length, columns, slot < last, QUERIES, RING)
-        live, seen = live_keys(b, h, q, inside, k, known, length + QUERIES, captured, UNIFORM)
+        live, seen = live_keys(b, h, q, inside, k, known, extent, captured, UNIFORM)
         s, v_0, v_1 = scores_of(
             q_0, q_1, k_rows, k_stride_k, k_rows + WIDTH_0, k_stride_k, slot, seen, WIDTH_0, BLOCK_0,
             WIDTH_1, BLOCK_1, K_ALIGN,
         )  # fmt: skip
         v_0, v_1 = values_of(v_rows, v_stride_k, slot, seen, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, V_ALIGN)
         m, total, acc_0, acc_1 = join(
-            s * SCALE, live, v_0, v_1, b, h, q, k, length + QUERIES, captured, m, total, acc_0, acc_1,
-            V_BLOCK_0 < V_WIDTH,
+            s * SCALE, live, v_0, v_1, b, h, q, k, extent, captured, m, total, acc_0, acc_1, V_BLOCK_0 <
+            V_WIDTH,
         )  # fmt: skip
     if split == 0:
         m, total, acc_0, acc_1 = join_new(
             tl.min(row, 0) == 0, b, h, q, inside, q_0, q_1, k_new_ptr + b * k_new_stride_b + head *
             k_new_stride_h, k_new_stride_s, v_new_ptr + b * v_new_stride_b + head * v_new_stride_h,
             v_new_stride_s, cos_ptr, cos_stride_s, sin_ptr, sin_stride_s, k_rows, k_stride_k, v_rows,
-            v_stride_k, length, columns, captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0, WIDTH_1,
-            BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, ROTARY, INTERLEAVED, QUERIES, RING, UNIFORM, BLOCK_NEW,
+            v_stride_k, length, extent, columns, captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0,
+            WIDTH_1, BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, ROTARY, INTERLEAVED, QUERIES, RING, UNIFORM,
+            BLOCK_NEW,
         )  # fmt: skip
     row += part * GROUP * QUERIES
     store_part(acc_0, acc_1, m, total, partial_ptr, sums_ptr, row, inside, V_WIDTH, V_BLOCK_0, V_BLOCK_1)

@@ -23,7 +23,7 @@ from support.decoding import read_bytes
 CAUSAL = "k <= q + c0[0]"
 PLAIN: dict[str, Any] = {
     "dtype": torch.float32, "group": 2, "queries": 1, "widths": (64, 64), "rotary": 64, "interleaved": False,
-    "ring": False, "rows": 137, "length": 70, "mask": "True", "score": "",
+    "ring": False, "rows": 137, "length": 70, "mask": CAUSAL, "score": "", "dead": "zero", "given": "length",
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "one query": {},
@@ -34,6 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "two widths": {"widths": (96, 64), "rotary": 96, "group": 7, "queries": 2, "mask": CAUSAL},
     "window": {"mask": f"{CAUSAL} and k > q + c0[0] - 40", "queries": 4, "dtype": torch.bfloat16},
     "full": {"length": 136},
+    "rows behind": {"mask": "c0[b, k]", "queries": 3, "dtype": torch.bfloat16},
+    "last rows": {"given": "", "mask": "True", "queries": 4, "length": 133, "dtype": torch.float16},
+    "span": {"given": "span", "mask": "c0[b, k]", "dead": "none"},
+    "a row that is dead": {"mask": "k < q + c0[0] - 70", "queries": 3, "dead": "mean", "group": 3},
     "ring": {
         "rows": 48,
         "length": 100,
@@ -65,14 +69,20 @@ def problem_of(changed: dict[str, Any]) -> AppendProblem:
         angles = angles.repeat_interleave(2, -1) if case["interleaved"] else torch.cat([angles, angles], -1)
         tensors |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
     tensors |= {"key": made(kv_heads, rows, width), "value": made(kv_heads, rows, of_value)}
-    if not case["ring"]:
+    if not case["ring"] and CAUSAL in case["mask"]:
         for name in ("key", "value"):
             tensors[name][:, :, length:] = torch.nan
-    tensors["length"] = torch.tensor([length])
+    if case["given"]:
+        tensors["length"] = torch.arange(length, length + queries)
     captures = (torch.tensor([length]),) if "c0" in case["mask"] else ()
+    if case["mask"] == "c0[b, k]":
+        captures = (torch.rand(2, rows) > 0.4,)
+    if case["given"] == "span":
+        tensors["span"] = torch.tensor([20, 90, 0])
+        captures[0][:, :20] = captures[0][:, 90:] = False
     parsed = MaskProgram.parse(case["mask"]), ScoreProgram.parse(case["score"])
     others = {"interleaved": case["interleaved"], "ring": case["ring"]}
-    return AppendProblem(tensors, captures, (), width**-0.5, "zero", *parsed, **others)
+    return AppendProblem(tensors, captures, (), width**-0.5, case["dead"], *parsed, **others)
 
 
 def check(cache: KernelCache, kernel: KernelFile, problem: AppendProblem) -> list[str]:
@@ -99,7 +109,8 @@ FAULTS = {
     "not written": ("(place < columns) & writes", "(place < columns) & (place < 0)"),
     "wrong sign": ("column < ROTARY // 2, -1.0, 1.0", "column < ROTARY // 2, 1.0, -1.0"),
     "keys not rotated": ("other * sign[None, :]", "other * 0.0 * sign[None, :]"),
-    "old keys up to the new ones": ("tl.minimum(high, length), split", "tl.minimum(high, length + 1), split"),
+    "rows read that are written": ("(slot < length) |", "(slot < length + 1) |"),
+    "rows behind the new ones left out": ("slot >= length + QUERIES)", "slot >= columns)"),
     "new keys in every part": ("    if split == 0:\n", "    if split >= 0:\n"),
     "new keys left out": ("    if split == 0:\n", "    if split < 0:\n"),
     "length off by one": (
@@ -111,7 +122,8 @@ FAULTS = {
 
 def faults(cache: KernelCache) -> dict[str, bool]:
     """Which faults are seen; the work has two parts."""
-    problem = problem_of({"queries": 3, "mask": CAUSAL})
+    torch.manual_seed(0)
+    problem = problem_of({"queries": 3, "mask": "c0[b, k]"})
     with mock.patch.object(decode_problem, "MOST_SPLITS", 2):
         kernel = append_kernel(problem, None)
     found = {"none": bool(check(cache, kernel, problem))}
@@ -130,7 +142,7 @@ def traffic(cache: KernelCache) -> dict[str, tuple[int, int]]:
         least = sum(
             each.shape[0]
             * each.shape[1]
-            * int(problem.tensors["length"])
+            * int(problem.tensors["length"][0])
             * each.shape[3]
             * each.element_size()
             for each in (problem.tensors["key"], problem.tensors["value"])

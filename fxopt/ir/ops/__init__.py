@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxopt.ir.ops import (
+    append_attention,
     block_attention,
     cached_attention,
     decode_attention,
@@ -19,6 +20,7 @@ from fxopt.ir.ops import (
     snapshot,
     uniform,
 )
+from fxopt.ir.ops.append_attention import APPEND_ATTENTION
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
@@ -30,6 +32,7 @@ from fxopt.ir.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 OPS: tuple[SemanticOp, ...] = (
     ATTENTION,
     QUANTIZED_ATTENTION,
+    APPEND_ATTENTION,
     RMS_NORM,
     ADD_RMS_NORM,
     LAYER_NORM,
@@ -50,6 +53,7 @@ def register_ops() -> None:
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         for op in OPS:
             op.register(library)
+        append_attention.register(library)
         block_attention.register(library)
         cached_attention.register(library)
         decode_attention.register(library)

@@ -199,21 +199,33 @@ def _call(
     attn_mask: torch.Tensor | None,
     is_causal: bool,
     given: Attributes,
-    **scales: torch.Tensor,
+    **scales: Any,
 ) -> torch.Tensor:
-    factor, rest = given.factor(query), given.query_rest
-    query, scale = without_symbol(query, factor)
+    rest = given.query_rest
     if rest is not None:
-        rest, _ = without_symbol(rest, factor)
-    live, score, captures = _formulas(given, attn_mask, is_causal)
-    span = _span(query, key, attn_mask, given, live, score)
-    out: torch.Tensor = torch.ops.fxopt.cached_attention(
-        query, key, value, span=span, **scales, query_rest=rest, key_rest=given.key_rest, sinks=given.sinks,
-        scale=float(scale), dead_rows=given.dead_rows, mask=str(MaskProgram(live)),
-        score="" if ScoreProgram(score).is_identity else str(ScoreProgram(score)), captures=captures,
-        sizes=list(given.sizes or ()),
-    )  # fmt: skip
+        rest, _ = without_symbol(rest, given.factor(query))
+    query, others = kernel_operands(query, key, attn_mask, is_causal, given)
+    scales |= {} if rest is None else {"query_rest": rest, "key_rest": given.key_rest}
+    out: torch.Tensor = torch.ops.fxopt.cached_attention(query, key, value, **scales, **others)
     return out
+
+
+def kernel_operands(
+    query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, given: Attributes
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The queries, and what a kernel takes besides operands: numbers, formulas and their tensors."""
+    query, scale = without_symbol(query, given.factor(query))
+    live, score, captures = _formulas(given, attn_mask, is_causal)
+    return query, {
+        "span": _span(query, key, attn_mask, given, live, score),
+        "sinks": given.sinks,
+        "scale": float(scale),
+        "dead_rows": given.dead_rows,
+        "mask": str(MaskProgram(live)),
+        "score": "" if ScoreProgram(score).is_identity else str(ScoreProgram(score)),
+        "captures": captures,
+        "sizes": list(given.sizes or ()),
+    }
 
 
 def _formulas(

@@ -1,0 +1,89 @@
+"""``fxopt::cached_append_attention`` in a graph -> calls of its kernels, in place.
+
+AOTAutograd leaves an op that writes to its inputs as torch's ``auto_functionalized_v2`` of it, which returns
+what is written, too; whoever compiles the graph decides whether that is done in place. So does the kernel's
+op, in the place of the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt.codegen.append_attention import AppendProblem, append_kernel
+from fxopt.codegen.attention_emit import NAME, Emit
+from fxopt.codegen.decode_emit import applied, share_spans
+from fxopt.codegen.kernel_file import KernelFile
+from fxopt.ir.contract import Evidence, Status
+from fxopt.ir.facts import location, val
+from fxopt.ir.linear import Unsupported
+from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.target import Target
+
+# Those of the kernel, in order.
+_TENSORS = ("query", "k_new", "v_new", "cos", "sin", "key", "value", "length", "span", "sinks")
+_CACHES = ("key", "value")
+
+
+def emit_appends(
+    graph: fx.Graph, target: Target | None, emit: Emit | None
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of the attentions that append first, and what was done. As `emit_cached`."""
+    kernels, evidence = list[KernelFile](), list[Evidence]()
+    functional = torch.ops.higher_order.auto_functionalized_v2
+    own = torch.ops.fxopt.cached_append_attention.default
+    found = [node for node in graph.find_nodes(op="call_function", target=functional) if node.args[0] is own]
+    if emit is not None:
+        share_spans([(node, node.kwargs["span"]) for node in found])
+    for node in found:
+        try:
+            problem, inputs = problem_of(node)
+            kernel = append_kernel(problem, target)
+        except Unsupported as refusal:
+            evidence.append(Evidence(NAME, node.name, location(node), Status.ILLEGAL, str(refusal)))
+            continue
+        kernels.append(kernel)
+        evidence.append(applied(node, kernel, target, problem.query.dtype))
+        if emit is not None:
+            written = {name: node.kwargs[name] for name in ("_all_bases", *map(_base_index, _CACHES))}
+            node.args = (emit(kernel),)
+            node.kwargs = {**inputs, **written}
+    return kernels, evidence
+
+
+def _base_index(name: str) -> str:
+    """What ``auto_functionalized_v2`` calls the place of a written operand among all of them."""
+    return f"_{name}_base_index"
+
+
+def problem_of(node: fx.Node) -> tuple[AppendProblem, dict[str, Any]]:
+    """What a call computes, and what its kernel takes by name, but for the caches.
+
+    Raises:
+        Unsupported: a cache is a part of another tensor.
+    """
+    given: dict[str, Any] = dict(node.kwargs)
+    bases = given["_all_bases"]
+    for name in _CACHES:
+        views = [each for each in given if each.startswith(f"_{name}_")]
+        if views != [_base_index(name)]:
+            raise Unsupported(f"the {name}s of a cache that is a part of another tensor")
+        given[name] = bases[given[_base_index(name)]]
+    nodes = {name: given[name] for name in _TENSORS if given.get(name) is not None}
+    captures, sizes = (list(given.get(name) or ()) for name in ("captures", "sizes"))
+    problem = AppendProblem(
+        tensors={name: val(arg) for name, arg in nodes.items()},
+        captures=tuple(val(arg) for arg in captures),
+        sizes=tuple(pytree.tree_map_only(fx.Node, val, sizes)),
+        scale=given["scale"],
+        dead_rows=given["dead_rows"],
+        mask=MaskProgram.parse(given.get("mask", "True")),
+        score=ScoreProgram.parse(given.get("score", "")),
+        interleaved=given.get("interleaved", False),
+    )
+    inputs = {name: arg for name, arg in nodes.items() if name not in _CACHES}
+    inputs |= {one.name: arg for one, arg in zip(problem.captured, captures, strict=True)}
+    return problem, inputs | dict(zip(problem.size_names, sizes, strict=True))
