@@ -8,16 +8,15 @@ from fxopt.codegen.attention_functions import with_helpers
 from fxopt.codegen.attention_program import captured_arguments, with_captured
 from fxopt.codegen.decode_attention import (
     about,
-    alignments,
     formula_functions,
+    operands,
     parameters,
-    pointer,
     result,
     scratch,
     sizes,
-    strides,
+    split_constants,
+    split_grid,
     template,
-    tile_constants,
     total_launch,
     widen_function,
 )
@@ -33,10 +32,7 @@ NAME = "append_attention"
 # Rows that are rotated are held several times: as they were, their partners, and both angles. So tiles have
 # fewer of them, and programs more warps where rows are wider than this.
 MOST_ROWS, FEWEST_ROWS, WIDE = 64, 16, 128
-_SHORT = {
-    "query": ("q", "bhs"), "k_new": ("k_new", "bhs"), "v_new": ("v_new", "bhs"), "key": ("k", "bhk"),
-    "value": ("v", "bhk"),
-}  # fmt: skip
+_OPERANDS = ("query", "k_new", "v_new", "cos", "sin", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -91,17 +87,7 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
 
 def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
     """The new rows, and the sums of all parts."""
-    arguments, absent = list[Argument](), list[tuple[str, int]]()
-    for name, (short, letters) in _SHORT.items():
-        found = pointer(problem, name)
-        arguments.append(Argument(f"{short}_ptr", found.type, found.expression))
-        arguments += strides(problem, name, short, letters)
-    for name in ("cos", "sin"):
-        if problem.has(name):
-            arguments.append(pointer(problem, name))
-            arguments += strides(problem, name, name, "bs")
-        else:
-            absent += [(f"{name}_ptr", 0), (f"{name}_stride_b", 0), (f"{name}_stride_s", 0)]
+    arguments, absent = operands(problem, _OPERANDS)
     for name in ("length", "span"):
         if problem.has(name):
             arguments.append(Argument(f"{name}_ptr", "*i64", name))
@@ -111,22 +97,19 @@ def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:
     arguments.append(Argument("columns", "i32", aligned=False))
     arguments += captured_arguments(problem.captured, problem.size_names)
     constants = {
-        "SCALE": float(problem.scale),
-        "KV_HEADS": problem.kv_heads,
-        "GROUP": problem.group,
-        "QUERIES": problem.queries,
-        **alignments(problem),
-        **tile_constants(tiling),
-        "V_WIDTH": int(problem.tensors["value"].shape[3]),
+        **split_constants(problem, tiling),
         "ROTARY": int(problem.tensors["cos"].shape[2]) if problem.has("cos") else 0,
         "INTERLEAVED": problem.interleaved,
         "RING": problem.ring,
         "LENGTH": problem.has("length"),
         "SPAN": problem.has("span"),
-        "UNIFORM": problem.is_uniform,
         "BLOCK_NEW": max(SMALLEST_TILE, power_of_two(problem.queries)),
     }
-    grid = f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}"
-    launched = (*absent, *constants.items())
-    warps = 8 if sum(tiling.k.blocks) > WIDE else tiling.warps
-    return Launch("_append_attention_kernel", tuple(arguments), (grid,), launched, warps, tiling.stages)
+    return Launch(
+        "_append_attention_kernel",
+        tuple(arguments),
+        split_grid(problem, tiling),
+        (*absent, *constants.items()),
+        8 if sum(tiling.k.blocks) > WIDE else tiling.warps,
+        tiling.stages,
+    )

@@ -98,6 +98,9 @@ class TritonText:
         Unsupported: by each method, where a formula has what is not covered.
     """
 
+    # How the language spells what Python has no operator for.
+    where, absolute, tanh, real = "tl.where", "tl.abs", "tanh", ".to(tl.float32)"
+
     def __init__(self, captures: Sequence[Capture]) -> None:
         self.captures: Mapping[str, Capture] = {one.name: one for one in captures}
 
@@ -123,14 +126,17 @@ class TritonText:
             return self._entry(expression)
         if isinstance(expression, sympy.floor):
             above, below = (self.integer(part) for part in expression.args[0].as_numer_denom())
-            return f"floor_div({above}, {below})"
+            return self._quotient(above, below)
         if isinstance(expression, sympy.Abs):
-            return f"tl.abs({self.integer(expression.args[0])})"
+            return f"{self.absolute}({self.integer(expression.args[0])})"
         if isinstance(expression, sympy.Add):
             return " + ".join(self._factor(arg) for arg in _ordered(expression))
         if isinstance(expression, sympy.Mul):
             return " * ".join(self._factor(arg) for arg in _ordered(expression))
         raise Unsupported(f"the integer {expression}")
+
+    def _quotient(self, above: str, below: str) -> str:
+        return f"floor_div({above}, {below})"
 
     def _factor(self, expression: Any) -> str:
         text = self.integer(expression)
@@ -145,16 +151,16 @@ class TritonText:
             return repr(float(expression))
         if expression.is_integer:
             return (
-                f"({self.integer(expression)}).to(tl.float32)"
+                f"({self.integer(expression)}){self.real}"
                 if self._varies(expression)
-                else (f"(k * 0 + {self.integer(expression)}).to(tl.float32)")
+                else (f"(k * 0 + {self.integer(expression)}){self.real}")
             )
         if isinstance(expression, AppliedUndef):
-            return f"{self._entry(expression)}.to(tl.float32)"
+            return f"{self._entry(expression)}{self.real}"
         if isinstance(expression, sympy.tanh):
-            return f"tanh({self.number(expression.args[0])})"
+            return f"{self.tanh}({self.number(expression.args[0])})"
         if isinstance(expression, sympy.Abs):
-            return f"tl.abs({self.number(expression.args[0])})"
+            return f"{self.absolute}({self.number(expression.args[0])})"
         if isinstance(expression, sympy.Pow):
             return self._power(expression)
         if isinstance(expression, sympy.Add):
@@ -198,7 +204,7 @@ class TritonText:
         others = [f"({self.number(each)})" for each in factors if not self.is_truth(each)]
         text = " * ".join([first, *others] if first else others) or "1.0"
         for truth in filter(self.is_truth, factors):
-            text = f"tl.where({self._entry(truth)} != 0, {text}, 0.0)"
+            text = f"{self.where}({self._entry(truth)} != 0, {text}, 0.0)"
         return text
 
     def is_truth(self, expression: Any) -> bool:

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
 from fxopt.codegen.attention_functions import RANDOM_BITS
-from fxopt.codegen.attention_program import TritonText
 from fxopt.codegen.attention_spec import LOG2E, Spec
+from fxopt.codegen.formula_reference import TorchText
 from fxopt.ir.formula import numbered
-
-
-class TorchText(TritonText):
-    """Formulas as torch expressions over index tensors b, h, q and k."""
-
-    def number(self, expression: Any) -> str:
-        text = re.sub(r"(?<![.\w])tanh\(", "torch.tanh(", super().number(expression))
-        return text.replace("tl.where", "torch.where").replace(".to(tl.float32)", ".float()")
-
-    def integer(self, expression: Any) -> str:
-        text = super().integer(expression)
-        return text.replace("tl.abs", "torch.abs").replace("floor_div(", "torch.floor_divide(")
-
-    def _entry(self, access: Any) -> str:
-        indices = ", ".join(self.integer(each) for each in access.args)
-        return f"{access.func}[{indices}]"
 
 
 def operand_names(spec: Spec) -> list[str]:

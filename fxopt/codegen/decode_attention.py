@@ -189,7 +189,9 @@ def alignment(tensors: Sequence[torch.Tensor]) -> int:
 _SHORT = {
     "query": ("q", "bhs"), "key": ("k", "bhk"), "value": ("v", "bhk"), "key_scale": ("k_scale", "bhk"),
     "value_scale": ("v_scale", "bhk"), "query_rest": ("q_rest", "bhs"), "key_rest": ("k_rest", "bhk"),
+    "k_new": ("k_new", "bhs"), "v_new": ("v_new", "bhs"), "cos": ("cos", "bs"), "sin": ("sin", "bs"),
 }  # fmt: skip
+_OPERANDS = ("query", "key", "value", "key_scale", "value_scale", "query_rest", "key_rest")
 
 
 def operands(problem: Problem, names: Sequence[str]) -> tuple[list[Argument], list[tuple[str, int]]]:
@@ -208,7 +210,7 @@ def operands(problem: Problem, names: Sequence[str]) -> tuple[list[Argument], li
 
 def _split_launch(problem: Problem, tiling: Tiling) -> Launch:
     """The sums of all parts."""
-    arguments, absent = operands(problem, [name for name in _SHORT])
+    arguments, absent = operands(problem, _OPERANDS)
     if problem.k_tail(tiling):
         arguments, absent = _with_tail(arguments, absent, tiling.k.parts[0])
     if problem.has("span"):
@@ -218,40 +220,40 @@ def _split_launch(problem: Problem, tiling: Tiling) -> Launch:
     arguments += [Argument("partial_ptr", "*fp32"), Argument("sums_ptr", "*fp32")]
     arguments.append(Argument("columns", "i32", aligned=False))
     arguments += captured_arguments(problem.captured, problem.size_names)
-    grid = f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}"
     constants = {
-        "SCALE": float(problem.scale),
-        "KV_HEADS": problem.kv_heads,
-        "GROUP": problem.group,
-        "QUERIES": problem.queries,
-        **alignments(problem),
-        **tile_constants(tiling),
-        "V_WIDTH": int(problem.tensors["value"].shape[3]),
+        **split_constants(problem, tiling),
         "SPAN": problem.has("span"),
         "QUANTIZED": problem.has("key_scale"),
         "SHARED": problem.shared,
-        "UNIFORM": problem.is_uniform,
     }
     return Launch(
         "_decode_attention_kernel",
         tuple(arguments),
-        (grid,),
+        split_grid(problem, tiling),
         (*absent, *constants.items()),
         tiling.warps,
         tiling.stages,
     )
 
 
-def alignments(problem: Problem) -> dict[str, int]:
-    """What the template has for the rows of K and of V."""
+def split_grid(problem: Problem, tiling: Tiling) -> tuple[str]:
+    """A program for each part of the keys of each head, and each tile of the rows that share it."""
+    return (f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}",)
+
+
+def split_constants(problem: Problem, tiling: Tiling) -> dict[str, int | float]:
+    """What templates whose programs sum up parts have of a problem and of its tiles."""
     tensors = problem.tensors
     keys = [tensors[name] for name in ("key", "key_rest") if problem.has(name)]
-    return {"K_ALIGN": alignment(keys), "V_ALIGN": alignment([tensors["value"]])}
-
-
-def tile_constants(tiling: Tiling) -> dict[str, int]:
-    """What the template has for the tiles."""
     return {
+        "SCALE": float(problem.scale),
+        "KV_HEADS": problem.kv_heads,
+        "GROUP": problem.group,
+        "QUERIES": problem.queries,
+        "K_ALIGN": alignment(keys),
+        "V_ALIGN": alignment([tensors["value"]]),
+        "V_WIDTH": int(tensors["value"].shape[3]),
+        "UNIFORM": problem.is_uniform,
         "WIDTH_0": tiling.k.parts[0],
         "BLOCK_0": tiling.k.blocks[0],
         "WIDTH_1": tiling.k.parts[1],

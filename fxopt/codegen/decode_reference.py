@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from fxopt.codegen.decode_problem import Problem
-from fxopt.codegen.formula_reference import condition_text, number_text
+from fxopt.codegen.formula_reference import TorchText
 from fxopt.ir.cost import hint
-from fxopt.ir.formula import S
 from fxopt.ir.ops.masking import MEAN, NAN, NONE
 
 _DEAD = {
@@ -21,88 +20,78 @@ _DEAD = {
 
 def reference_text(problem: Problem, names: Sequence[str]) -> str:
     """``def reference(<names>)`` in plain torch."""
-    lines = [f"def reference({', '.join(names)}):"]
-    lines += [f"    {line}" for line in _lines(problem)]
-    return "\n".join(lines)
-
-
-def _lines(problem: Problem) -> list[str]:
-    group, quantized = problem.group, problem.has("key_scale")
-    lines = ["batch, heads, rows, _ = query.shape", "columns = key.shape[2]"]
-    for name in ("key", "value") if quantized else ():
+    lines = ["batch, heads, rows, _ = query.shape", "k = torch.arange(key.shape[2], device=query.device)"]
+    for name in ("key", "value") if problem.has("key_scale") else ():
         lines.append(f"{name} = ({name}.to({name}_scale.dtype) * {name}_scale).to(query.dtype)")
     if problem.has("key_rest"):
         lines += ["query = torch.cat([query, query_rest], -1)", "key = torch.cat([key, key_rest], -1)"]
-    lines += [f"{name} = {name}.repeat_interleave({group}, 1)" for name in ("key", "value") if group > 1]
-    shapes = ("(-1, 1, 1, 1)", "(-1, 1, 1)", "(-1, 1)", "(-1,)")
-    for letter, extent, shape in zip("bhqk", ("batch", "heads", "rows", "columns"), shapes, strict=True):
-        lines.append(f"{letter} = torch.arange({extent}, device=query.device).view{shape}")
-    lines.append(f"live = {condition_text(problem.mask.live)}")
+    lines += [*_attention(problem), *_dead_rows(problem)]
+    return _function("reference", names, [*lines, "return out"])
+
+
+def _function(name: str, parameters: Sequence[str], lines: Sequence[str]) -> str:
+    return "\n".join([f"def {name}({', '.join(parameters)}):", *(f"    {line}" for line in lines)])
+
+
+def _attention(problem: Problem, value: str = "value") -> list[str]:
+    """`out` of query, key and value, where the keys are at the positions k; `live` is left as well."""
+    text = TorchText(problem.captured)
+    lines = [
+        f"{name} = {name}.repeat_interleave({problem.group}, 1)"
+        for name in ("key", "value")
+        if problem.group > 1
+    ]
+    lines += [
+        f"{letter} = torch.arange({extent}, device=query.device).view{shape}"
+        for letter, extent, shape in _AXES
+    ]
+    lines.append(f"live = {text.condition(problem.mask.live)}")
     if problem.has("span"):
         lines.append("live = live & (k >= span[0]) & (k < span[1])")
     lines.append(f"s = (query @ key.transpose(2, 3)) * {problem.scale!r}")
-    if problem.score.result != S:
-        lines.append(f"s = ({number_text(problem.score.result)}).to(query.dtype)")
+    if not problem.score.is_identity:
+        lines.append(f"s = ({text.number(problem.score.result)}).to(query.dtype)")
     lines.append('s = torch.where(live, s, float("-inf"))')
     if problem.has("sinks"):
         lines.append("sink = sinks.view(1, -1, 1, 1).to(s.dtype).expand(batch, heads, rows, 1)")
         lines.append("s = torch.cat([s, sink], -1)")
     lines.append("weights = torch.softmax(s, -1, dtype=torch.float32).nan_to_num(0.0)")
-    lines.append("out = weights[..., :columns].to(value.dtype) @ value")
-    if problem.dead_rows in _DEAD and not problem.has("sinks"):
-        lines += ["alive = live.expand(batch, heads, rows, columns).any(-1, keepdim=True)"]
-        lines.append(_DEAD[problem.dead_rows])
-    return [*lines, "return out"]
+    return [*lines, f"out = weights[..., : len(k)].to(query.dtype) @ {value}"]
+
+
+def _dead_rows(problem: Problem) -> list[str]:
+    if problem.dead_rows not in _DEAD or problem.has("sinks"):
+        return []
+    alive = "alive = live.expand(batch, heads, rows, len(k)).any(-1, keepdim=True)"
+    return [alive, _DEAD[problem.dead_rows]]
+
+
+_AXES = (("b", "batch", "(-1, 1, 1, 1)"), ("h", "heads", "(-1, 1, 1)"), ("q", "rows", "(-1, 1)"))
 
 
 def append_reference_text(problem: Problem, names: Sequence[str], interleaved: bool, ring: bool) -> str:
     """``def reference(<names>)`` of an attention that appends first, in plain torch."""
-    lines = [f"def reference({', '.join(names)}):", "    batch, heads, rows, _ = query.shape"]
+    lines = ["batch, heads, rows, _ = query.shape"]
     if problem.has("cos"):
-        lines += ["    query, k_new = rotated(query, cos, sin), rotated(k_new, cos, sin)"]
-    lines += [
-        "    columns = key.shape[2]",
-        f"    start = {'int(length.flatten()[0])' if problem.has('length') else 'columns - rows'}",
-        "    slot = torch.arange(columns, device=key.device)",
-    ]
-    lines += ["    places = start + torch.arange(rows, device=key.device)"]
-    lines += ["    old = slot + (start - 1 - slot) // columns * columns" if ring else "    old = slot"]
+        lines += ["query, k_new = rotated(query, cos, sin), rotated(k_new, cos, sin)"]
+    lines += ["columns = key.shape[2]", "slot = torch.arange(columns, device=key.device)"]
+    lines += [f"start = {'int(length.flatten()[0])' if problem.has('length') else 'columns - rows'}"]
+    lines += ["places = start + torch.arange(rows, device=key.device)"]
+    lines += ["old = slot + (start - 1 - slot) // columns * columns" if ring else "old = slot"]
     kept = "(slot < start) & (old + columns >= start + rows)" if ring else "(slot - start) // rows != 0"
-    lines += [f"    kept = {kept}", "    k = torch.cat([old[kept], places])"]
+    lines += [f"kept = {kept}", "k = torch.cat([old[kept], places])"]
     for cache, new in (("key", "k_new"), ("value", "v_new")):
-        lines += [f"    whole_{cache} = torch.cat([{cache}[:, :, kept], {new}], 2)"]
-        lines += [f"    {cache}.index_copy_(2, places{' % columns' if ring else ''}, {new})"]
-        lines += [f"    whole_{cache} = whole_{cache}.repeat_interleave({problem.group}, 1)"]
-    lines += [
-        f"    {letter} = torch.arange({extent}, device=query.device).view{shape}"
-        for letter, extent, shape in _AXES
-    ]
-    lines += [f"    live = {condition_text(problem.mask.live)}"]
-    lines += [f"    s = (query @ whole_key.transpose(2, 3)) * {problem.scale!r}"]
-    if problem.score.result != S:
-        lines.append(f"    s = ({number_text(problem.score.result)}).to(query.dtype)")
-    if problem.has("span"):
-        lines.insert(-1, "    live = live & (k >= span[0]) & (k < span[1])")
-    lines.append('    s = torch.where(live, s, float("-inf"))')
-    if problem.has("sinks"):
-        lines.append("    sink = sinks.view(1, -1, 1, 1).to(s.dtype).expand(batch, heads, rows, 1)")
-        lines.append("    s = torch.cat([s, sink], -1)")
-    lines.append("    weights = torch.softmax(s, -1, dtype=torch.float32).nan_to_num(0.0)[..., : len(k)]")
-    lines += [
-        "    live = live.expand(batch, heads, rows, len(k))",
-        "    seen = live.any(2)[..., None]",  # whatever a key holds that nobody sees
-        "    out = weights.to(query.dtype) @ torch.where(seen, whole_value, 0)",
-    ]
-    if problem.dead_rows in _DEAD and not problem.has("sinks"):
-        mean = f"value.mean(2, keepdim=True).repeat_interleave({problem.group}, 1)"
-        dead = _DEAD[problem.dead_rows].replace("value.mean(2, keepdim=True)", mean)
-        lines += ["    alive = live.any(-1, keepdim=True)", f"    {dead}"]
-    text = "\n".join([*lines, "    return out"])
+        lines += [f"cached, {cache} = {cache}, torch.cat([{cache}[:, :, kept], {new}], 2)"]
+        lines += [f"cached.index_copy_(2, places{' % columns' if ring else ''}, {new})"]
+    # Whatever a row of the cache holds that nobody sees has no part in the sum.
+    seen = "torch.where(live.expand(batch, heads, rows, len(k)).any(2)[..., None], value, 0)"
+    lines += [*_attention(problem, seen), f"value = cached.repeat_interleave({problem.group}, 1)"]
+    lines += [*_dead_rows(problem), "return out"]
+    text = _function("reference", names, lines)
     turn = _INTERLEAVED if interleaved else _HALVES
     return f"{_ROTATED.format(turn=turn)}\n\n{text}" if problem.has("cos") else text
 
 
-_AXES = (("b", "batch", "(-1, 1, 1, 1)"), ("h", "heads", "(-1, 1, 1)"), ("q", "rows", "(-1, 1)"))
 _ROTATED = """def rotated(x, cos, sin):
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     {turn}

@@ -86,6 +86,25 @@ def score_gradient(of_scores, s, raw, b, h, q, k, columns, captured):
 
 
 @triton.jit
+def tile_again(
+    q_tile, grad_tile, top, share, k_base, v_base, k_stride_s, v_stride_s, place, b, h, q, heads, rows,
+    columns, captured, SCALE: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """(K, k, the scaled product, the score, P, dP) of a tile of queries and the keys from `place` on."""
+    k = (place + tl.arange(0, BLOCK_N))[None, :]
+    k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MODE != 0)
+    v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MODE != 0)
+    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    if SCALE != 1.0:
+        raw *= SCALE
+    s, weights = weights_again(raw, top, share, b, h, q, k, columns, captured, FACTOR, MODE)
+    of_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
+    of_weights = dropped(of_weights, b, h, q, k, heads, rows, columns, captured)
+    return k_tile, k, raw, s, weights, of_weights
+
+
+@triton.jit
 def add_to_queries(
     acc, numbers, q_tile, grad_tile, top, share, delta, k_base, v_base, k_stride_s, v_stride_s, start, end,
     b, h, q, heads, rows, columns, captured,
@@ -95,16 +114,10 @@ def add_to_queries(
 ):  # fmt: skip
     """What the keys ``[start, end)`` add to dQ, and to the gradient of a learned number, of a tile."""
     for place in tl.range(start, end, BLOCK_N):
-        keys = place + tl.arange(0, BLOCK_N)
-        k = keys[None, :]
-        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MODE != 0)
-        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MODE != 0)
-        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        if SCALE != 1.0:
-            raw *= SCALE
-        s, weights = weights_again(raw, top, share, b, h, q, k, columns, captured, FACTOR, MODE)
-        of_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
-        of_weights = dropped(of_weights, b, h, q, k, heads, rows, columns, captured)
+        k_tile, k, raw, s, weights, of_weights = tile_again(
+            q_tile, grad_tile, top, share, k_base, v_base, k_stride_s, v_stride_s, place, b, h, q, heads,
+            rows, columns, captured, SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, MODE,
+        )  # fmt: skip
         of_scores = weights * (of_weights - delta)
         if LEARNED:
             numbers += tl.sum(of_scores * learned(raw, b, h, q, k, columns, captured), 1)

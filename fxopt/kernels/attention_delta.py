@@ -10,9 +10,9 @@ to half of its digits more. It is for float32, and for gradients of numbers that
 import triton
 import triton.language as tl
 
-from fxopt.kernels.attention_backward import dead_share, load_sums, weights_again
+from fxopt.kernels.attention_backward import dead_share, load_sums, tile_again
 from fxopt.kernels.attention_forward import crop, head_of, load_pairs, load_rows, tile_of_pairs, whole_tiles
-from fxopt.kernels.example_functions import columns_of, dropped
+from fxopt.kernels.example_functions import columns_of
 
 # --- All below is copied into kernels' files as it stands.
 
@@ -45,16 +45,10 @@ def add_to_delta(
 ):  # fmt: skip
     """What the keys ``[start, end)`` add to rowsum(P * dP) and to rowsum(P)."""
     for place in tl.range(start, end, BLOCK_N):
-        keys = place + tl.arange(0, BLOCK_N)
-        k = keys[None, :]
-        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MODE != 0)
-        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MODE != 0)
-        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        if SCALE != 1.0:
-            raw *= SCALE
-        _, weights = weights_again(raw, top, share, b, h, q, k, columns, captured, FACTOR, MODE)
-        of_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
-        of_weights = dropped(of_weights, b, h, q, k, heads, rows, columns, captured)
+        _, _, _, _, weights, of_weights = tile_again(
+            q_tile, grad_tile, top, share, k_base, v_base, k_stride_s, v_stride_s, place, b, h, q, heads,
+            rows, columns, captured, SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, MODE,
+        )  # fmt: skip
         acc += tl.sum(weights * of_weights, 1)
         total += tl.sum(weights, 1)
     return acc, total
