@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxopt.integrations.load_quantized import load_quantized
     from fxopt.integrations.loss_only import loss_only
     from fxopt.integrations.prepare import prepare
+    from fxopt.integrations.quantization_config import FxoptConfig
     from fxopt.integrations.quantized_cache import QuantizedCache
     from fxopt.integrations.static_quantized_cache import StaticQuantizedCache
     from fxopt.integrations.warmup import warmup
@@ -39,6 +40,7 @@ _PUBLIC = {
     "loss_only": "fxopt.integrations.loss_only",
     "prepare": "fxopt.integrations.prepare",
     "warmup": "fxopt.integrations.warmup",
+    "FxoptConfig": "fxopt.integrations.quantization_config",
     "QuantizedCache": "fxopt.integrations.quantized_cache",
     "StaticQuantizedCache": "fxopt.integrations.static_quantized_cache",
     "Report": "fxopt.report.report",
@@ -47,6 +49,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "FxoptConfig",
     "FxoptError",
     "Options",
     "QuantizedCache",

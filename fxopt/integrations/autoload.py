@@ -1,10 +1,11 @@
 """What fxopt does at the end of `import torch`, called by torch through its entry points `torch.backends`.
 
-Four small things, none of which imports torch's compiler, accelerate or any other part of fxopt:
+Five small things, none of which imports torch's compiler, accelerate or any other part of fxopt:
 - `TORCH_LOGS="fxopt"` becomes a name that torch knows;
 - `torch.compile(backend="fxopt", options=...)` checks its options at once, as it does for Inductor;
 - accelerate will accept the name `fxopt`, if and when it is imported;
-- `generate` of a module that was compiled with fxopt will run compiled, see `fxopt.integrations.generate`.
+- `generate` of a module that was compiled with fxopt will run compiled, see `fxopt.integrations.generate`;
+- `from_pretrained` will load what `fxopt.prepare` has quantized, see `fxopt.integrations.hf_quantizer`.
 
 torch turns an exception raised here into a failure of `import torch`. So each step is contained, and what
 became of it is kept for `fxopt doctor`. With `TORCH_DEVICE_BACKEND_AUTOLOAD=0` torch calls nothing of this.
@@ -28,6 +29,7 @@ _IMPORT_HOOKS = "import hooks"
 _ACCELERATE = "accelerate"
 _LAUNCH = "accelerate launch"
 _GENERATE = "generate of compiled models"
+_QUANTIZER = "quantized checkpoints"
 
 _outcomes: dict[str, str] = {}
 _failures: dict[str, str] = {}
@@ -103,11 +105,12 @@ def _wait_for_imports() -> str:
 
     if _finder is None:
         _finder = PostImportFinder()
-    for step in (_ACCELERATE, _LAUNCH, _GENERATE):
+    for step in (_ACCELERATE, _LAUNCH, _GENERATE, _QUANTIZER):
         _outcomes.setdefault(step, "waits until it is imported")
     _finder.when_imported("accelerate.utils.dataclasses", _on_accelerate)
     _finder.when_imported("accelerate.commands.config.config_utils", _on_accelerate_launch)
     _finder.when_imported("torch._dynamo.eval_frame", _on_compiled_modules)
+    _finder.when_imported("transformers.quantizers.auto", _on_quantizers)
     return "installed"
 
 
@@ -127,6 +130,16 @@ def _on_compiled_modules(module: ModuleType) -> None:
         return extend_optimized_module(module)
 
     _attempt(_GENERATE, action)
+
+
+def _on_quantizers(_: ModuleType) -> None:
+    def action() -> str:
+        from fxopt.integrations.hf_quantizer import register_with_transformers
+
+        register_with_transformers()
+        return "known to transformers"
+
+    _attempt(_QUANTIZER, action)
 
 
 def _on_accelerate_launch(module: ModuleType) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fxopt.integrations.adopt_modules import adopt_modules
+from fxopt.integrations.adopt_modules import KEPT, adopt_modules
 from fxopt.integrations.calibrate import Calibration
-from fxopt.integrations.linear_modules import is_linear, matrix_of
-from fxopt.integrations.quantized_module import QuantizedLinear
-from fxopt.ir.calibrated_quantize import quantize_calibrated
+from fxopt.integrations.linear_modules import is_linear
+from fxopt.integrations.quantize_layer import LayerFacts, dense_note, quantized_layer, stack_notes
 from fxopt.ir.linear_notes import LinearNote
-from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
+from fxopt.ir.quantization_policy import Scheme
 from fxopt.ir.quantize import NotFinite
-from fxopt.ir.quantize import quantize as round_to_nearest
-from fxopt.ir.quantized_weight import signal_to_noise
 from fxopt.options import Options
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,27 +54,50 @@ def prepare(
     notes = adopt_modules(model)
     known = {note.name for note in notes}
     names = [name for name, module in model.named_modules() if is_linear(module) and name not in known]
-    about = _About(model)
+    about = LayerFacts(model)
     for name in names:
         module: Any = model.get_submodule(name)
         chosen = about.scheme(name, module, options)
         if isinstance(chosen, Scheme):
-            try:
-                made, note = _quantized(name, module, chosen, calibration)
-            except NotFinite as error:
-                chosen = str(error)
-            else:
-                replace(model, name, made)
-                notes.append(note)
-                continue
-        notes.append(_dense(name, type(module).__name__, module.weight, chosen))
-    notes.extend(
-        _dense(name, "a stack of matrices", parameter, "it is no linear layer")
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3
-    )
+            notes.append(quantize_in_place(model, name, chosen, calibration))
+        else:
+            notes.append(dense_note(name, type(module).__name__, module.weight, chosen))
+    notes.extend(stack_notes(model))
     setattr(model, NOTES, notes)
+    _describe(model)
     return model
+
+
+def quantize_in_place(
+    model: nn.Module, name: str, scheme: Scheme, calibration: Calibration | None = None
+) -> LinearNote:
+    """Replace the linear layer `name` of `model`, unless its weight cannot be quantized; says what it did."""
+    module: Any = model.get_submodule(name)
+    try:
+        made, note = quantized_layer(name, module, scheme, calibration)
+    except NotFinite as error:
+        return dense_note(name, type(module).__name__, module.weight, str(error))
+    replace(model, name, made)
+    return note
+
+
+def _describe(model: nn.Module) -> None:
+    """Have the configuration of a model of transformers say what is quantized: it is saved with the model.
+
+    A library's layers that were left as they are need what the library has put there.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    from fxopt.integrations.quantization_config import FxoptConfig
+
+    notes = getattr(model, NOTES)
+    if any(note.route == KEPT for note in notes) or not any(note.is_quantized for note in notes):
+        return
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.config.quantization_config = FxoptConfig()
+    model.config.quantization_config.describe(model)
 
 
 def replace(model: nn.Module, name: str, made: nn.Module) -> None:
@@ -84,55 +105,3 @@ def replace(model: nn.Module, name: str, made: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     made.train(model.training)
     setattr(model.get_submodule(parent), own, made)
-
-
-def _dense(name: str, source: str, weight: torch.Tensor, reason: str) -> LinearNote:
-    size = weight.numel() * weight.element_size()
-    return LinearNote(name, "", source, "dense", size, size, None, reason)
-
-
-def _quantized(
-    name: str, module: Any, scheme: Scheme, calibration: Calibration | None
-) -> tuple[QuantizedLinear, LinearNote]:
-    dense = matrix_of(module)
-    hessian = None if calibration is None else calibration.hessians.get(name)
-    if not bool(dense.isfinite().all()):
-        raise NotFinite("it has entries that are not finite")
-    if hessian is None:
-        weight = round_to_nearest(dense, scheme.format, scheme.group_size)
-    else:
-        weight = quantize_calibrated(dense, hessian.to(dense.device), scheme.format, scheme.group_size)
-    how = (
-        f"{scheme}, calibrated on {calibration.tokens[name]} tokens"
-        if hessian is not None and calibration
-        else str(scheme)
-    )
-    size = dense.numel() * dense.element_size()
-    decibels = signal_to_noise(dense, weight.dequantize())
-    note = LinearNote(name, how, type(module).__name__, "fxopt::qlinear", size, weight.nbytes, decibels, "")
-    return QuantizedLinear(weight, scheme.activation, module.bias), note
-
-
-class _About:
-    """What a model says of its layers; looked up before any is replaced."""
-
-    def __init__(self, model: nn.Module) -> None:
-        found = getattr(model, "get_output_embeddings", None)
-        self.head = found() if callable(found) else None
-        listed = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        self.wide = {part for name in listed for part in getattr(model, name, None) or ()}
-        dtypes = [matrix_of(module).dtype for module in model.modules() if is_linear(module)]
-        self.narrow = 2 * len([each for each in dtypes if each.itemsize == 2]) > len(dtypes)
-        self.readers: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            for parameter in module.parameters(recurse=False):
-                self.readers.setdefault(id(parameter), []).append(name)
-
-    def scheme(self, name: str, module: Any, options: Options) -> Scheme | str:
-        """How to quantize a layer, or why it is left alone."""
-        rows, columns = matrix_of(module).shape
-        others = [reader for reader in self.readers[id(module.weight)] if reader != name]
-        wide = not self.wide.isdisjoint(name.split("."))
-        wide = wide or (self.narrow and module.weight.dtype is torch.float32)
-        tied, is_head = "".join(others[:1]), module is self.head
-        return scheme_of(Layer(name, (rows, columns), tied, wide, is_head), options)

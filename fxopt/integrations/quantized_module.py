@@ -58,6 +58,39 @@ class QuantizedLinear(nn.Module):
         kept["compute_dtype"] = "" if self.compute_dtype is None else str(self.compute_dtype)
         return json.dumps(kept).encode()
 
+    def description(self) -> dict[str, Any]:
+        """All but the numbers: JSON that `on_meta` makes a module of the same layout of."""
+        dtypes = {name: None if part is None else str(part.dtype) for name, part in self._parts()}
+        meaning: dict[str, Any] = json.loads(self._meaning())
+        return meaning | {"out_features": self.out_features, "dtypes": dtypes}
+
+    def _parts(self) -> list[tuple[str, torch.Tensor | None]]:
+        return [(name, getattr(self, name)) for name in PARTS]
+
+    @staticmethod
+    def on_meta(description: dict[str, Any], bias: torch.Tensor | None) -> QuantizedLinear:
+        """A module without storage, whose buffers are to be loaded."""
+        kind, count, group = (description[name] for name in ("format", "in_features", "group_size"))
+        shapes = QuantizedWeight.shapes(FORMATS[kind], description["out_features"], count, group)
+        parts = {
+            name: torch.empty(shapes[name], dtype=_dtype(dtype), device="meta")
+            for name, dtype in description["dtypes"].items()
+            if dtype is not None
+        }
+        parts["codes"] = parts["codes"].view(FORMATS[kind].storage)
+        return QuantizedLinear._made(QuantizedWeight(FORMATS[kind], count, group, **parts), bias, description)
+
+    @staticmethod
+    def _made(weight: QuantizedWeight, bias: torch.Tensor | None, meaning: dict[str, Any]) -> QuantizedLinear:
+        told = meaning.get("compute_dtype", "")
+        return QuantizedLinear(
+            weight,
+            meaning["activation"],
+            bias,
+            threshold=meaning.get("threshold", 0.0),
+            compute_dtype=_dtype(told) if told else None,
+        )
+
     @staticmethod
     def described(state: dict[str, torch.Tensor], prefix: str) -> QuantizedLinear:
         """The module whose buffers are those of `state` below `prefix`, which ends with a dot."""
@@ -66,14 +99,7 @@ class QuantizedLinear(nn.Module):
         codes = state[prefix + "codes"].view(kind.storage)
         parts = (state.get(prefix + name) for name in PARTS[1:])
         weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, *parts)  # type: ignore[arg-type]
-        told = kept.get("compute_dtype", "").removeprefix("torch.")
-        return QuantizedLinear(
-            weight,
-            kept["activation"],
-            state.get(prefix + "bias"),
-            threshold=kept.get("threshold", 0.0),
-            compute_dtype=getattr(torch, told) if told else None,
-        )
+        return QuantizedLinear._made(weight, state.get(prefix + "bias"), kept)
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -129,6 +155,12 @@ def _computed(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Of ``torch.float32`` as text."""
+    found: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return found
 
 
 def _stored(part: torch.Tensor | None) -> torch.Tensor | None:

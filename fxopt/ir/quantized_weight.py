@@ -64,22 +64,20 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         """Raises ValueError when the tensors are not of the shapes and dtypes that the layout has."""
-        rows, groups = self.codes.shape[0], ceil_div(self.in_features, self.group_size)
-        packed = self.format.bits == 4
-        wide = ceil_div(self.in_features, BLOCK) * _HALF if packed else self.in_features
-        of_groups = (rows, groups)
-        wanted: dict[str, tuple[int, ...]] = {
-            "codes": (rows, wide),
-            "scales": of_groups,
-            "offsets": of_groups,
-        }
-        wanted["columns"] = (self.in_features,)
+        wanted = self.shapes(self.format, self.codes.shape[0], self.in_features, self.group_size)
         for name, shape in wanted.items():
             given = getattr(self, name)
             if given is not None and tuple(given.shape) != shape:
                 raise ValueError(f"{name} of shape {tuple(given.shape)}, wanted {shape}")
         if self.codes.dtype != self.format.storage:
             raise ValueError(f"codes of {self.codes.dtype}, wanted {self.format.storage}")
+
+    @staticmethod
+    def shapes(kind: Format, rows: int, columns: int, group_size: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors of a weight (`rows`, `columns`)."""
+        of_groups = (rows, ceil_div(columns, group_size))
+        wide = ceil_div(columns, BLOCK) * _HALF if kind.bits == 4 else columns
+        return {"codes": (rows, wide), "scales": of_groups, "offsets": of_groups, "columns": (columns,)}
 
     @staticmethod
     def from_codes(
