@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from fxopt.commands.demo_text import PAIRS, REVIEWS, SENTENCES
 from fxopt.errors import UserError
 from fxopt.measure.accuracy import allowed_error, comparable, float64_everywhere, max_error
 from fxopt.measure.compiled import apart, compile_with
+from fxopt.measure.quiet import quiet_transformers
 from fxopt.measure.timing import Ratio, interleave
 from fxopt.report.record import GraphRecord, collect
 from fxopt.report.watch import FrameState
@@ -229,7 +228,7 @@ def generation(say: Say, new_tokens: int = 48) -> Outcome:
 def training(say: Say) -> Outcome:
     """Three steps of the Trainer, by flag; what is timed afterwards is its `training_step`."""
     runs = Runs()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         for backend in BACKENDS:
             say("eager" if backend == "eager" else f"compiling with {backend}")
             trainer = _trainer(Path(folder), backend)
@@ -311,15 +310,3 @@ def _training_step(trainer: Any) -> Callable[[], Any]:
         return trainer.training_step(trainer.model_wrapped, dict(batch))
 
     return step
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remark that the classifier's head is new."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.memory import peak_bytes
 from fxopt.measure.models import Subject
+from fxopt.measure.quiet import quiet_transformers
 from fxopt.measure.results import Row
 from fxopt.measure.suite import release
 from fxopt.measure.timing import interleave
@@ -63,7 +62,7 @@ def _measure(plan: Plan, model: str, by: str) -> Row:
     names = [EAGER, BASELINE, CANDIDATE, *([TUNED] if plan.tuned else [])]
     names += [LIGER] if by == "loop" and _knows_liger(subject.model.config.model_type) else []
     make = _by_trainer if by == "trainer" else _by_loop
-    with tempfile.TemporaryDirectory() as folder, _quiet(), collect() as records:
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers(), collect() as records:
         made = {name: make(plan, _copy(subject), name, folder) for name in names}
         answers = {name: answer() for name, (answer, _) in made.items()}
         steps: dict[str, Step] = {name: step for name, (_, step) in made.items()}
@@ -162,14 +161,3 @@ def _knows_liger(model_type: str) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
