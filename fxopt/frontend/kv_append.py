@@ -35,6 +35,7 @@ from fxopt.runtime.kv_growth import Append, Begin, Length
 aten = torch.ops.aten
 NAME = "append-kv-cache"
 _END = 2**63 - 1
+_COMPLETE = "wanted rows of tokens, saw what is made of floating-point inputs alone"
 
 
 class _Refusal(Exception):  # noqa: N818 - becomes evidence
@@ -57,7 +58,10 @@ def insert_appends(
         if cat is None:
             continue
         try:
-            if _begins(cat):
+            if _begins(cat) and not _made_of_tokens(_operands(cat)[1]):
+                plan.complete.append((place, _dim(cat)))
+                notes[cat] = _note(cat, _COMPLETE, Status.ILLEGAL)
+            elif _begins(cat):
                 plan.begins.append(search.begin(place, result, cat))
                 notes[cat] = _note(cat, "its first rows get a buffer inside of generate")
             else:
@@ -121,8 +125,6 @@ class _Search:
             _Refusal: it is to stay what it is.
         """
         self._check_value(cat)
-        if not _made_of_tokens(_operands(cat)[1]):
-            raise _Refusal("wanted rows of tokens, saw what is made of floating-point inputs alone")
         return Begin(place, _dim(cat), bounded=result is not cat)
 
     def append(self, place: int, result: fx.Node, cat: fx.Node) -> Append:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.runtime.kv_state import expected_length
+from fxopt.runtime.read_lengths import of_any_length, reading
 from fxopt.runtime.step_loops import CURRENT
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _compiled(compiled: Any, found: Any) -> Any:
         token = _called.set(called)
         paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
         try:
-            with expected_length(_longest(model, args, kwargs)), _room_for_graphs():
+            with expected_length(_longest(model, args, kwargs)), reading(), _room_for_graphs():
                 result = found.__func__(_stand_in(compiled, model, options), *args, **kwargs)
         finally:
             _called.reset(token)
@@ -188,7 +189,8 @@ def _stand_in_class(compiled: Callable[[], Any], kind: Any, options: Options) ->
         if called is not None:
             called[0] = True
         module = compiled()
-        return (_paths.get() or {}).get(id(module), module)(*args, **kwargs)
+        with of_any_length(kwargs):
+            return (_paths.get() or {}).get(id(module), module)(*args, **kwargs)
 
     def get_compiled_call(self: Any, compile_config: Any = None) -> Any:
         """transformers asks for this to compile decoding itself. It is compiled already."""

@@ -142,6 +142,13 @@ def _replacements(
         found[f"{source}.storage_offset()"] = str(tensor.storage_offset())
     for number, (place, _) in enumerate(users):
         found[frame.sources[place]] = f"_tensor{number}"
+    changing = {*call.places, *(place for place, _ in users)}
+    for place, (sizes, tensor) in enumerate(zip(frame.sizes, inputs, strict=False)):
+        # What was read, such as an encoder's output: as long as the text lasts, these are the same numbers.
+        if place not in changing and isinstance(tensor, torch.Tensor) and None in (sizes or ()):
+            for dim, size in enumerate(tensor.shape):
+                found[f"{frame.sources[place]}.size()[{dim}]"] = str(size)
+                found[f"{frame.sources[place]}.stride()[{dim}]"] = str(tensor.stride(dim))
     return found
 
 

@@ -14,6 +14,7 @@ from fxopt.runtime.frames import Frame
 from fxopt.runtime.holders import references
 from fxopt.runtime.kv_growth import Append, Begin, Growth, shares
 from fxopt.runtime.kv_state import STATE, will_grow
+from fxopt.runtime.read_lengths import has_been_read, is_any_length
 
 # Where calls are noted while somebody wants to know about them: the call, and its inputs.
 noted: ContextVar[list[tuple[GrowingCall, Sequence[Any]]] | None] = ContextVar("fxopt_noted", default=None)
@@ -25,11 +26,13 @@ class Plan:
 
     Attributes:
         appends, begins: tensors that grow, and that are going to.
+        complete: output and dimension of those that have all their rows, as many as there is to read.
         together: they get more room at one step, not each at another.
     """
 
     appends: list[Append] = field(default_factory=list)
     begins: list[Begin] = field(default_factory=list)
+    complete: list[tuple[int, int]] = field(default_factory=list)
     together: bool = False
 
     def __bool__(self) -> bool:
@@ -58,6 +61,7 @@ class GrowingCall:
         self.growth = Growth(self.appends, plan.together)
         self.instead = instead
         self.frame = frame
+        self._complete = plan.complete
         self._begins = list(zip(plan.begins, shares(len(plan.begins), plan.together), strict=True))
         self._in_order: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
 
@@ -96,10 +100,10 @@ class GrowingCall:
         del results, outputs  # so that each tensor that was copied goes before the next one is
         for each, share in self._begins:
             rows = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
-            # The step behind the prompt is compiled for all lengths at once. Dynamo does not guard on this
-            # mark: steps that were compiled for tensors without it fit.
-            rows._dynamo_propagated_dynamic_indices = {each.dim}  # type: ignore[attr-defined]
+            is_any_length(rows, each.dim)  # the step behind the prompt is compiled for all lengths at once
             begun[each.output] = rows
+        for output, dim in self._complete:
+            has_been_read(begun[output], dim)
         return tuple(begun)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 import fxopt
 from fxopt.runtime.kv_state import STATE
-from support.cache_fuzz import LAYERS, Differs, PastGuards, fuzz, sliding
+from support.cache_fuzz import LAYERS, OPERATIONS, Differs, PastGuards, compiled_step, fuzz, sliding
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,19 @@ def test_random_operations_past_the_guards(make: Callable[[], DynamicCache]) -> 
     path = PastGuards()
     fuzz(seed=2, operations=60, compiled=path, make=make)
     assert path.taken > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("past", [False, True], ids=["guards", "past the guards"])
+@pytest.mark.parametrize("make", [DynamicCache, sliding, fxopt.QuantizedCache])
+def test_ten_thousand_random_operations(make: Callable[[], DynamicCache], past: bool) -> None:
+    compiled = PastGuards() if past else compiled_step()
+    done: Counter[str] = Counter()
+    for seed in range(20):
+        done.update(fuzz(seed, 500, compiled, make).done)
+    assert done.total() == 10_000
+    assert set(done) == set(OPERATIONS)
+    assert not isinstance(compiled, PastGuards) or compiled.taken > 5_000
 
 
 @pytest.mark.parametrize("fault", ["holders", "aliases"])

@@ -46,6 +46,8 @@ def test_all_tokens_of(name: str) -> None:
     assert growth["graphs"][-1] == 0
     if name not in SLIDING:
         assert growth["graphs"][0] <= 3
+        assert growth["graphs"][1] <= 1
+        assert not any(growth["graphs"][2:])
         assert growth["in_place"] >= 0.995 * growth["appends"]
 
 

@@ -1,6 +1,6 @@
 """Random operations on key-value caches, compiled and eager side by side; after each, all is equal.
 
-``python -m tests.support.cache_fuzz --operations 10000`` runs longer than the test does.
+``python -m tests.support.cache_fuzz --operations 10000`` is what the slow tests do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import argparse
 import copy
 import io
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import DynamicCache, MistralConfig
 from fxopt.runtime.decode_path import DecodePath
 from fxopt.runtime.step_loops import CURRENT
 
-HEADS, WIDTH, LAYERS = 2, 3, 1
+HEADS, WIDTH, LAYERS = 2, 3, 2
 Step = Callable[[DynamicCache, torch.Tensor], torch.Tensor]
 
 
@@ -91,6 +93,24 @@ class Fuzz:
         pair = self._pair()
         for _ in range(self.random.randrange(1, 20)):
             self._step(pair, torch.randn(LAYERS, 2, pair[1].layers[0].keys.shape[0], HEADS, 1, WIDTH))
+
+    def threads(self) -> None:
+        """Two texts go on at the same time, each in a thread of its own."""
+        if len(self.caches) < 2:
+            return
+        pairs = self.random.sample(self.caches, 2)
+        given = [
+            [torch.randn(LAYERS, 2, pair[1].layers[0].keys.shape[0], HEADS, 1, WIDTH) for _ in range(8)]
+            for pair in pairs
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(self._steps, *each) for each in zip(pairs, given, strict=True)]:
+                done.result()
+
+    @torch.no_grad()
+    def _steps(self, pair: tuple[DynamicCache, DynamicCache], given: list[torch.Tensor]) -> None:
+        for new in given:
+            self._step(pair, new)
 
     def _step(self, pair: tuple[DynamicCache, DynamicCache], new: torch.Tensor) -> None:
         if not torch.equal(self.compiled(pair[0], new), step(pair[1], new)):
@@ -179,6 +199,7 @@ class Fuzz:
 OPERATIONS = {
     "begin": 2, "append": 40, "decode": 10, "keep": 8, "forget": 8, "edit": 6, "edit_kept": 4, "crop": 8,
     "reorder": 3, "repeat": 1, "select": 1, "deepcopy": 3, "share": 4, "save": 1, "drop": 4, "limit": 3,
+    "threads": 2,
 }  # fmt: skip
 
 
@@ -235,6 +256,8 @@ def sliding() -> DynamicCache:
 class PastGuards:
     """As `compiled_step`, but that steps behind one another go past Dynamo's guards, as in `generate`.
 
+    A thread has a path of its own, as a call of `generate` has.
+
     Attributes:
         taken: how many did.
     """
@@ -242,14 +265,17 @@ class PastGuards:
     def __init__(self) -> None:
         CURRENT.build(wait=True)
         self._compiled = torch.compile(Decoder(), backend="fxopt", options={"host": "eager"})
-        self._path, self._cache, self.taken = DecodePath(self._compiled), 0, 0
+        self._calls, self._before = threading.local(), DecodePath.taken
+
+    @property
+    def taken(self) -> int:
+        return DecodePath.taken - self._before
 
     def __call__(self, cache: DynamicCache, new: torch.Tensor) -> torch.Tensor:
-        if id(cache) != self._cache:  # a new call of generate
-            self._path, self._cache = DecodePath(self._compiled), id(cache)
-        before = DecodePath.taken
-        result: torch.Tensor = self._path(cache=cache, new=new)
-        self.taken += DecodePath.taken - before
+        call = self._calls
+        if getattr(call, "cache", 0) != id(cache):  # a new call of generate
+            call.path, call.cache = DecodePath(self._compiled), id(cache)
+        result: torch.Tensor = call.path(cache=cache, new=new)
         return result
 
 
