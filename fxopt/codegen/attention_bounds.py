@@ -198,18 +198,6 @@ def _moving_ends(term: Any, given: sympy.Symbol) -> tuple[Any, Any] | None:
     return None
 
 
-def uniform_captures(found: Sequence[Span]) -> tuple[str, ...]:
-    """The names of captured tensors of which spans read an entry."""
-    formulas = [each for span in found for each in _formulas(span)]
-    return tuple(sorted({str(access.func) for each in formulas for access in each.atoms(AppliedUndef)}))
-
-
-def _formulas(span: Span) -> Iterator[Any]:
-    parts = (span.lows, span.highs, span.full_lows, span.full_highs, span.live_if, span.full_if)
-    for part in parts:
-        yield from part or ()
-
-
 def bounds_function(name: str, found: Sequence[Span], text: TritonText) -> str:
     """A device function that gives ``low, full_low, full_high, high`` of one piece, as int32.
 

@@ -41,19 +41,30 @@ def _quantified(tracer: Tracer, node: fx.Node, operand: Statement, how: str) -> 
 
 
 def moments(tracer: Tracer, node: fx.Node, operand: Statement) -> tuple[Statement, Statement]:
-    """Variance and mean in two passes, which is as exact as Welford's recurrence."""
+    """Variance and mean in two passes, the second of which corrects the mean of the first.
+
+    (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.) Where all elements are
+    the same, what they are away from a rounded mean is a few units in its last place, whose sums are exact:
+    the mean is that element and the variance 0, as by Welford's recurrence.
+    """
     accumulated = _accumulator(operand.dtype)
     dtype = node.meta["val"][0].dtype
     total = _total(tracer, node, operand, accumulated, "sum")
-    mean = tracer.compute(node, *_over_count(tracer, node, total, 0, accumulated), accumulated)
-    away = f"({cast(operand.name, operand.dtype, accumulated)} - {mean.name})"
-    square = tracer.compute(node, (operand.name, mean.name), f"{away} * {away}", accumulated)
-    squares = _total(tracer, node, square, accumulated, "sum")
+    first = tracer.compute(node, *_over_count(tracer, node, total, 0, accumulated), accumulated)
+    text = f"{cast(operand.name, operand.dtype, accumulated)} - {first.name}"
+    away = tracer.compute(node, (operand.name, first.name), text, accumulated)
+    square = tracer.compute(node, (away.name,), f"{away.name} * {away.name}", accumulated)
+    squares, drift = (_total(tracer, node, one, accumulated, "sum") for one in (square, away))
+    shift = tracer.compute(node, *_over_count(tracer, node, drift, 0, accumulated), accumulated)
+    text = f"{squares.name} - {shift.name} * {drift.name}"
+    centred = tracer.compute(node, (squares.name, shift.name, drift.name), text, accumulated)
+    text = f"tl.where({centred.name} < 0, 0, {centred.name})"  # by rounding; NaN stays
+    centred = tracer.compute(node, (centred.name,), text, accumulated)
     correction = node.kwargs.get("correction", 1)
     less = 1 if correction is None else correction
-    variance = tracer.compute(node, *_over_count(tracer, node, squares, less, dtype), accumulated)
-    rounded_mean = tracer.compute(node, (mean.name,), rounded(mean.name, accumulated, dtype), accumulated)
-    return variance, rounded_mean
+    variance = tracer.compute(node, *_over_count(tracer, node, centred, less, dtype), accumulated)
+    text = rounded(f"({first.name} + {shift.name})", accumulated, dtype)
+    return variance, tracer.compute(node, (first.name, shift.name), text, accumulated)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

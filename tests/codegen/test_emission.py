@@ -18,7 +18,7 @@ def test_random_programs() -> None:
 @pytest.mark.slow
 def test_many_random_programs() -> None:
     found = findings("support.emission_fuzz", "--programs", "2000")
-    assert found["failure"] == ""
+    assert (found["mismatches"], found["failure"]) == (0, "")
     assert found["programs"] >= 2000
 
 

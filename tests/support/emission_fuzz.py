@@ -1,8 +1,8 @@
 """Random programs through emitted kernels, in Triton's interpreter, against eager; JSON on stdout.
 
-From the folder ``tests``, with how far it has come on stderr:
+How far it has come is on stderr:
 
-    TRITON_INTERPRET=1 python -m support.emission_fuzz --programs 2000
+    TRITON_INTERPRET=1 python -m tests.support.emission_fuzz --programs 2000
 
 All programs are run; those that differ are counted, and the first of them is made as small as it gets.
 """

@@ -155,6 +155,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
         tuple(torch.randn(70, 40).bfloat16() for _ in range(3)) + (torch.ones(40).bfloat16(),),
     ),
     "middle dimension": (lambda a: a - a.mean(1, keepdim=True), (torch.randn(3, 7, 5),)),
+    "moments of equal elements": (
+        lambda a: (a - torch.var_mean(a, 0, keepdim=True)[1], torch.var_mean(a, 0, correction=0)[0]),
+        (torch.randn(1, 40).expand(7, 40),),
+    ),
+    "moments of long equal rows": (
+        lambda a: F.layer_norm(a, (9001,)) * 2,
+        (torch.randn(2, 1).expand(2, 9001),),
+    ),
     "group norm": (lambda a: F.group_norm(a, 2), (torch.randn(2, 6, 5),)),
     "rotate-half RoPE": (rope, (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))),
     "interleaved RoPE": (interleaved_rope, (torch.randn(2, 5, 8), torch.randn(5, 4), torch.randn(5, 4))),

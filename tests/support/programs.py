@@ -22,6 +22,7 @@ def findings(module: str, *arguments: object, interpreted: bool = True) -> Any:
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # Errors go where pytest's go: it shows them, with ``-s`` at once, so that long runs can be watched.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 0
     return json.loads(done.stdout.splitlines()[-1])
