@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,7 @@ def _copied(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:
     rows = facts.shape(cache)[2]
     if not _is_rows(new) or not facts.same_shape(facts.shape(new), facts.shape(part)):
         return Miss("as many new rows as are written", str(val(new)))
-    if end is None or statically_known_true(end >= rows):
+    if end is None or end == sys.maxsize or statically_known_true(end >= rows):
         return CacheWrite(cache, write, new)
     if first is None or not statically_known_true(val(first) >= 0):
         return Miss(_WANTED, f"rows from {val(first)} on, which may count from the end")
