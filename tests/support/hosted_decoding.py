@@ -49,7 +49,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def appending(
     x: Tensor, angles: Tensor, position: Tensor, key: Tensor, value: Tensor, mask: Tensor
 ) -> Tensor:
-    """A layer with a static cache: ten heads of new rows, of which the last two are keys, and two of values."""
+    """A layer with a static cache: ten heads of queries and keys, and two of values."""
     query, new = rotated(x[:, :10], angles.cos(), angles.sin()).split([8, 2], 1)
     key.index_copy_(2, position, new)
     value.index_copy_(2, position, x[:, 10:])
