@@ -12,6 +12,7 @@ import pytest
 
 from fxopt.options import environment_without
 
+ROTATED = "new keys are rotated, written and attended to by one kernel"
 TESTS = Path(__file__).parent.parent
 
 
@@ -26,7 +27,11 @@ def run(*arguments: str) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["static", *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "capped"))],
+    [
+        "static",
+        "unpadded",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "replayed")),
+    ],
 )
 def test_tokens_are_those_of_eager(name: str, tmp_path: Path) -> None:
     found = run(name, str(tmp_path))
@@ -34,3 +39,6 @@ def test_tokens_are_those_of_eager(name: str, tmp_path: Path) -> None:
     assert found["kernels"] > 0
     assert "cached" in found["providers"]
     assert found["failures"] == 0
+    # One of them for a layer of a step: it rotates, appends and attends. Rows of 8 bits have none.
+    assert found["appending"] == (0 if name == "int8" else 1)
+    assert found["reasons"] == ([] if name == "int8" else [ROTATED])

@@ -49,8 +49,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def appending(
     x: Tensor, angles: Tensor, position: Tensor, key: Tensor, value: Tensor, mask: Tensor
 ) -> Tensor:
-    """A layer with a static cache: ten heads of queries and keys, and two of values."""
-    query, new = rotated(x[:, :10], angles.cos(), angles.sin()).split([8, 2], 1)
+    """A layer with a static cache: eight heads of queries, two of keys, and two of values."""
+    query, new = (rotated(each, angles.cos(), angles.sin()) for each in (x[:, :8], x[:, 8:10]))
     key.index_copy_(2, position, new)
     value.index_copy_(2, position, x[:, 10:])
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)

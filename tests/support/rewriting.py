@@ -12,6 +12,7 @@ from torch import fx
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
 from fxopt.ir.contract import Evidence, Status
+from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.pipeline import load_passes, run_pass
@@ -42,8 +43,18 @@ class Rewritten:
         return "; ".join(e.reason for e in self.evidence if rewrite in (None, e.rewrite))
 
 
-def rewriting(fn: Callable[..., Any], passes: Sequence[str], *, dynamic: bool | None = False) -> Rewritten:
-    """Compile `fn` with just `passes`, in the pipeline's order, run op by op."""
+def rewriting(
+    fn: Callable[..., Any],
+    passes: Sequence[str],
+    *,
+    dynamic: bool | None = False,
+    kernels: Kernels | None = None,
+) -> Rewritten:
+    """Compile `fn` with just `passes`, in the pipeline's order, run op by op.
+
+    Args:
+        kernels: what a host would put kernels in the place of.
+    """
     register_ops()
     found = Rewritten(call=fn)
 
@@ -52,11 +63,11 @@ def rewriting(fn: Callable[..., Any], passes: Sequence[str], *, dynamic: bool | 
         found.before.append(render(normal))
         for one in load_passes():
             if one.name in passes:
-                found.evidence += run_pass(one, normal, Options(strict=True))
+                found.evidence += run_pass(one, normal, Options(strict=True), kernels)
         found.after.append(render(normal))
         found.graphs += 1
         record = GraphRecord(index=0)
-        lowered = lower(normal, record)
+        lowered = lower(normal, record, kernels)
         found.lowered.append(render(lowered))
         found.providers += [str(provider) for provider in record.providers]
         return lowered.forward
