@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.ir import facts
 from fxopt.ir.contract import Miss
-from fxopt.ir.facts import argument, is_call, val
-from fxopt.ir.index_rules import value_of
-from fxopt.ir.linear import Unsupported
-from fxopt.ir.predicate import INDEX
+from fxopt.ir.facts import argument, is_call, is_number, val
 from fxopt.ir.same_value import same_value
 from fxopt.ir.views import views_of
 from fxopt.ir.writes import COUNTED_ROWS
 
 aten = torch.ops.aten
 
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _WANTED = "new rows written behind one another"
 
 
@@ -103,16 +102,25 @@ def _put(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:
 
 def _obstacle(index: Any) -> str:
     """Why the entries of an index are not known to follow one another; empty where they do."""
-    if facts.same_size(facts.shape(index)[0], 1):
+    if facts.same_size(facts.shape(index)[0], 1) or _ascends(index):
         return ""
-    try:
-        cases = value_of(index).cases
-    except Unsupported as refusal:
-        return str(refusal)
-    numbers = [case.number for case in cases]
-    if len(numbers) != 1 or INDEX[0] in (numbers[0] - INDEX[0]).free_symbols:
-        return ", ".join(map(str, numbers))
-    return ""
+    return f"rows at {index.format_node()}"
+
+
+def _ascends(index: Any) -> bool:
+    """A range of integers, to which the same number is added everywhere."""
+    if is_call(index, aten.add.Tensor):
+        pairs = facts.commuted(index)
+        return is_number(argument(index, "alpha"), 1) and any(
+            _ascends(a) and _is_one_number(b) for a, b in pairs
+        )
+    if is_call(index, *_RANGES):
+        return is_number(argument(index, "step", 1), 1)
+    return is_call(index, aten.clone.default, aten.alias.default) and _ascends(index.args[0])
+
+
+def _is_one_number(value: Any) -> bool:
+    return facts.is_scalar(value) or facts.is_tensor(value) and facts.same_size(val(value).numel(), 1)
 
 
 def _copied(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:
@@ -127,7 +135,7 @@ def _copied(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:
     rows = facts.shape(cache)[2]
     if not _is_rows(new) or not facts.same_shape(facts.shape(new), facts.shape(part)):
         return Miss("as many new rows as are written", str(val(new)))
-    if end is None or statically_known_true(end >= rows):
+    if end is None or end == sys.maxsize or statically_known_true(end >= rows):
         return CacheWrite(cache, write, new)
     if first is None or not statically_known_true(val(first) >= 0):
         return Miss(_WANTED, f"rows from {val(first)} on, which may count from the end")

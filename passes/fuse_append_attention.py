@@ -28,6 +28,7 @@ from fxopt.ir import facts
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.facts import argument, val
+from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.append_attention import APPEND_ATTENTION
 from fxopt.ir.ops.attention import ATTENTION
 from fxopt.ir.ops.cached_attention import cached_pays
@@ -82,9 +83,10 @@ class FuseAppendAttention:
         reader = _reader_between(match, ctx, first)
         if reader is not None:
             return Verdict.no(f"{reader.name} uses a cache between the write and attention")
-        stale = _different_rows(keys, values, ctx)
-        if stale:
-            return Verdict.no(stale)
+        for pair in _twins(match):
+            different = _may_differ(*pair, ctx)
+            if different:
+                return Verdict.no(different)
         operands = _operands(match)
         for each in operands:
             if ctx.facts.alias_class(each) in map(ctx.facts.alias_class, (keys.cache, values.cache)):
@@ -125,11 +127,21 @@ class FuseAppendAttention:
         return (*(_written(each) for each in sorted((keys, values), key=lambda one: one.write)), out)
 
 
-def _different_rows(keys: CacheWrite, values: CacheWrite, ctx: Context) -> str | None:
-    """Why two indices that are computed alike may differ; None where they do not."""
-    if keys.index is None or values.index is None or keys.index is values.index:
-        return None
-    made_by = [*cone(keys.index), *cone(values.index)]
+def _twins(match: Match) -> list[tuple[Any, Any]]:
+    """Tensors that are computed alike, of which one is to stand for both."""
+    pairs = [(match["keys"].index, match["values"].index)]
+    if match["rotations"]:
+        turned, rotated = match["rotations"]
+        pairs += [(turned.cos.node, rotated.cos.node), (turned.sin.node, rotated.sin.node)]
+    return [(a, b) for a, b in pairs if a is not b]
+
+
+def _may_differ(a: fx.Node, b: fx.Node, ctx: Context) -> str | None:
+    """Why the results of two computations that are alike may differ; None where they do not."""
+    try:
+        made_by = [*cone(a), *cone(b)]
+    except Unsupported as refusal:
+        return f"{b.name} is made by {refusal}"
     return ctx.facts.unsafe_read(made_by, min(made_by), max(made_by))
 
 

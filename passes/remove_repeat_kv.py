@@ -29,9 +29,13 @@ _COPIES = (aten.contiguous.default, aten.clone.default)
 
 @dataclass(frozen=True)
 class Repeat:
-    """`source` has each head once, in dimension 1, or 2 if `transposed`; each serves `groups` heads."""
+    """`source` has each head once, in dimension 1, or 2 if `transposed`; each serves `groups` heads.
+
+    `first` is the operation of the repetition that reads `source`.
+    """
 
     node: fx.Node
+    first: fx.Node
     source: fx.Node
     groups: facts.Size
     transposed: bool
@@ -62,7 +66,8 @@ class RemoveRepeatKv:
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         for repeat in (match["key"], match["value"]):
-            stale = ctx.facts.unsafe_read([repeat.source], repeat.source, match.anchor)
+            # A write in front of the repetition is in what it reads.
+            stale = ctx.facts.unsafe_read([repeat.source], repeat.first, match.anchor)
             if stale:
                 return Verdict.no(stale)
         return Verdict.yes()
@@ -100,18 +105,21 @@ def find_repeat(node: Any) -> Repeat | None:
             node = node.args[0]
     heads = 2 if transposed else 1
     found = _interleaved(node, heads) or _expanded(node, heads)
-    return Repeat(outer, found[0], found[1], transposed) if found else None
+    return Repeat(outer, found[0], found[0].args[0], found[1], transposed) if found else None  # type: ignore[arg-type]
 
 
 def _interleaved(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
-    """repeat_interleave along the heads."""
+    """repeat_interleave along the heads: the op, and how often."""
     if not is_call(node, aten.repeat_interleave.self_int) or argument(node, "dim") not in (heads, heads - 4):
         return None
-    return (node.args[0], val(node.args[1])) if val(node.args[0]).dim() == 4 else None
+    return (node, val(node.args[1])) if val(node.args[0]).dim() == 4 else None
 
 
 def _expanded(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
-    """reshape(expand(unsqueeze(x, heads + 1))): the group is the faster of the two merged dimensions."""
+    """reshape(expand(unsqueeze(x, heads + 1))): the group is the faster of the two merged dimensions.
+
+    Returns the innermost op, and how often.
+    """
     if not is_call(node, *VIEWS, aten.flatten.using_ints):
         return None
     merged = val(node)
@@ -124,10 +132,10 @@ def _expanded(node: Any, heads: int) -> tuple[fx.Node, facts.Size] | None:
     unsqueeze = expand.args[0]
     if not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] not in (heads + 1, heads - 4):
         return None
-    source = unsqueeze.args[0]
+    source: Any = unsqueeze.args[0]
     group = wide[heads + 1]
     kept = [*wide[: heads + 1], *wide[heads + 2 :]]
     if not facts.same_shape(kept, val(source).shape):
         return None
     wanted = [*wide[:heads], wide[heads] * group, *wide[heads + 2 :]]
-    return (source, group) if facts.same_shape(wanted, merged.shape) else None
+    return (unsqueeze, group) if facts.same_shape(wanted, merged.shape) else None

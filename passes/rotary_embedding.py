@@ -23,6 +23,7 @@ from torch import fx
 
 from fxopt.ir import facts
 from fxopt.ir.facts import argument, is_call, is_number, val
+from fxopt.ir.same_value import same_value
 
 aten = torch.ops.aten
 
@@ -46,6 +47,10 @@ class Angles:
     node: fx.Node
     repeated: int
 
+    def same(self, other: Angles) -> bool:
+        """The same angles, or angles that are computed alike."""
+        return self.repeated == other.repeated and same_value(self.node, other.node)
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -58,9 +63,9 @@ class Rotation:
     interleaved: bool
 
     def same_angles(self, other: Rotation) -> bool:
-        """Both are rotated alike."""
-        mine, theirs = ((one.cos, one.sin, one.width, one.interleaved) for one in (self, other))
-        return mine == theirs
+        """Both are rotated alike, where nothing is written in between."""
+        mine, theirs = ((one.width, one.interleaved) for one in (self, other))
+        return mine == theirs and self.cos.same(other.cos) and self.sin.same(other.sin)
 
 
 class _TooMuch(Exception):  # noqa: N818 - it is then a tensor that stands for itself

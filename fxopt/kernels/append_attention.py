@@ -143,6 +143,39 @@ def join(
 
 
 @triton.jit
+def ends_of(length_ptr, columns, QUERIES: tl.constexpr, RING: tl.constexpr, LENGTH: tl.constexpr):
+    """The rows in front of the new ones, and the number that no position reaches."""
+    length = columns - QUERIES
+    if LENGTH:
+        length = tl.load(length_ptr).to(tl.int32)
+    extent = columns
+    if RING:
+        extent = length + QUERIES
+    return length, extent
+
+
+@triton.jit
+def join_old(
+    slot, last, b, h, q, inside, q_0, q_1, k_rows, k_stride, v_rows, v_stride, length, extent, columns,
+    captured, m, total, acc_0, acc_1, SCALE: tl.constexpr, WIDTH_0: tl.constexpr, BLOCK_0: tl.constexpr,
+    WIDTH_1: tl.constexpr, BLOCK_1: tl.constexpr, K_ALIGN: tl.constexpr, V_WIDTH: tl.constexpr,
+    V_BLOCK_0: tl.constexpr, V_BLOCK_1: tl.constexpr, V_ALIGN: tl.constexpr, QUERIES: tl.constexpr,
+    RING: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the cache, joined to the sums."""
+    k, known = positions_of(slot, length, columns, slot < last, QUERIES, RING)
+    live, seen = live_keys(b, h, q, inside, k, known, extent, captured, UNIFORM)
+    s, v_0, v_1 = scores_of(
+        q_0, q_1, k_rows, k_stride, k_rows + WIDTH_0, k_stride, slot, seen, WIDTH_0, BLOCK_0, WIDTH_1,
+        BLOCK_1, K_ALIGN,
+    )  # fmt: skip
+    v_0, v_1 = values_of(v_rows, v_stride, slot, seen, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, V_ALIGN)
+    return join(
+        s * SCALE, live, v_0, v_1, b, h, q, k, extent, captured, m, total, acc_0, acc_1, V_BLOCK_0 < V_WIDTH
+    )
+
+
+@triton.jit
 def join_new(
     writes, b, h, q, inside, q_0, q_1, k_new_ptr, k_new_stride, v_new, v_new_stride, cos, cos_stride, sin,
     sin_stride, k_rows, k_stride, v_rows, v_stride, length, extent, columns, captured, m, total, acc_0, acc_1,
@@ -188,10 +221,7 @@ def _append_attention_kernel(
     """One part of the keys of one head, for BLOCK_M of the rows that share it; new keys are of the first."""
     b, head, part, split, row = place_of(KV_HEADS, GROUP * QUERIES, SPLITS, BLOCK_M)
     h, q, inside = head * GROUP + row // QUERIES, row % QUERIES, row < GROUP * QUERIES
-    length = columns - QUERIES
-    if LENGTH:
-        length = tl.load(length_ptr).to(tl.int32)
-    extent = length + QUERIES if RING else columns
+    length, extent = ends_of(length_ptr, columns, QUERIES, RING, LENGTH)
     first, last = old_part(
         b, split, span_ptr, length, columns, captured, QUERIES, SPAN, RING, SPLITS, BLOCK_N
     )  # fmt: skip
@@ -207,17 +237,10 @@ def _append_attention_kernel(
     v_rows = head_of(v_ptr, b, head, v_stride_b, v_stride_h, V_ALIGN)
     m, total, acc_0, acc_1 = no_sums(BLOCK_M, V_BLOCK_0, V_BLOCK_1)
     for start in range(first, last, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        k, known = positions_of(slot, length, columns, slot < last, QUERIES, RING)
-        live, seen = live_keys(b, h, q, inside, k, known, extent, captured, UNIFORM)
-        s, v_0, v_1 = scores_of(
-            q_0, q_1, k_rows, k_stride_k, k_rows + WIDTH_0, k_stride_k, slot, seen, WIDTH_0, BLOCK_0,
-            WIDTH_1, BLOCK_1, K_ALIGN,
-        )  # fmt: skip
-        v_0, v_1 = values_of(v_rows, v_stride_k, slot, seen, q_0, V_WIDTH, V_BLOCK_0, V_BLOCK_1, V_ALIGN)
-        m, total, acc_0, acc_1 = join(
-            s * SCALE, live, v_0, v_1, b, h, q, k, extent, captured, m, total, acc_0, acc_1, V_BLOCK_0 <
-            V_WIDTH,
+        m, total, acc_0, acc_1 = join_old(
+            start + tl.arange(0, BLOCK_N), last, b, h, q, inside, q_0, q_1, k_rows, k_stride_k, v_rows,
+            v_stride_k, length, extent, columns, captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0,
+            WIDTH_1, BLOCK_1, K_ALIGN, V_WIDTH, V_BLOCK_0, V_BLOCK_1, V_ALIGN, QUERIES, RING, UNIFORM,
         )  # fmt: skip
     if split == 0:
         m, total, acc_0, acc_1 = join_new(

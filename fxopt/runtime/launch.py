@@ -61,23 +61,33 @@ def dissolve_ops(graph: fx.Graph) -> int:
     """Replace the calls of kernels' ops in a functional graph by what the ops are made of; how many.
 
     For graphs that AOTAutograd has made, before Inductor decides what is written in place: in its
-    `post_grad_custom_pre_pass`. Ops that write to their inputs stay, and so do all in interpreter mode.
+    `post_grad_custom_pre_pass`. Ops that write to their inputs are called by ``auto_functionalized_v2``
+    there. In interpreter mode all stay.
     """
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _kernels:
+        functional = node.target is torch.ops.higher_order.auto_functionalized_v2
+        op = node.args[0] if functional else node.target
+        if node.op != "call_function" or op not in _kernels:
             continue
-        kernel, cache = _kernels[node.target]
-        if not kernel.mutates and not is_interpreted(kernel, cache.load(kernel)):
-            _dissolve(node, kernel, cache)
+        kernel, cache = _kernels[op]
+        if bool(kernel.mutates) is functional and not is_interpreted(kernel, cache.load(kernel)):
+            _dissolve(node, _functional_arguments(node, kernel) if functional else node.args, kernel, cache)
             count += 1
     return count
 
 
-def _dissolve(node: fx.Node, kernel: KernelFile, cache: KernelCache) -> None:
-    inputs = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+def _functional_arguments(node: fx.Node, kernel: KernelFile) -> tuple[Any, ...]:
+    """What ``auto_functionalized_v2`` gives the op of a kernel, whose written operands are in order."""
+    given: dict[str, Any] = dict(node.kwargs)
+    bases = dict(zip(kernel.mutates, given["_all_bases"], strict=True))
+    return tuple(bases[one.name] if one.name in bases else given[one.name] for one in kernel.parameters)
+
+
+def _dissolve(node: fx.Node, args: tuple[Any, ...], kernel: KernelFile, cache: KernelCache) -> None:
+    inputs = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     body = kernel_graph(kernel, *inputs, cache=cache).graph
-    given = dict(zip(body.find_nodes(op="placeholder"), node.args, strict=True))
+    given = dict(zip(body.find_nodes(op="placeholder"), args, strict=True))
     with node.graph.inserting_before(node):
         made: Any = node.graph.graph_copy(body, given)
     if isinstance(made, fx.Node):
@@ -91,14 +101,24 @@ def _dissolve(node: fx.Node, kernel: KernelFile, cache: KernelCache) -> None:
 def kernel_graph(kernel: KernelFile, *inputs: Any, cache: KernelCache | None = None) -> fx.GraphModule:
     """The kernel on fake inputs as a graph of plain ATen and torch's functional node for Triton kernels.
 
-    To be put in the place of a piece of graph that AOTAutograd has made. Not for interpreter mode.
+    To be put in the place of a piece of graph that AOTAutograd has made. What the kernel writes to is not
+    written: the graph returns what it would be, behind the results. Not for interpreter mode.
     """
     from torch._guards import detect_fake_mode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     launch = _traceable(kernel, (cache or default_cache()).load(kernel))
+    written = [place for place, one in enumerate(kernel.parameters) if one.name in kernel.mutates]
+
+    def run(*inputs: Any) -> Any:
+        results = launch(*inputs)
+        return (results, *(inputs[place] for place in written)) if written else results
+
     with detect_fake_mode(inputs) or contextlib.nullcontext():
-        return make_fx(torch.func.functionalize(launch))(*inputs)
+        traced = make_fx(torch.func.functionalize(run))(*inputs)
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        traced.graph.erase_node(node)  # into the inputs, at the end
+    return traced
 
 
 def _register(

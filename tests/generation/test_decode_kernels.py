@@ -9,6 +9,8 @@ import pytest
 
 from support.programs import findings
 
+ROTATED = "new keys are rotated, written and attended to by one kernel"
+
 
 def run(*arguments: object) -> Any:
     return findings("support.decoding_models", *arguments)
@@ -16,7 +18,11 @@ def run(*arguments: object) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["static", *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "capped"))],
+    [
+        "static",
+        "unpadded",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "replayed")),
+    ],
 )
 def test_tokens_are_those_of_eager(name: str, tmp_path: Path) -> None:
     found = run(name, str(tmp_path))
@@ -24,3 +30,6 @@ def test_tokens_are_those_of_eager(name: str, tmp_path: Path) -> None:
     assert found["kernels"] > 0
     assert "cached" in found["providers"]
     assert found["failures"] == 0
+    # One of them for a layer of a step: it rotates, appends and attends. Rows of 8 bits have none.
+    assert found["appending"] == (0 if name == "int8" else 1)
+    assert found["reasons"] == ([] if name == "int8" else [ROTATED])

@@ -19,7 +19,7 @@ def found() -> dict[str, Any]:
 
 def launches(case: dict[str, Any]) -> list[str]:
     """Those of attention."""
-    return [name.rpartition("_")[0] for name in case["runs"] if "decode_attention" in name]
+    return [name.rpartition("_")[0] for name in case["runs"] if name[1:].startswith(("decode_", "append_"))]
 
 
 def test_a_length_on_the_device_takes_two_launches_and_no_mask(found: dict[str, Any]) -> None:
@@ -47,6 +47,16 @@ def test_rows_of_8_bits_are_read_as_they_are(found: dict[str, Any]) -> None:
     case = found["rows"]
     assert launches(case) == BOTH
     assert case["providers"][0][:2] == ["quantized_attention", "cached"]
+
+
+def test_caches_are_written_in_place_by_the_kernel_that_reads_them(found: dict[str, Any]) -> None:
+    case = found["append"]
+    assert launches(case) == ["_append_attention_kernel", BOTH[1]]
+    (taken,) = (a for name, a in zip(case["runs"], case["arguments"], strict=True) if "_append" in name)
+    assert [each for each in taken if each.startswith("arg")], taken
+    assert not [name for name in case["runs"] if "copy" in name or "index" in name]
+    assert not case["opaque"]
+    assert case["providers"][0][:2] == ["append_attention", "cached"]
 
 
 def test_a_growing_cache_needs_no_ends(found: dict[str, Any]) -> None:

@@ -137,6 +137,20 @@ def test_not_across_a_write_to_the_keys() -> None:
     assert "written by" in found.reasons(NAME)
 
 
+def appended_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Written in front of the repetition, as a growing cache is."""
+    k, v = k.clone(), v.clone()
+    k[:, :, 3:].copy_(q[:, :2, 3:])
+    return sdpa(q, repeat_kv(k), repeat_kv(v)) + k.sum()
+
+
+def test_a_write_in_front_of_the_repetition_is_part_of_it() -> None:
+    found = rewriting(appended_cache, PASSES)
+    args = inputs()
+    assert torch.equal(found.call(*args), appended_cache(*args))
+    assert found.applied(NAME) == 1
+
+
 def test_keys_that_are_read_elsewhere_keep_their_copy() -> None:
     def site(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         wide = repeat_kv(k)

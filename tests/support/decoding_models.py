@@ -21,6 +21,8 @@ SIZES: dict[str, Any] = {
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static": ({"cache_implementation": "static"}, {}),
     "growing": ({}, {}),
+    "unpadded": ({}, {}),
+    "replayed": ({}, {"replay": "always"}),
     "int8": ({}, {"kv_cache_dtype": "int8"}),
     "capped": ({"cache_implementation": "static"}, {}),
 }
@@ -41,12 +43,21 @@ def found(name: str, directory: str) -> dict[str, Any]:
         **arguments, "attention_mask": padding_mask(2, 5, "left"), "max_new_tokens": 7, "min_new_tokens": 7,
         "do_sample": False, "pad_token_id": 0,
     }  # fmt: skip
+    if name == "unpadded":
+        del arguments["attention_mask"]
     options = {"host": "eager", "strict": True, "cache_dir": directory, **options}
     with torch.no_grad(), collect() as records:
         tokens = torch.compile(model, backend="fxopt", options=options).generate(ids, **arguments)
     return {
         "tokens": torch.equal(tokens, model.generate(ids, **arguments)),
-        "kernels": sum(one.name == "decode_attention" for record in records for one in record.kernels),
+        "kernels": sum(one.name.endswith("_attention") for record in records for one in record.kernels),
+        "appending": sum(one.name == "append_attention" for record in records for one in record.kernels),
+        "reasons": [
+            each.reason
+            for record in records
+            for each in record.evidence
+            if each.rewrite == "fuse-append-attention" and each.status == "applied"
+        ],
         "providers": [each[1] for record in records for each in record.providers],
         "failures": sum(len(record.failures) for record in records),
     }

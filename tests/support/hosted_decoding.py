@@ -41,6 +41,21 @@ def of_rows(query: Tensor, key: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, wide, wide, mask, enable_gqa=True)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def appending(
+    x: Tensor, angles: Tensor, position: Tensor, key: Tensor, value: Tensor, mask: Tensor
+) -> Tensor:
+    """A layer with a static cache: eight heads of queries, two of keys, and two of values."""
+    query, new = (rotated(each, angles.cos(), angles.sin()) for each in (x[:, :8], x[:, 8:10]))
+    key.index_copy_(2, position, new)
+    value.index_copy_(2, position, x[:, 10:])
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+
+
 def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
     """The launches, what they take, and what the record says."""
     torch._dynamo.reset()
@@ -64,6 +79,11 @@ def cases() -> dict[str, Any]:
     rows = torch.zeros(2, 2, 512, 64, device="cuda", dtype=torch.int8)
     growing = [torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     padding = torch.ones(2, 1, 1, 300, device="cuda", dtype=torch.bool)
+    new = (
+        torch.randn(2, 12, 1, 64, device="cuda", dtype=torch.bfloat16),
+        torch.randn(2, 1, 1, 64, device="cuda", dtype=torch.bfloat16),
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+    )
     for each, dim in ((growing[0], 2), (growing[1], 2), (padding, 3)):
         torch._dynamo.mark_dynamic(each, dim)
     return {
@@ -72,6 +92,7 @@ def cases() -> dict[str, Any]:
         "none": compiled(without_mask, query, key, value),
         "rows": compiled(of_rows, query, rows, torch.ones(2, 2, 512, 1, device="cuda"), mask),
         "growing": compiled(with_mask, query, *growing, padding),
+        "append": compiled(appending, *new, key, value, mask),
     }
 
 

@@ -66,7 +66,7 @@ def rewriting(
         found.after.append(render(normal))
         found.graphs += 1
         record = GraphRecord(index=0)
-        lowered = lower(normal, record)
+        lowered = lower(normal, record, kernels)
         found.lowered.append(render(lowered))
         found.providers += [str(provider) for provider in record.providers]
         return lowered.forward
