@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt.codegen.attention_backward import backward_kernel, learned_number
+from fxopt.codegen.attention_backward import backward_kernel
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
 from fxopt.codegen.attention_program import Capture
@@ -57,8 +57,6 @@ def kernel_serves(node: fx.Node, facts: Facts, devices: frozenset[str]) -> Verdi
     opaque = mask is not None and not argument(node, "mask")
     if opaque and is_floating(mask) and query.dtype is torch.float16 and argument(node, "dead_rows") != ZERO:
         return Verdict.no("a float16 mask is added in float32, where its lowest number absorbs no score")
-    if opaque and facts.differentiates(node) and is_floating(mask) and reaches_grad(mask):
-        return Verdict.no("the gradient of a matrix of biases has no kernel")
     return _spec_serves(node, facts)
 
 
@@ -80,9 +78,7 @@ def _spec_serves(node: fx.Node, facts: Facts) -> Verdict:
         example = example_text(spec, ())
         forward_kernel(spec, None, example)
         if facts.differentiates(node):
-            learned = _learned_places(node, spec)
-            learned_number(spec, learned)
-            backward_kernel(spec, learned, None, example)
+            backward_kernel(spec, _learned_places(node, spec), None, example)
     except Unsupported as refusal:
         return Verdict.no(f"no kernel has {refusal}")
     return Verdict.yes(f"mask {spec.mask}, score {spec.score}: no fused kernel of torch has code for it")
@@ -91,7 +87,9 @@ def _spec_serves(node: fx.Node, facts: Facts) -> Verdict:
 def _learned_places(node: fx.Node, spec: Spec) -> list[int]:
     """The captures of the score of which autograd may want a gradient."""
     named = captures_of(spec.score.result)
-    captures = argument(node, "captures") or ()
+    captures = [*(argument(node, "captures") or ())]
+    if argument(node, "attn_mask") is not None:  # the last one, where no formula stands for it
+        captures.append(argument(node, "attn_mask"))
     return [place for place, each in enumerate(captures) if f"c{place}" in named and reaches_grad(each)]
 
 

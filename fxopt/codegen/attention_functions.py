@@ -6,7 +6,7 @@ that is captured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -47,6 +47,14 @@ def _function(name: str, parameters: str, result: str) -> str:
     return f"@triton.jit\ndef {name}({parameters}, captured):\n    return {result}\n"
 
 
+def _function_of_learned(name: str, parameters: str, results: Mapping[int, str]) -> str:
+    """A function whose constant `LEARNED` says of which captured tensor."""
+    lines = [f"@triton.jit\ndef {name}({parameters}, LEARNED: tl.constexpr, captured):", "    found = k * 0"]
+    for place, result in results.items():
+        lines += [f"    if LEARNED == {place}:", f"        found = {result}"]
+    return "\n".join([*lines, "    return found\n"])
+
+
 def forward_functions(spec: Spec) -> str:
     """All that the template of the forward calls."""
     return "\n\n".join(
@@ -60,20 +68,24 @@ def forward_functions(spec: Spec) -> str:
     )
 
 
-def backward_functions(spec: Spec, learned: Any = None) -> str:
+def backward_functions(spec: Spec, learned: Mapping[int, tuple[Any, Any]]) -> str:
     """All that the templates of the backward call.
 
     Args:
-        learned: the captured entry whose gradient is summed by row; None without one.
+        learned: the entry, and its index where it is one of a table, that is read of each captured tensor
+            whose gradient is wanted; by the place of the tensor.
     """
     text = TritonText(spec.captures)
-    sensitivity = sympy.Integer(1) if learned is None else spec.score.sensitivities()[learned]
+    growth = spec.score.sensitivities() if learned else {}
+    sensitivities = {place: text.number(growth[access]) for place, (access, _) in learned.items()}
+    entries = {place: text.integer(entry) for place, (_, entry) in learned.items()}
     return "\n\n".join(
         [
             live_function(spec.mask.live, spec.captures),
             score_function(spec.score.result, spec.captures),
             _slope(spec, text),
-            _function("learned", f"s, {_INDICES}", text.number(sensitivity)),
+            _function_of_learned("learned", f"s, {_INDICES}", sensitivities),
+            _function_of_learned("entry_of", _INDICES, entries),
             _stopped(spec),
             _bounds("columns_of", spec.columns, spec),
             _bounds("rows_of", spec.rows, spec),

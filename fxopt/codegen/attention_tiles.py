@@ -46,10 +46,20 @@ _QUERIES = {
     80: (Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)),
     90: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
+# With a loop of their own for rows without a live key.
+_QUERIES_DEAD = {
+    80: (Tiles(32, 32, 4, 2), Tiles(64, 64, 8, 2)),
+    90: _QUERIES[90],
+    100: (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
+}
 _KEYS = {
     80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2)),
     90: (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
     100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+}
+_SCORES = {
+    80: (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    100: (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
 }
 _WIDE = Tiles(32, 32, 4, 1)
 _FLOAT32 = Tiles(32, 32, 4, 1)
@@ -62,12 +72,17 @@ def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dQ."""
-    return _chosen(_QUERIES, spec, target, _WIDE)
+    return _chosen(_QUERIES_DEAD if spec.dead_code else _QUERIES, spec, target, _WIDE)
 
 
 def key_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dK and dV."""
     return _chosen(_KEYS, spec, target, _WIDE)
+
+
+def score_tiles(spec: Spec, target: Target | None) -> Tiles:
+    """Of the kernels for the gradients of matrices and tables: queries of one head, and keys."""
+    return _chosen(_SCORES, spec, target, _WIDE)
 
 
 def _chosen(

@@ -10,9 +10,9 @@ Nothing is added atomically, so that equal inputs give equal bits. Dropout multi
 numbers of the forward.
 
 A row without a live key that gives the mean of V (`DEAD_ROWS` 1) has equal weights for all keys; with `STOPS`
-its scores get no gradient. One that gives NaN (2) has weights of NaN. `LEARNED` rows of the gradient are
-summed for each row, into (B, Hq, Sq), for a number that a score program reads by head: `learned` says by how
-much the score grows with it.
+its scores get no gradient. One that gives NaN (2) has weights of NaN. Where the captured tensor `LEARNED`,
+which is -1 without any, has a number for each head that is learned, its gradient is summed for each row, into
+(B, Hq, Sq): `learned` says by how much the score grows with it.
 """
 
 import triton
@@ -119,8 +119,8 @@ def add_to_queries(
             rows, columns, captured, SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, MODE,
         )  # fmt: skip
         of_scores = weights * (of_weights - delta)
-        if LEARNED:
-            numbers += tl.sum(of_scores * learned(raw, b, h, q, k, columns, captured), 1)
+        if LEARNED >= 0:
+            numbers += tl.sum(of_scores * learned(raw, b, h, q, k, columns, LEARNED, captured), 1)
         of_raw = score_gradient(of_scores, s, raw, b, h, q, k, columns, captured)
         acc = tl.dot(of_raw.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc, numbers
@@ -260,7 +260,7 @@ def _attention_dq_kernel(
         acc * OF_SCORES, dq_ptr, dq_stride_b, dq_stride_h, dq_stride_s, pair, pairs, b, heads_of, queries,
         WIDTH, BLOCK_D,
     )  # fmt: skip
-    if LEARNED:
+    if LEARNED >= 0:
         tl.store(numbers_ptr + (b.to(tl.int64) * heads + heads_of) * rows + queries, numbers, mask=inside)
 
 

@@ -4,7 +4,8 @@
 
 They are equal but for rounding. The first reads two rows. The second computes the scores once more, and is
 rounded as dP itself is: in a row of few keys the difference dP - D is small, and with the first it loses up
-to half of its digits more. It is for float32, and for gradients of numbers that whole rows share.
+to half of its digits more; so it does where one key has nearly all of the weight, as large biases make it. It
+is for float32, and where what scores read is learned.
 """
 
 import triton

@@ -1,12 +1,8 @@
 """Attention, backward: gradients of what scores share, each summed in one order.
 
-    of a sink:             dsink = -sum over (b, q) of exp(sink - m) / l * D
-    of a number by head:   the sum over its sequences and queries of what `_attention_dq_kernel` has left in
-                           (B, Hq, Sq)
-    of a matrix of biases: dbias[q, k] = the sum over the sequences and heads that share it of dS * `learned`
-
-The last has a program for each tile of (q, k), which computes the scores of that tile once more for each
-(b, h): no buffer is larger than the gradient itself.
+of a sink:             dsink = -sum over (b, q) of exp(sink - m) / l * D
+of a number by head:   the sum over its sequences and queries of what `_attention_dq_kernel` has left in
+                       (B, Hq, Sq)
 """
 
 import triton

@@ -26,9 +26,15 @@ def score_slope(grad, s, b, h, q, k, columns, captured):
 
 
 @triton.jit
-def learned(s, b, h, q, k, columns, captured):
-    """The derivative of `scored` with respect to a number that is learned."""
+def learned(s, b, h, q, k, columns, LEARNED: tl.constexpr, captured):
+    """The derivative of `scored` with respect to the entry that it reads of the captured tensor `LEARNED`."""
     return s
+
+
+@triton.jit
+def entry_of(b, h, q, k, columns, LEARNED: tl.constexpr, captured):
+    """Which entry of a table is read for a score."""
+    return k
 
 
 @triton.jit

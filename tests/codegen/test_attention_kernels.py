@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ GPU_CASES = {
     "window": Case("k <= q and k > q - 1024", group=4),
     "soft cap": Case("k <= q and k > q - 1024", "50*tanh(s/50)", group=4),
     "padding": Case("k <= q and c0[b, k]", captures=CASES["left padding"].captures, dead="mean", group=4),
+    "table": replace(CASES["learned table"], group=4),
+    "indices": replace(CASES["learned table of indices"], group=4),
+    "bias": replace(CASES["learned bias"], group=4),
 }
 
 
@@ -62,7 +66,7 @@ def problems(case: Case, width: int, arch: str) -> list[Any]:
     target = Target.named(arch)
     spec = spec_of(Case(**{**vars(case), "width": width, "width_v": width}), torch.bfloat16)
     example = example_text(spec, ())
-    kernels = [forward_kernel(spec, target, example), backward_kernel(spec, (), target, example)]
+    kernels = [forward_kernel(spec, target, example), backward_kernel(spec, case.learned, target, example)]
     launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
     compiled = compile_launches(launches, target)
     return [(one.entry, one.problems()) for one in compiled if one.problems()]

@@ -85,13 +85,34 @@ CASES: dict[str, Case] = {
     "left padding that replaces": Case("k <= q and c0[b, k]", captures=(LEFT,), dead="mean", stops=True),
     "left padding of minus infinity": Case("k <= q and c0[b, k]", captures=(LEFT,), dead="nan"),
     "right padding": Case("c0[b, k]", captures=(RIGHT,)),
-    "learned table": Case(score="s + c0[h, k - q + 36]", captures=(random(HEADS, 77),)),
-    "table of buckets": Case(
+    "table": Case(score="s + c0[h, k - q + 36]", captures=(random(HEADS, 77),)),
+    # Read on both sides of the 256th entry: programs have so many.
+    "learned table": Case(score="s + c0[h, k - q + 266]", captures=(random(HEADS, 320),), learned=(0,)),
+    "learned table, padding": Case(
+        "k <= q and c1[b, k]", "s + c0[h, k - q + 36]", (random(HEADS, 77), LEFT), learned=(0,), dead="mean"
+    ),
+    "learned table of buckets": Case(
         score="s + c0[c1[q, k], h]",
         captures=(random(8, HEADS), torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) % 8),
+        learned=(0,),
+    ),
+    "learned table of indices": Case(
+        "True",
+        "s + c1[c0[41*q + k], h]",
+        (torch.arange(ROWS * COLUMNS) * 7 % 20, random(20, HEADS)),
+        learned=(1,),
+    ),
+    "learned vectors": Case(
+        score="5*tanh(s/5) + c0[h]*k - c0[h]*q + c1[h]*c2[b, k]",
+        captures=(random(HEADS).abs(), random(HEADS), random(BATCH, COLUMNS)),
+        learned=(0, 1, 2),
     ),
     "opaque mask": Case("c0[b, 0, q, k]", captures=(random(BATCH, 1, ROWS, COLUMNS) > 0,), dead="mean"),
     "opaque bias": Case("True", "s + c0[0, h, q, k]", (random(1, HEADS, ROWS, COLUMNS),)),
+    "learned bias": Case("True", "s + c0[0, h, q, k]", (random(1, HEADS, ROWS, COLUMNS),), learned=(0,)),
+    "learned bias of sequences": Case(
+        "k <= q", "5*tanh(s/5 + c0[b, 0, q, k])", (random(BATCH, 1, ROWS, COLUMNS),), learned=(0,)
+    ),
     "lowest numbers": Case(
         "True", "s + c0[b, 0, 0, k]", (torch.where(LEFT, 0.0, torch.finfo(torch.float32).min)[:, None, None],)
     ),
@@ -106,7 +127,7 @@ def spec_of(case: Case, dtype: torch.dtype) -> Spec:
     return Spec(
         dtype, case.group, case.width, case.width_v, MaskProgram.parse(case.mask),
         ScoreProgram.parse(case.score), 1 / math.sqrt(case.width),
-        tuple(Capture.of(f"c{place}", one) for place, one in enumerate(case.captures)),
+        tuple(Capture.of(name, one) for name, one in others_of(case, dtype).items() if name.startswith("c")),
         tuple(numbered("n", case.sizes)), dtype if case.sinks else None,
         case.dead, case.stops, (), case.dropout,
     )  # fmt: skip
@@ -122,7 +143,11 @@ def operands_of(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def others_of(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    found: dict[str, Any] = dict(numbered("c", case.captures))
+    # What is learned has the dtype of the other parameters.
+    found: dict[str, Any] = {
+        name: one.to(dtype) if is_learned(case, name) else one
+        for name, one in numbered("c", case.captures).items()
+    }
     found |= {"sinks": random(GROUPS * case.group).to(dtype)} if case.sinks else {}
     found |= {"seed": torch.tensor(77)} if case.dropout else {}
     return found | dict(numbered("n", case.sizes))
@@ -251,6 +276,9 @@ FAULTS: dict[str, tuple[str, bool, str, str]] = {
         "full_high * GROUP, high, edge",
         "full_high, high // GROUP, edge",
     ),
+    "entries of another block": ("learned table", True, "block * BLOCK_T + tl.arange", "tl.arange"),
+    "a part left out": ("learned table", True, "tl.range(0, SPLITS)", "tl.range(1, SPLITS)"),
+    "another matrix": ("learned bias", True, "head_of(of_ptr, b, h, ", "head_of(of_ptr, b, h * 0, "),
     "no cap in the backward": ("soft cap and window", True, "return grad * (", "return grad + 0 * ("),
 }
 
@@ -315,9 +343,10 @@ def whole_model(name: str, train: bool, dynamic: bool = False) -> dict[str, Any]
     return {"wrong": wrong, "providers": sorted(chosen), "kernels": sorted(kernels)}
 
 
-def sampled(place: int, name: str, whole: bool) -> list[tuple[str, bool]]:
-    """All dtypes and directions of a case, or one of them."""
-    pairs = [(dtype, backward) for dtype in DTYPES for backward in (False, True)]
+def sampled(place: int, case: Case, whole: bool) -> list[tuple[str, bool]]:
+    """All dtypes and directions of a case, or one of them, in which what is learned has a gradient."""
+    directions = (True,) if case.learned and not whole else (False, True)
+    pairs = [(dtype, backward) for dtype in DTYPES for backward in directions]
     return pairs if whole else [pairs[(5 * place) % len(pairs)]]
 
 
@@ -328,7 +357,7 @@ def main(directory: str, whole: bool) -> dict[str, Any]:
             backward=backward
         )
         for place, (name, case) in enumerate(CASES.items())
-        for dtype, backward in sampled(place, name, whole)
+        for dtype, backward in sampled(place, case, whole)
     }
     models = {
         "prefill": whole_model("llama", train=False),
