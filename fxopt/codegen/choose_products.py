@@ -15,10 +15,11 @@ from torch import fx
 
 from fxopt.codegen.configurations import predicted
 from fxopt.codegen.kernel_file import KernelFile
-from fxopt.codegen.matmul import CHOSEN, MatmulBody, is_large, operands_of_product
+from fxopt.codegen.matmul import MatmulBody
 from fxopt.codegen.price import hinted
+from fxopt.codegen.product_operands import CHOSEN, is_large, operands_of_product
 from fxopt.codegen.region import Region, can_emit
-from fxopt.codegen.trace import view_base
+from fxopt.codegen.view_index import view_base
 from fxopt.ir.cost import bytes_of, hint, numel
 from fxopt.ir.target import Target
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxopt.ir.ops.code_products import WIDENING
+
 KINDS = {"Tensor": "torch.Tensor", "int": "int", "float": "float", "bool": "bool"}
 
 
@@ -185,6 +187,7 @@ def _render(kernel: KernelFile) -> str:
         _outputs(kernel),
         _launch(kernel),
         *([_PHILOX + _inlined("ir/ops/philox.py")] if "philox_uniform(" in kernel.reference else []),
+        *([_CODES + _inlined("ir/ops/widen_codes.py")] if _widens(kernel.reference) else []),
         _code(kernel.reference),
         _code(kernel.example_inputs),
         _cost(kernel),
@@ -192,6 +195,10 @@ def _render(kernel: KernelFile) -> str:
         'if __name__ == "__main__":\n    raise SystemExit(main())',
     ]
     return "\n\n\n".join(parts) + "\n"
+
+
+def _widens(reference: str) -> bool:
+    return any(f" = {name}(" in reference for name in WIDENING)
 
 
 _IMPORTS = """import contextlib
@@ -336,4 +343,5 @@ def _checks(kernel: KernelFile) -> Iterator[str]:
 
 _BFLOAT16 = "# Triton's interpreter computes on the bits of a bfloat16; this makes it use the value.\n"
 _PHILOX = "# The kernel's random numbers in plain torch.\n"
+_CODES = "# What the codes of quantized weights stand for, in plain torch.\n"
 _CHECK = "# The check of this file: the kernel, and eager, against the reference in float64.\n"
