@@ -86,7 +86,11 @@ def expanded(function: Callable[..., Any], *given: Any) -> tuple[fx.GraphModule,
     register_ops()
     mode = FakeTensorMode()
     fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, given)
-    gm = make_fx(function, decomposition_table=select_decomp_table())(*fake)
+
+    def traced(*inputs: Any) -> Any:  # `make_fx` wants no defaults
+        return function(*inputs)
+
+    gm = make_fx(traced, decomposition_table=select_decomp_table())(*fake)
     return gm, expand_quantized(gm, CPU)
 
 
