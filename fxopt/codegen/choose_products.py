@@ -73,7 +73,7 @@ def compared(region: Region, kernel: KernelFile, target: Target) -> Comparison:
     assert isinstance(region.body, MatmulBody)
     on_matrix_units = region.body.on_matrix_units
     for node in large_products(region):
-        arithmetic = _flops(node) / target.rate(node.meta["val"].dtype, tensor_cores=on_matrix_units)
+        arithmetic = _flops(node) / target.rate(region.body.dtype, tensor_cores=on_matrix_units)
         operands = [view_base(one) for one in node.all_input_nodes]
         stored = bytes_of(node.meta["val"])
         read = {one: bytes_of(one.meta["val"]) for one in operands}

@@ -78,6 +78,8 @@ class Products:
             over. pieces: into which it is cut. together: products that share a tile of columns.
         dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply. pairs: whether what
             follows mixes columns.
+        summands: that a step of the depth adds to an element: two, where codes share a byte. stored: bytes of
+            a weight's step, where they are codes; else 0.
     """
 
     batch: int
@@ -89,6 +91,8 @@ class Products:
     dtype: str
     on_matrix_units: bool
     pairs: bool = False
+    summands: int = 1
+    stored: int = 0
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,12 @@ class MatmulBody(Body):
     @property
     def bytes_of_step(self) -> int:
         """What a step reads of a column of weights: an element, or a byte of codes."""
-        coded = any(reads_codes(known_operands(one.origin).right) for one in self.products)
-        return 1 if coded else self.dtype.itemsize
+        return 1 if self.widens else self.dtype.itemsize
+
+    @property
+    def widens(self) -> bool:
+        """Whether a weight is codes that are widened in registers."""
+        return any(reads_codes(known_operands(one.origin).right) for one in self.products)
 
     @property
     def columns_of_step(self) -> int:

@@ -108,6 +108,8 @@ def products_of(body: MatmulBody) -> Products:
         dtype=str(body.dtype).removeprefix("torch."),
         on_matrix_units=body.on_matrix_units,
         pairs=any(part.distance for part in body.parts),
+        summands=body.columns_of_step,
+        stored=body.bytes_of_step if body.widens else 0,
     )
 
 

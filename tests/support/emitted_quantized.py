@@ -144,8 +144,8 @@ def decodes(scheme: str, directory: str) -> dict[str, Any]:
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 50}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     options = {"host": "eager", "strict": True, "quantize": {"model.*": scheme}, "cache_dir": directory}
@@ -155,7 +155,7 @@ def decodes(scheme: str, directory: str) -> dict[str, Any]:
         with collect() as records, torch.no_grad():
             compiled = torch.compile(model, backend="fxopt", options=options | more)
             cache, step, out = DynamicCache(config=config), tokens, []
-            for _ in range(4):
+            for _ in range(3):
                 logits = compiled(step, past_key_values=cache, use_cache=True).logits[:, -1]
                 step = logits.argmax(-1, keepdim=True)
                 out.append(int(step))

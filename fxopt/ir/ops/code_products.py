@@ -28,9 +28,12 @@ def is_op(target: object, name: str) -> bool:
 
 def _fast_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`wide_product` by the library where it has it."""
+    on_gpu = left.device.type == "cuda"
+    if on_gpu and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=torch.float32)
     if left.dtype is not torch.int8:
         return wide_product(left, right)
-    if left.device.type == "cpu":
+    if not on_gpu:
         return torch._int_mm(left, right)
     aligned = left.shape[1] % 8 == 0 and right.shape[1] % 8 == 0
     if not aligned:
