@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._inductor.decomposition import select_decomp_table
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from fxopt.codegen.emit import emit_kernels
 from fxopt.codegen.kernel_check import differences
 from fxopt.codegen.kernel_file import KernelFile
+from fxopt.codegen.split_products import can_split_products
 from fxopt.ir.ops import register_ops
 from fxopt.ir.ops.packed_linear import per_token, round_tokens
 from fxopt.ir.quantized_weight import QuantizedWeight
@@ -188,14 +190,19 @@ def groups(directory: str) -> dict[str, Any]:
 
 
 def pieces(directory: str) -> dict[str, Any]:
-    """Of a depth that is cut, because there are too few columns for all SMs."""
-    return {
-        f"{scheme} {rows} {how}": one_layer(
-            scheme, (rows, 32, 8192, torch.float32, True), directory, split_k=how
-        )
-        for scheme, rows in (("int4", 1), ("int8-dynamic", 1), ("nf4", 2))
-        for how in ("deterministic", "atomic")
-    }
+    """Of a depth that is cut, as where there are too few columns for all SMs."""
+
+    def always(body: Any, tile: Any, target: Any) -> list[int]:
+        return [tile.depth] if can_split_products(body) else []
+
+    with mock.patch("fxopt.codegen.kernels.pieces_worth_while", always):
+        return {
+            f"{scheme} {rows} {how}": one_layer(
+                scheme, (rows, 5, 4128, torch.float32, True), directory, split_k=how
+            )
+            for scheme, rows in (("int4", 1), ("int8", 1), ("nf4", 2))
+            for how in ("deterministic", "atomic")
+        }
 
 
 def blocks(directory: str) -> dict[str, Any]:
