@@ -15,10 +15,11 @@ from torch import fx
 
 from fxopt.codegen.configurations import predicted
 from fxopt.codegen.kernel_file import KernelFile
-from fxopt.codegen.matmul import CHOSEN, MatmulBody, is_large, operands_of_product
+from fxopt.codegen.matmul import MatmulBody
 from fxopt.codegen.price import hinted
+from fxopt.codegen.product_operands import CHOSEN, is_large, operands_of_product
 from fxopt.codegen.region import Region, can_emit
-from fxopt.codegen.trace import view_base
+from fxopt.codegen.view_index import view_base
 from fxopt.ir.cost import bytes_of, hint, numel
 from fxopt.ir.target import Target
 
@@ -72,7 +73,7 @@ def compared(region: Region, kernel: KernelFile, target: Target) -> Comparison:
     assert isinstance(region.body, MatmulBody)
     on_matrix_units = region.body.on_matrix_units
     for node in large_products(region):
-        arithmetic = _flops(node) / target.rate(node.meta["val"].dtype, tensor_cores=on_matrix_units)
+        arithmetic = _flops(node) / target.rate(region.body.dtype, tensor_cores=on_matrix_units)
         operands = [view_base(one) for one in node.all_input_nodes]
         stored = bytes_of(node.meta["val"])
         read = {one: bytes_of(one.meta["val"]) for one in operands}

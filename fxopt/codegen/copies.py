@@ -8,8 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from fxopt.codegen.region import Region
-from fxopt.codegen.trace import view_base
-from fxopt.codegen.view_index import is_view
+from fxopt.codegen.view_index import is_view, view_base
 
 
 def with_copies(regions: Iterable[Region], used: Sequence[Region]) -> dict[tuple[fx.Node, ...], Region]:

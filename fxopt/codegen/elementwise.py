@@ -17,6 +17,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
 from fxopt.ir.facts import is_tensor
+from fxopt.ir.ops.code_products import CODES, ROUNDED, is_op
 from fxopt.ir.ops.uniform import is_uniform
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -75,6 +76,7 @@ _FORMULAS: dict[Any, Pointwise] = {
     aten.sigmoid: Pointwise("tl.div_rn(tl.full([], 1, {0}.dtype), 1 + tl.exp(-{0}))", _FLOAT),
     aten.floor: Pointwise("tl.floor({0})", floats_only=True),
     aten.ceil: Pointwise("tl.ceil({0})", floats_only=True),
+    aten.round: Pointwise("rint({0})", floats_only=True),
     aten.relu: Pointwise(f"tl.maximum({{0}}, 0, {_NAN})"),
     aten.maximum: Pointwise(f"tl.maximum({{0}}, {{1}}, {_NAN})"),
     aten.minimum: Pointwise(f"tl.minimum({{0}}, {{1}}, {_NAN})"),
@@ -115,6 +117,8 @@ def formula_of(node: fx.Node) -> Pointwise | None:
         return Pointwise("{0}", Kind.NO_OPMATH)
     if target in _CHOICES:
         return _choice(node)
+    if is_op(target, ROUNDED):
+        return Pointwise("nearest_e4m3({0})", floats_only=True)
     if target is aten.pow.Tensor_Scalar:
         text = _POWERS.get(node.args[1])  # type: ignore[arg-type]
         return None if text is None else Pointwise(text, floats_only=True)
@@ -156,6 +160,8 @@ def operations_of(node: fx.Node) -> int:
     """How many instructions the operator takes for an element, roughly."""
     if is_uniform(node.target):
         return 64  # the ten rounds of Philox
+    if is_op(node.target, CODES):
+        return 4
     return 8 if getattr(node.target, "overloadpacket", None) in _DEAR else 1
 
 

@@ -18,6 +18,7 @@ from fxopt.codegen.decode_emit import emit_cached
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
+from fxopt.codegen.quantized_products import expand_quantized
 from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
 from fxopt.codegen.regions import Partition, partition
 from fxopt.errors import UnsupportedTarget
@@ -88,12 +89,16 @@ def emit_kernels(
         call: put calls of the kernels in the place of the regions. Without, `gm` stays as it is.
         decide: which of them are used. None: all.
     """
+    if not call:
+        gm = fx.GraphModule(gm, _copy(gm.graph))
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     try:
         target = target_of(options)
     except UnsupportedTarget as error:
         return [], [Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, str(error))]
     made, done = emit_semantic_ops(gm, options, call=call)
+    if decide is None or options.kernels == "always":
+        done += expand_quantized(gm, devices)
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     usable, evidence = _usable(emitted, gm.graph)
@@ -114,6 +119,12 @@ def emit_kernels(
     gm.graph.lint()
     gm.recompile()
     return made + [one.kernel for one in chosen], done + evidence
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
 
 
 def emit_semantic_ops(

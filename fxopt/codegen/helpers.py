@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
+
 _TANH = '''@triton.jit
 def tanh(x):
     """Cephes' tanhf: a polynomial where exp would cancel."""
@@ -40,4 +43,72 @@ def uniform(seed, place, BITS: tl.constexpr):
         key_1 = (key_1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     return (word_0 >> (32 - BITS)).to(tl.float32) * (1.0 / (1 << BITS))
 '''
-HELPERS = {"tanh": _TANH, "maximum": _MAXIMUM, "minimum": _MINIMUM, "uniform": _UNIFORM}
+_RINT = '''@triton.jit
+def rint(x):
+    """To the nearest integer, halves to the even one; from 2**23 on (2**52 in float64) all are integers."""
+    large = tl.full([], 4503599627370496.0 if x.dtype == tl.float64 else 8388608.0, x.dtype)
+    near = tl.where(x < 0, (x - large) + large, (x + large) - large)
+    return tl.where(tl.abs(x) < large, tl.where(near == 0, x * 0, near), x)
+'''
+_E4M3 = '''@triton.jit
+def e4m3(code):
+    """The number that 8 bits stand for in e4m3, NaN excepted: an exponent has 120 less than in float32."""
+    bits = ((code & 128).to(tl.uint32) << 24) | ((code & 127).to(tl.uint32) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
+'''
+_NEAREST_E4M3 = '''@triton.jit
+def nearest_e4m3(x):
+    """To the nearest number of e4m3, for magnitudes up to 448: a multiple of an eighth of the power of two
+    below, or of 2**-9. Sums with 1.5 * 2**23 times the step are rounded to multiples of it."""
+    exponent = tl.maximum((tl.abs(x).to(tl.int32, bitcast=True)) >> 23, 121)
+    large = ((exponent - 3) << 23).to(tl.float32, bitcast=True) * 12582912.0
+    return (x + large) - large
+'''
+_ACROSS = '''@triton.jit
+def repeated_across(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each column of `x` (ROWS, ...) so often that there are COLUMNS."""
+    spread = tl.broadcast_to(x[:, :, None], [ROWS, x.shape[1], COLUMNS // x.shape[1]])
+    return tl.reshape(spread, [ROWS, COLUMNS])
+'''
+_DOWN = '''@triton.jit
+def repeated_down(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each row of `x` (..., COLUMNS) so often that there are ROWS."""
+    spread = tl.broadcast_to(x[:, None, :], [x.shape[0], ROWS // x.shape[0], COLUMNS])
+    return tl.reshape(spread, [ROWS, COLUMNS])
+'''
+HELPERS = {
+    "tanh": _TANH,
+    "maximum": _MAXIMUM,
+    "minimum": _MINIMUM,
+    "uniform": _UNIFORM,
+    "rint": _RINT,
+    "e4m3": _E4M3,
+    "nearest_e4m3": _NEAREST_E4M3,
+    "repeated_across": _ACROSS,
+    "repeated_down": _DOWN,
+}
+
+# names that kernels use for other things
+_OWN = {
+    "x",
+    "r",
+    "piece",
+    "tile",
+    "tiles",
+    "row_tile",
+    "row_tiles",
+    "program",
+    "first",
+    "first_row",
+    "height",
+    "column",
+    "tl",
+    "triton",
+    "torch",
+    "start",
+    "inside",
+    "inside_x",
+    "inside_r",
+    *HELPERS,
+}
+RESERVED = frozenset({*_OWN, *dir(builtins), *keyword.kwlist})

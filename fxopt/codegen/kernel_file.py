@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxopt.ir.ops.code_products import WIDENING
 from fxopt.runtime.direct_launch import ASSERTING
 
 KINDS = {"Tensor": "torch.Tensor", "int": "int", "float": "float", "bool": "bool"}
@@ -78,6 +79,8 @@ class Products:
             over. pieces: into which it is cut. together: products that share a tile of columns.
         dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply. pairs: whether what
             follows mixes columns.
+        summands: that a step of the depth adds to an element: two, where codes share a byte. stored: bytes of
+            a weight's step, where they are codes; else 0.
     """
 
     batch: int
@@ -89,6 +92,8 @@ class Products:
     dtype: str
     on_matrix_units: bool
     pairs: bool = False
+    summands: int = 1
+    stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ def _render(kernel: KernelFile) -> str:
         _outputs(kernel),
         _launch(kernel),
         *([_PHILOX + _inlined("ir/ops/philox.py")] if "philox_uniform(" in kernel.reference else []),
+        *([_CODES + _inlined("ir/ops/widen_codes.py")] if _widens(kernel.reference) else []),
         _code(kernel.reference),
         _code(kernel.example_inputs),
         _cost(kernel),
@@ -199,6 +205,10 @@ def _render(kernel: KernelFile) -> str:
         'if __name__ == "__main__":\n    raise SystemExit(main())',
     ]
     return "\n\n\n".join(parts) + "\n"
+
+
+def _widens(reference: str) -> bool:
+    return any(f" = {name}(" in reference for name in WIDENING)
 
 
 _IMPORTS = """import contextlib
@@ -345,4 +355,5 @@ def _checks(kernel: KernelFile) -> Iterator[str]:
 
 _BFLOAT16 = "# Triton's interpreter computes on the bits of a bfloat16; this makes it use the value.\n"
 _PHILOX = "# The kernel's random numbers in plain torch.\n"
+_CODES = "# What the codes of quantized weights stand for, in plain torch.\n"
 _CHECK = "# The check of this file: the kernel, and eager, against the reference in float64.\n"

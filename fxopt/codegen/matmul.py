@@ -11,42 +11,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from fxopt.codegen.column_pairs import column_distance
-from fxopt.codegen.elementwise import cast, formula_of, operations_of, rounded
+from fxopt.codegen.dequantize import reads_codes, reads_nibbles
+from fxopt.codegen.elementwise import formula_of, operations_of
 from fxopt.codegen.homes import homes_from, same_shape
 from fxopt.codegen.indexing import Axis, Index, axis, ranges_of, same
 from fxopt.codegen.loops import Loop
-from fxopt.codegen.statements import Body, Compute, Exchange, Product, Reduce, Statement
-from fxopt.codegen.trace import CannotEmit, Conditions, Tracer, view_base
-from fxopt.codegen.view_index import broadcast_to, readers_of, shape_of
+from fxopt.codegen.matmul_tracer import MatmulTracer
+from fxopt.codegen.product_operands import in_kernel, is_skinny, known_operands, left_operand
+from fxopt.codegen.statements import Body, Compute, Product, Reduce, Repeat
+from fxopt.codegen.trace import CannotEmit
+from fxopt.codegen.view_index import readers_of, shape_of, view_base
 from fxopt.ir.cost import hint
 from fxopt.ir.target import all_targets, least_balance
 
 aten = torch.ops.aten
 
-MOST_ROWS = 16  # of a product with few rows: what the smallest tile of a matrix unit has
 MOST_PARTS = 6
 TYPICAL_COLUMNS = 16  # that a program computes of a product with few rows
 LARGE_COLUMNS = 128  # of one with many
-CHOSEN = "fxopt_product"  # in the metadata of products with many rows that are to become kernels
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (aten.mm.default, aten.bmm.default)
-_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Of ``left @ right + bias``."""
-
-    left: fx.Node
-    right: fx.Node
-    bias: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +56,10 @@ class MatmulBody(Body):
 
     Attributes:
         batch: the axis of products of stacks of matrices; None for those of matrices.
-        rows: the axis of rows; None for a single row. depth: the axis that is summed over, as the left
-            operand reads it. down: the same as the right one reads it; with a single row it is the same axis.
+        rows: the axis of rows; None for a single row. depth: the axis that is summed over. summed: what a
+            program steps over to do so, as the left operand reads it: the depth, or the bytes that hold two
+            of its codes each. down: the same as the right one reads it; with a single row the same axis.
+        groups: axes of groups of columns of weights with scales in common, with the groups' sizes in steps.
         parts: what has columns of its own, in the order of the graph.
         piece: which piece of the depth a program sums; None when it sums all of it. length: of a piece.
         tf32: whether float32 is multiplied with ten bits of precision, as torch is allowed to.
@@ -79,7 +68,9 @@ class MatmulBody(Body):
     batch: Axis | None = None
     rows: Axis | None = None
     depth: Axis = axis("k", sympy.Integer(1), reduced=True)
+    summed: Axis = axis("k", sympy.Integer(1), reduced=True)
     down: Axis = axis("d", sympy.Integer(1))
+    groups: tuple[tuple[Axis, int], ...] = ()
     parts: tuple[Part, ...] = ()
     piece: Axis | None = None
     length: int = 0
@@ -91,8 +82,28 @@ class MatmulBody(Body):
 
     @property
     def on_matrix_units(self) -> bool:
-        wide = self.products[0].origin.meta["val"].dtype is torch.float32
-        return self.rows is not None and (self.tf32 or not wide)
+        return self.rows is not None and (self.tf32 or self.dtype is not torch.float32)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operands."""
+        found: torch.dtype = left_operand(self.products[0].origin).meta["val"].dtype
+        return found
+
+    @property
+    def bytes_of_step(self) -> int:
+        """What a step reads of a column of weights: an element, or a byte of codes."""
+        return 1 if self.widens else self.dtype.itemsize
+
+    @property
+    def widens(self) -> bool:
+        """Whether a weight is codes that are widened in registers."""
+        return any(reads_codes(known_operands(one.origin).right) for one in self.products)
+
+    @property
+    def columns_of_step(self) -> int:
+        """How many columns of a weight a step multiplies: two, where two codes lie in a byte."""
+        return len(self.products[0].uses) // 2
 
     @property
     def is_large(self) -> bool:
@@ -100,49 +111,9 @@ class MatmulBody(Body):
         return not is_skinny(self.products[0].origin)
 
 
-def operands_of_product(node: fx.Node) -> Operands | None:
-    """The operands of a product that a kernel may compute; None for everything else."""
-    given: Any = node.args
-    if node.target in _PLAIN:
-        found = Operands(*given)
-    elif node.target in _WITH_BIAS and all(value == 1 for value in node.kwargs.values()):
-        found = Operands(given[1], given[2], given[0])
-    else:
-        return None
-    used = (node, found.left, found.right)
-    if len({one.meta["val"].dtype for one in used}) > 1 or node.meta["val"].dtype not in _DTYPES:
-        return None
-    return found
-
-
-def is_skinny(node: fx.Node) -> bool:
-    """Whether `node` is a product of matrices with few rows, as the decoding of few sequences has."""
-    found = operands_of_product(node)
-    if found is None or found.left.meta["val"].dim() > 2:
-        return False
-    rows, depth = found.left.meta["val"].shape
-    return hint(rows) <= MOST_ROWS and hint(depth) > 1
-
-
-def is_large(node: fx.Node) -> bool:
-    """Whether `node` is any other product that could be a kernel: one with many rows, or of stacks."""
-    found = operands_of_product(node)
-    return found is not None and not is_skinny(node) and hint(found.left.meta["val"].shape[-1]) > 1
-
-
-def in_kernel(node: fx.Node) -> bool:
-    """Whether a kernel computes the product `node`: one with few rows, or one that was chosen."""
-    return is_skinny(node) or bool(node.meta.get(CHOSEN)) and is_large(node)
-
-
 def allows_tf32() -> bool:
     """Whether torch multiplies float32 on CUDA in tf32 (`torch.set_float32_matmul_precision`)."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def left_operand(product: fx.Node) -> fx.Node:
-    """What a product has the rows of."""
-    return _operands(product).left
 
 
 def matmul_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> MatmulBody:
@@ -156,7 +127,10 @@ def matmul_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Matmu
     if len({len(shape_of(left_operand(node))) for node in products}) > 1:
         raise CannotEmit("products of different operands are different kernels")
     batch, rows, depth = _row_axes(left, is_skinny(products[0]))
-    down = axis("d", depth.size) if rows is not None else depth
+    summed = depth
+    if any(reads_nibbles(known_operands(node).right) for node in products):
+        summed = axis("j", depth.size / 2)
+    down = axis("d", summed.size) if rows is not None else summed
     through = _dependences(members, products)
     parts = _parts(products, through)
     for node in outputs:
@@ -166,23 +140,18 @@ def matmul_body(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Matmu
     row = (*((_index(batch),) if stacked else ()), _index(rows))
     places = {node: (*row, _index(part.columns)) for part in parts for node in part.products}
     axes = (*(one for one in (batch, rows) if one), *(part.columns for part in parts), depth)
-    axes += (down,) if down is not depth else ()
+    axes += tuple(one for one in dict.fromkeys((summed, down)) if one is not depth)
     homes = _homes(left, places, through, (*row, depth.symbol), ranges_of(axes))
     loop = Loop(axes, (), (sympy.Integer(-1),), row, shape_of(left)[:-1], homes)
-    tracer = _MatmulTracer(frozenset(members), loop, places, depth, down)
+    tracer = MatmulTracer(frozenset(members), loop, places, summed, down)
     for node in outputs:
         tracer.store(node)
     parts = tuple(replace(part, distance=tracer.distances.get(part.columns.symbol, 0)) for part in parts)
-    found = (axes, tracer.names, tracer.statements, tracer.stores)
-    body = MatmulBody(*found, batch, rows, depth, down, parts, tf32=allows_tf32())
+    groups = tuple((one, size) for size, one in tracer.groups.items())
+    found = ((*axes, *tracer.groups.values()), tracer.names, tracer.statements, tracer.stores)
+    body = MatmulBody(*found, batch, rows, depth, summed, down, groups, parts, tf32=allows_tf32())
     _check(body)
     return body
-
-
-def _operands(node: fx.Node) -> Operands:
-    found = operands_of_product(node)
-    assert found is not None
-    return found
 
 
 def _index(one: Axis | None) -> sympy.Expr:
@@ -252,59 +221,6 @@ def _homes(
     return {**homes, **places}
 
 
-class _MatmulTracer(Tracer):
-    def __init__(
-        self,
-        members: frozenset[fx.Node],
-        loop: Loop,
-        places: Mapping[fx.Node, Index],
-        depth: Axis,
-        down: Axis,
-    ) -> None:
-        super().__init__(members, loop)
-        self.along.add(down.symbol)
-        self.places, self.depth, self.down = places, depth, down
-        self.distances: dict[sympy.Symbol, int] = {}
-
-    def member(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
-        if node not in self.places:
-            return super().member(node, index, conditions)
-        place = self.places[node]
-        if index != place:
-            return self._exchanged(node, index, conditions)
-        return self.value(node, index, ()) if conditions else self._product(node, _operands(node), index)
-
-    def gathered(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
-        raise CannotEmit(f"{node.name} reads at places that are data, which every program would have to find")
-
-    def _exchanged(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
-        """The other column of a pair, or the same one in other words."""
-        (*row, column), (*other_row, other) = self.places[node], index
-        distance = None
-        if row == other_row and column.is_Symbol:
-            distance = column_distance(column, shape_of(node)[-1], other, conditions)
-        if distance is None:
-            raise CannotEmit(f"{node.name} is needed at another element than the one that is computed")
-        if distance == 0:
-            return self.value(node, self.places[node], ())
-        if self.distances.setdefault(column, abs(distance)) != abs(distance):
-            raise CannotEmit(f"{node.name} is needed at columns of several distances")
-        value = self.value(node, self.places[node], ())
-        return self.add(Exchange, node, (value.name,), value.dtype, distance=abs(distance))
-
-    def _product(self, node: fx.Node, given: Operands, index: Index) -> Statement:
-        *row, column = index
-        left = self.value(given.left, (*row, self.depth.symbol), ())
-        right = self.value(given.right, (*row[:-1], self.down.symbol, column), ())
-        dtype = node.meta["val"].dtype
-        total = self.add(Product, node, (left.name, right.name), torch.float32)
-        if given.bias is None:
-            return self.compute(node, (total.name,), rounded(total.name, torch.float32, dtype))
-        bias = self.value(given.bias, broadcast_to(index, given.bias), ())
-        text = f"({total.name} + {cast(bias.name, bias.dtype, torch.float32)})"
-        return self.compute(node, (total.name, bias.name), rounded(text, torch.float32, dtype))
-
-
 def axes_of(body: MatmulBody) -> dict[str, frozenset[sympy.Symbol]]:
     """Along which axes of a tile each value differs: a program has one matrix of a batch."""
     own = {one.symbol for one in body.axes if one is not body.batch}
@@ -318,19 +234,24 @@ def axes_of(body: MatmulBody) -> dict[str, frozenset[sympy.Symbol]]:
             along = row | {columns[one.origin]}
         elif isinstance(one, Reduce):
             along -= {body.depth.symbol}
+        elif isinstance(one, Repeat):
+            along -= {one.group}
         found[one.name] = frozenset(along)
     return found
 
 
 def _check(body: MatmulBody) -> None:
     """That there is one left operand, and that no value differs along more axes than a tile has."""
-    if len({one.uses[0] for one in body.products}) > 1:
+    if len({one.uses[::2] for one in body.products}) > 1:
         raise CannotEmit("products of different operands are different kernels")
     along = axes_of(body)
     columns = {part.columns.symbol for part in body.parts}
     row = {body.rows.symbol} if body.rows is not None else set()
     for product in body.products:
-        left, right = (along[name] for name in product.uses)
+        left, right = (
+            frozenset().union(*(along[name] for name in names))
+            for names in (product.uses[::2], product.uses[1::2])
+        )
         if left & columns or right & row:
             raise CannotEmit(f"{product.origin.name} is of operands that differ along rows and columns")
     for one in body.statements:
@@ -346,12 +267,15 @@ def _refuse_repetition(body: MatmulBody, along: Mapping[str, frozenset[sympy.Sym
     which is reading the weights with few rows, and the matrix units with many."""
     columns = {part.columns.symbol for part in body.parts}
     again = [one for one in body.statements if one.on_r and not along[one.name] & columns]
-    operations = sum(operations_of(one.origin) for one in again if isinstance(one, (Compute, Reduce)))
+    computed = [one for one in again if isinstance(one, (Compute, Reduce))]
+    # Of a step in two columns each operator of theirs stands twice, for half of the elements.
+    twice = {one.symbol for one in (body.summed, body.down) if one is not body.depth}
+    operations = sum(operations_of(one.origin) / (2 if along[one.name] & twice else 1) for one in computed)
     value = left_operand(body.parts[0].products[0]).meta["val"]
     if body.is_large:
         if operations > _spare(value.dtype):
             raise CannotEmit(
-                f"what is in front of the product takes {operations} operations for each element, "
+                f"what is in front of the product takes {operations:.0f} operations for each element, "
                 f"wanted at most {_spare(value.dtype):.0f}"
             )
         return

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import sympy
 
 from fxopt.codegen.kernel_file import Products
-from fxopt.codegen.matmul import MOST_ROWS, MatmulBody
+from fxopt.codegen.matmul import MatmulBody
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.product_model import LEAST, best_tile, number_of_programs
+from fxopt.codegen.product_operands import MOST_ROWS
 from fxopt.codegen.split_products import can_split_products
 from fxopt.codegen.statements import Load
 from fxopt.codegen.tile_sizes import power_of_two, sms_of, warps_of
@@ -17,12 +18,14 @@ from fxopt.ir.target import Target
 
 _THREADS = 128  # of a program with few rows
 _BYTES = 16384  # of weights that these hold at once: eight loads of 16 bytes each
+_SUMMANDS = 8192  # of codes that these hold at once, widened
 _ELEMENTS = 2048  # of a block of weights on its way to the matrix units
 _SPAN = 4096
 MOST_PIECES = 16
 SECOND_LAUNCH = 3e-6  # seconds
 _LINE = 256  # bytes of a column of weights that such a block has at most
 _LARGEST = 256
+_BYTES_OF_INSTRUCTION = 32  # of a row, that matrix units multiply at once
 GROUP = 8  # tiles of rows that follow each other with the same columns: what they share stays in L2
 
 
@@ -66,7 +69,7 @@ class MatmulTile:
         becomes necessary that the text does not have."""
         columns = [part.columns.size for part in body.parts]
         pair = _pair(body) or _LARGEST
-        depth = [body.depth.size, *([sympy.Integer(body.length)] if body.piece is not None else [])]
+        depth = [body.summed.size, *([sympy.Integer(body.length)] if body.piece is not None else [])]
         least = 1 if body.rows is None else LEAST
         found = [
             (
@@ -75,7 +78,7 @@ class MatmulTile:
                 _least_columns(body),
                 min(pair, _most(columns, self.columns)),
             ),
-            ("DEPTH", _number(body.depth.size), min(self.depth, max(least, 32)), _most(depth, self.depth)),
+            ("DEPTH", _number(body.summed.size), min(self.depth, max(least, 32)), _most(depth, self.depth)),
         ]
         if self.group and body.rows is not None:
             rows = [body.rows.size]
@@ -95,17 +98,18 @@ def _most(sizes: list[sympy.Expr], block: int) -> int:
 
 def products_of(body: MatmulBody) -> Products:
     """What the model of a launch's time knows of its products."""
-    first = body.products[0].origin
     return Products(
         batch=_number(body.batch.size) if body.batch is not None else 1,
         rows=_number(body.rows.size) if body.rows is not None else 1,
         columns=tuple(_number(part.columns.size) for part in body.parts),
-        depth=_number(body.depth.size),
+        depth=_number(body.summed.size),
         pieces=_number(body.piece.size) if body.piece is not None else 1,
         together=max(len(part.products) for part in body.parts),
-        dtype=str(first.meta["val"].dtype).removeprefix("torch."),
+        dtype=str(body.dtype).removeprefix("torch."),
         on_matrix_units=body.on_matrix_units,
         pairs=any(part.distance for part in body.parts),
+        summands=body.columns_of_step,
+        stored=body.bytes_of_step if body.widens else 0,
     )
 
 
@@ -115,14 +119,19 @@ def choose_matmul_tile(body: MatmulBody, target: Target | None) -> MatmulTile:
     if body.is_large:
         return _large_tile(body, target)
     sms = sms_of(target)
-    depth = power_of_two(_number(body.depth.size))
+    depth = power_of_two(_number(body.summed.size))
     columns = power_of_two(max(map(_number, _columns(body))))
     if body.rows is None:
-        rows, elements = 1, _BYTES // _bytes_of_weight(body) // _products_at_once(body)
-        deep, least = (min(512, depth), 1) if is_contiguous_along_depth(body) else (elements // _THREADS, 32)
+        rows, elements = 1, _BYTES // body.bytes_of_step // _products_at_once(body)
+        elements = min(elements, _SUMMANDS // body.columns_of_step // _products_at_once(body))
+        deep, least = elements // _THREADS, 32
+        if is_contiguous_along_depth(body):
+            # Codes are loaded by 16 bytes: then Triton lays them out as it does the row, which they meet.
+            deep, least = min(_THREADS * 16 if body.bytes_of_step == 1 else 512, depth), 1
     else:
         rows, elements = MOST_ROWS, _ELEMENTS
-        deep, least, depth = 64, LEAST, max(LEAST, min(depth, _LINE // _bytes_of_weight(body)))
+        shortest = max(LEAST, _BYTES_OF_INSTRUCTION // body.dtype.itemsize)
+        deep, least, depth = 64, LEAST, max(shortest, min(depth, _LINE // body.bytes_of_step))
     pair = _pair(body)
     wanted = max(least, min(columns, elements // deep, pair or columns))
     least = max(least, _least_columns(body))
@@ -160,11 +169,19 @@ def pieces_worth_while(body: MatmulBody, tile: MatmulTile, target: Target | None
         return []
     sizes = products_of(body)
     programs = _programs(body, tile.columns) * -(-sizes.rows // tile.rows) * sizes.batch
-    weights = sum(sizes.columns) * sizes.together * sizes.depth * sizes.batch * _bytes_of_weight(body)
+    weights = sum(sizes.columns) * sizes.together * sizes.depth * sizes.batch * body.bytes_of_step
     busy = weights / target.bandwidth
     if body.is_large:
-        dtype = body.products[0].origin.meta["val"].dtype
-        flops = 2.0 * sizes.batch * sizes.rows * sum(sizes.columns) * sizes.together * sizes.depth
+        dtype = body.dtype
+        flops = (
+            2.0
+            * body.columns_of_step
+            * sizes.batch
+            * sizes.rows
+            * sum(sizes.columns)
+            * sizes.together
+            * sizes.depth
+        )
         busy = max(busy, flops / target.rate(dtype, tensor_cores=sizes.on_matrix_units))
     if busy * (target.sms / programs - 1) < SECOND_LAUNCH:
         return []
@@ -197,10 +214,6 @@ def _least_columns(body: MatmulBody) -> int:
     if body.rows is not None:
         return LEAST
     return 2 if any(part.distance for part in body.parts) else 1
-
-
-def _bytes_of_weight(body: MatmulBody) -> int:
-    return int(body.products[0].origin.meta["val"].element_size())
 
 
 def _products_at_once(body: MatmulBody) -> int:

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from fxopt.codegen.indexing import product, ranges_of, sizes_of
-from fxopt.codegen.matmul import operands_of_product
+from fxopt.codegen.product_operands import operands_of_product
 from fxopt.codegen.statements import Body
-from fxopt.codegen.trace import view_base
+from fxopt.codegen.view_index import view_base
 from fxopt.ir.cost import hint, tensors_of
 from fxopt.ir.facts import Size
 from fxopt.ir.sizes import size_of

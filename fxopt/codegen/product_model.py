@@ -66,7 +66,9 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         if sums > most or (not sizes.on_matrix_units and sums * block.depth > _UNROLLED):
             return 0
         registers = _ADDRESSES + math.ceil(sums)
-        shared = block.stages * (block.rows + block.columns * sizes.together) * block.depth * width
+        shared = block.stages * _bytes_of_step(sizes, block)
+        if sizes.stored:  # weights are in shared memory again on their way to the matrix units
+            shared += block.columns * sizes.together * block.depth * sizes.summands * width
     if registers > target.max_registers or shared > target.shared_per_block or threads > 1024:
         return 0
     return min(
@@ -97,9 +99,9 @@ def seconds(sizes: Products, block: Block, moved: float, target: Target) -> floa
     dtype, columns = _dtype(sizes), block.columns * sizes.together
     programs = number_of_programs(sizes, block)
     resident = min(at_once, math.ceil(programs / target.sms))
-    step = (block.rows + columns) * block.depth * dtype.itemsize
+    step = _bytes_of_step(sizes, block)
     rate = target.rate(dtype, tensor_cores=sizes.on_matrix_units) / target.sms
-    arithmetic = 2 * block.rows * columns * block.depth / rate
+    arithmetic = 2 * block.rows * columns * block.depth * sizes.summands / rate
     handed_out = step / (_L2_RATE * target.bandwidth / target.sms)
     buffers = max(1, block.stages - 1) if block.rows > 1 else 1
     each = max(resident * max(arithmetic, handed_out), _L2_LATENCY / buffers)
@@ -108,6 +110,13 @@ def seconds(sizes: Products, block: Block, moved: float, target: Target) -> floa
     flying = min(programs, target.sms * at_once) * step * buffers
     memory = moved / (target.bandwidth * min(1.0, flying / (target.bandwidth * LATENCY)))
     return _LAUNCH + max(waves * (steps * each + _ENDS), memory)
+
+
+def _bytes_of_step(sizes: Products, block: Block) -> int:
+    """Of both operands, as they are stored."""
+    width = _dtype(sizes).itemsize
+    weights = block.columns * sizes.together * (sizes.stored or width)
+    return (block.rows * sizes.summands * width + weights) * block.depth
 
 
 def number_of_programs(sizes: Products, block: Block) -> int:
@@ -148,8 +157,9 @@ def _blocks(sizes: Products, operands: int) -> Iterator[Block]:
 def _least_bytes(sizes: Products) -> float:
     """Every operand once."""
     columns = sum(sizes.columns) * sizes.together
-    elements = sizes.rows * sizes.depth + columns * sizes.depth + sizes.rows * sum(sizes.columns)
-    return float(sizes.batch * elements * _dtype(sizes).itemsize)
+    width = _dtype(sizes).itemsize
+    read = sizes.rows * sizes.summands * width + columns * (sizes.stored or width)
+    return float(sizes.batch * (read * sizes.depth + sizes.rows * sum(sizes.columns) * width))
 
 
 def _dtype(sizes: Products) -> torch.dtype:

@@ -16,11 +16,11 @@ import networkx as nx
 from torch import fx
 
 from fxopt.codegen.elementwise import formula_of, operations_of
-from fxopt.codegen.matmul import in_kernel
 from fxopt.codegen.price import hinted
+from fxopt.codegen.product_operands import in_kernel
 from fxopt.codegen.region import Region, are_numbers, make_region, outputs_of, stands_alone
-from fxopt.codegen.trace import CannotEmit, is_created, view_base
-from fxopt.codegen.view_index import readers_of
+from fxopt.codegen.trace import CannotEmit, is_created
+from fxopt.codegen.view_index import readers_of, view_base
 from fxopt.ir.cost import bytes_of, numel, tensors_of
 from fxopt.ir.target import least_balance
 

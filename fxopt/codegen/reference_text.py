@@ -12,7 +12,9 @@ from torch import fx
 
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.trace import needed_for, operator_name
+from fxopt.codegen.view_index import readers_of
 from fxopt.ir.cost import hint
+from fxopt.ir.ops.code_products import CODES, WIDENING, is_op
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import size_of
 
@@ -82,6 +84,8 @@ def _callee(node: fx.Node) -> str:
     target = node.target
     if is_uniform(target):
         return "philox_uniform"
+    if name := next((one for one in WIDENING if is_op(target, one)), None):
+        return name
     if isinstance(target, torch._ops.OpOverload):
         return f"torch.ops.{target}"
     return f"{target.__module__.lstrip('_')}.{target.__name__}"  # type: ignore[union-attr]
@@ -92,18 +96,31 @@ def example_text(parameters: Mapping[fx.Node, str], sizes: Mapping[str, int]) ->
     lines = ["generator = torch.Generator(device).manual_seed(0)"]
     names = []
     for node, name in parameters.items():
-        lines.append(f"{name} = {_example(node.meta['val'])}")
+        lines.append(f"{name} = {_example(node)}")
         names.append(name)
     names += map(str, sizes.values())
     lines.append(f"return {', '.join(names)}{',' if len(names) == 1 else ''}")
     return "\n".join(["def example_inputs(device):", *(f"    {line}" for line in lines)])
 
 
-def _example(value: torch.Tensor) -> str:
+def _fill(node: fx.Node) -> str:
+    """Numbers as tensors have them: weights' codes take all values, bits of e4m3 none of NaN."""
+    dtype = node.meta["val"].dtype
+    if dtype.is_floating_point:
+        return "normal_(generator=generator)"
+    readers = [one.target for one in readers_of(node)]
+    if dtype is torch.int8 and any(is_op(one, name) for one in readers for name in WIDENING):
+        return "random_(-127, 128, generator=generator)"
+    if dtype is torch.uint8 and any(is_op(one, CODES) for one in readers):
+        return "random_(0, 127, generator=generator).mul_(2)"
+    return "random_(0, 2, generator=generator)"
+
+
+def _example(node: fx.Node) -> str:
+    value = node.meta["val"]
     shape, strides = (tuple(hint(one) for one in part) for part in (value.shape, value.stride()))
     # What is expanded is written once.
     stored = tuple(1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True))
     text = f"torch.empty_strided({stored}, {strides}, dtype={value.dtype}, device=device)"
-    fill = "normal_(" if value.dtype.is_floating_point else "random_(0, 2, "
-    text = f"{text}.{fill}generator=generator)"
+    text = f"{text}.{_fill(node)}"
     return text if stored == shape else f"{text}.expand{shape}"

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxopt.codegen.dequantize import is_dequantized
 from fxopt.codegen.elementwise import TRITON_TYPES, formula_of, operations_of, supported
 from fxopt.codegen.gather import is_gather
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment, loop_of
-from fxopt.codegen.matmul import in_kernel, matmul_body
+from fxopt.codegen.matmul import matmul_body
 from fxopt.codegen.price import Price, prices_of
+from fxopt.codegen.product_operands import in_kernel
 from fxopt.codegen.statements import Body, merged
 from fxopt.codegen.trace import CannotEmit, is_created, needed_for, trace
 from fxopt.codegen.view_index import is_view
@@ -57,7 +59,7 @@ def can_emit(node: fx.Node, devices: frozenset[str]) -> bool:
         return False
     if is_moment(node) or node.target in REDUCTIONS or node.target in _JOINTS:
         return True
-    if is_uniform(node.target) or is_gather(node):
+    if is_uniform(node.target) or is_gather(node) or is_dequantized(node):
         return True
     found = formula_of(node)
     return supported(node, found) if found is not None else in_kernel(node)
@@ -132,8 +134,9 @@ def leads_outside(user: fx.Node, members: frozenset[fx.Node]) -> bool:
 
 
 def stands_alone(node: fx.Node) -> bool:
-    """Whether a kernel for `node` alone is worth while, or has to be: the host cannot draw our numbers."""
-    return node.target in REDUCTIONS or is_uniform(node.target)
+    """Whether a kernel for `node` alone is worth while, or has to be: the host cannot draw our numbers, nor
+    widen codes in one pass."""
+    return node.target in REDUCTIONS or is_uniform(node.target) or is_dequantized(node)
 
 
 def are_numbers(members: Iterable[fx.Node]) -> bool:

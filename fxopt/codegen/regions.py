@@ -21,11 +21,11 @@ from torch._ops import OpOverload
 from fxopt.codegen.beside import NEAR, Joined, SmallLoop, joined, small_loop
 from fxopt.codegen.gather import is_gather
 from fxopt.codegen.loops import is_moment
-from fxopt.codegen.matmul import in_kernel
+from fxopt.codegen.product_operands import in_kernel
 from fxopt.codegen.recompute import Recomputation
 from fxopt.codegen.region import Region, body_of, can_emit, outputs_of
-from fxopt.codegen.trace import CannotEmit, view_base
-from fxopt.codegen.view_index import is_view
+from fxopt.codegen.trace import CannotEmit
+from fxopt.codegen.view_index import is_view, view_base
 from fxopt.ir.cost import bytes_of, tensors_of
 from fxopt.ir.facts import argument
 

@@ -37,6 +37,7 @@ from fxopt.codegen.statements import (
     Position,
     Product,
     Reduce,
+    Repeat,
     Statement,
     Store,
     identity_of,
@@ -227,48 +228,72 @@ class _Renderer:
             name, shape = (
                 (f"{one.name}_partial", "COLUMNS, DEPTH") if self.single else (one.name, "ROWS, COLUMNS")
             )
-            self._line(depth, f"{name} = tl.zeros([{shape}], tl.float32)")
+            self._line(depth, f"{name} = tl.zeros([{shape}], {TRITON_TYPES[one.dtype]})")
         self._line(depth, f"for start in range({self._extent()}, DEPTH):")
-        self._axis(depth + 1, self.body.depth, "start + ", "DEPTH", _ACROSS)
+        self._axis(depth + 1, self.body.summed, "start + ", "DEPTH", _ACROSS)
         if not self.single:
             self._axis(depth + 1, self.body.down, "start + ", "DEPTH", _DOWN)
+        for group, size in self.body.groups:
+            self._groups(depth + 1, group, size)
         wanted = [name for one in products for name in one.uses]
         self._statements(depth + 1, self.body.needed_along(wanted))
         for one in products:
-            self._line(depth + 1, self._added(one))
+            for text in self._added(one):
+                self._line(depth + 1, text)
         for one in products:
             if self.single:
                 self._line(depth, f"{one.name} = tl.sum({one.name}_partial, axis=1, keep_dims=True)")
 
     def _extent(self) -> str:
         """Which part of the depth a program sums."""
-        size, length = print_index(self.body.depth.size), self.body.length
+        size, length = print_index(self.body.summed.size), self.body.length
         if self.body.piece is None:
             return f"0, {size}"
         return f"piece * {length}, tl.minimum(piece * {length} + {length}, {size})"
 
-    def _added(self, one: Product) -> str:
+    def _groups(self, depth: int, group: Axis, size: int) -> None:
+        """The groups of `size` steps that a block has: several, or one that may be longer than it."""
+        wide = ".to(tl.int64)" if self.wide else ""
+        shape = _ACROSS if self.single else _DOWN
+        count = f"tl.arange(0, (DEPTH + {size - 1}) // {size})"
+        self._line(depth, f"{group.symbol} = start // {size} + {count}{shape}{wide}")
+        self.masked.discard(group.symbol)
+        if self.body.down.symbol in self.masked:
+            self.masked.add(group.symbol)
+            self._line(depth, f"inside_{group.symbol} = {group.symbol} < {print_index(group.size)}")
+
+    def _added(self, one: Product) -> list[str]:
         """One step of a sum."""
-        left, right = one.uses
-        if not self.single:
-            texts = self._operand(one, left, "ROWS, DEPTH"), self._operand(one, right, "DEPTH, COLUMNS")
-            narrow = one.origin.meta["val"].dtype in HALVES
-            precision = "" if narrow else f', input_precision="{"tf32" if self.body.tf32 else "ieee"}"'
-            return f"{one.name} = tl.dot({texts[0]}, {texts[1]}, {one.name}{precision})"
+        pairs = list(zip(one.uses[::2], one.uses[1::2], strict=True))
+        if self.single:
+            return [f"{one.name}_partial += {' + '.join(self._multiplied(one, *pair) for pair in pairs)}"]
+        more = ", out_dtype=tl.int32" if one.dtype is torch.int32 else ""
+        if self.body.dtype is torch.float32:
+            more = f', input_precision="{"tf32" if self.body.tf32 else "ieee"}"'
+        across, down = self.body.summed, self.body.down
+        texts = [
+            (self._operand(left, across, "ROWS, DEPTH"), self._operand(right, down, "DEPTH, COLUMNS"))
+            for left, right in pairs
+        ]
+        return [f"{one.name} = tl.dot({left}, {right}, {one.name}{more})" for left, right in texts]
+
+    def _multiplied(self, one: Product, left: str, right: str) -> str:
+        """The product of two values of a single row."""
         value = f"{left} * {right}"
-        if self.body.depth.symbol in self.masked and not all(map(self._is_zero_outside, one.uses)):
-            value = f"tl.where(inside_{self.body.depth.symbol}, {value}, 0)"
-        return f"{one.name}_partial += {value}"
+        if one.dtype is torch.int32:
+            value = f"{left}.to(tl.int32) * {right}"
+        if self.body.summed.symbol in self.masked and not all(map(self._is_zero_outside, (left, right))):
+            value = f"tl.where(inside_{self.body.summed.symbol}, {value}, 0)"
+        return value
 
     def _is_zero_outside(self, name: str) -> bool:
         """Whether a value is read from memory, and so is zero where the axis that is summed has ended."""
-        summed = {self.body.depth.symbol, self.body.down.symbol}
-        return isinstance(self.by_name[name], Load) and bool(summed & self.along[name])
+        summed, one = {self.body.summed.symbol, self.body.down.symbol}, self.by_name[name]
+        return isinstance(one, Load) and not one.places and bool(summed & self.along[name])
 
-    def _operand(self, product: Product, name: str, shape: str) -> str:
+    def _operand(self, name: str, axis: Axis, shape: str) -> str:
         """A value as a block of the matrix units: of all of `shape`, in the dtype of memory."""
-        axis = self.body.depth if name == product.uses[0] else self.body.down
-        dtype = product.origin.meta["val"].dtype
+        dtype = self.body.dtype
         text = name
         if axis.symbol in self.masked and not self._is_zero_outside(name):
             text = f"tl.where(inside_{axis.symbol}, {text}, 0)"
@@ -292,8 +317,16 @@ class _Renderer:
             return f"tl.where({condition_text(one.condition)}, {one.uses[0]}, {one.uses[1]})"
         if isinstance(one, Exchange):
             return self._exchanged(one)
+        if isinstance(one, Repeat):
+            return self._repeated(one)
         assert isinstance(one, Compute)
         return one.text
+
+    def _repeated(self, one: Repeat) -> str:
+        """A column of groups, or a row of them, for each step of theirs."""
+        if self.single:
+            return f"repeated_across({one.uses[0]}, COLUMNS, DEPTH)"
+        return f"repeated_down({one.uses[0]}, DEPTH, COLUMNS)"
 
     def _exchanged(self, one: Exchange) -> str:
         """The halves of a tile, or neighbours, change places."""
@@ -308,6 +341,11 @@ class _Renderer:
         along = self.along[one.name]
         masks = [*self._masks(along), *(f"({condition_text(c)})" for c in one.conditions)]
         text = f"{self.body.names[one.tensor]}_ptr + {self._shaped(one.offset, along)}"
+        if one.places:  # codes, all of which the table has
+            masks, text = (
+                [],
+                " + ".join([f"{self.body.names[one.tensor]}_ptr", *(p.name for p in one.places)]),
+            )
         text = f"tl.load({text}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({text})"
         dtype = one.tensor.meta["val"].dtype
         if dtype is torch.bool:

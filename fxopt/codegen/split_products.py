@@ -19,7 +19,7 @@ from fxopt.codegen.statements import Body, Product, Reduce, Store
 
 def can_split_products(body: MatmulBody) -> bool:
     """Whether all results follow products of one part, element by element."""
-    if len(body.parts) > 1 or body.parts[0].distance or not body.depth.size.is_Integer:
+    if len(body.parts) > 1 or body.parts[0].distance or not body.summed.size.is_Integer:
         return False
     products = frozenset(one.name for one in body.products)
     needed = body.needed_for({one.source for one in body.stores}, products)
@@ -30,7 +30,7 @@ def can_split_products(body: MatmulBody) -> bool:
 
 def split_products(body: MatmulBody, length: int, *, atomic: bool = False) -> Split:
     """`body` with its depth cut into pieces of `length`. `atomic`: pieces are added as they come."""
-    pieces = sympy.Integer(-(-int(body.depth.size) // length))
+    pieces = sympy.Integer(-(-int(body.summed.size) // length))
     kept = sympy.Integer(1) if atomic else pieces
     scratch = tuple(scratch_tensor(place, one.dtype) for place, one in enumerate(body.products))
     names = body.names | {node: node.name for node in scratch}

@@ -122,6 +122,22 @@ class Exchange(Statement):
 
 
 @dataclass(frozen=True)
+class Repeat(Statement):
+    """The value of a group, for each of the `size` neighbours along `place` that it has.
+
+    Attributes:
+        group: which group it is.
+    """
+
+    place: sympy.Expr
+    group: sympy.Expr
+    size: int
+
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return (self.place,)
+
+
+@dataclass(frozen=True)
 class Store:
     """Of value `source` to the element at `offset` of the result `tensor`; `added`: to what is there."""
 

@@ -5,8 +5,6 @@ Values are pulled from the results, at the index where they are needed, through 
 
 from __future__ import annotations
 
-import builtins
-import keyword
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxopt.codegen.dequantize import is_dequantized, widened
 from fxopt.codegen.elementwise import (
     TRITON_TYPES,
     cast,
@@ -25,8 +24,8 @@ from fxopt.codegen.elementwise import (
     register_type,
 )
 from fxopt.codegen.gather import GATHERS, gather_of, looked_up
-from fxopt.codegen.helpers import HELPERS
-from fxopt.codegen.indexing import Index, flatten, offset, ranges_of, sizes_of
+from fxopt.codegen.helpers import RESERVED
+from fxopt.codegen.indexing import Index, flatten, floor_divide, offset, ranges_of, sizes_of
 from fxopt.codegen.loops import REDUCTIONS, Loop, is_moment
 from fxopt.codegen.reduce import moments, reduced
 from fxopt.codegen.statements import (
@@ -41,7 +40,14 @@ from fxopt.codegen.statements import (
     Statement,
     Store,
 )
-from fxopt.codegen.view_index import broadcast_to, is_view, keeps_strides, shape_of, spelling_of, view_source
+from fxopt.codegen.view_index import (
+    broadcast_to,
+    keeps_strides,
+    shape_of,
+    spelling_of,
+    view_base,
+    view_source,
+)
 from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import size_of
 
@@ -50,32 +56,6 @@ aten, prims = torch.ops.aten, torch.ops.prims
 Conditions = tuple[Condition, ...]
 # operators that make a tensor of one number, and the position of that number
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
-
-
-# names that kernels use for other things
-_OWN = {
-    "x",
-    "r",
-    "piece",
-    "tile",
-    "tiles",
-    "row_tile",
-    "row_tiles",
-    "program",
-    "first",
-    "first_row",
-    "height",
-    "column",
-    "tl",
-    "triton",
-    "torch",
-    "start",
-    "inside",
-    "inside_x",
-    "inside_r",
-    *HELPERS,
-}
-_RESERVED = frozenset({*_OWN, *dir(builtins), *keyword.kwlist})
 
 
 class CannotEmit(Exception):
@@ -102,13 +82,6 @@ def operator_name(node: fx.Node) -> str:
     """What `node` computes in one word: ``"mul"``."""
     packet = getattr(node.target, "overloadpacket", None)
     return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", node.op)
-
-
-def view_base(node: fx.Node) -> fx.Node:
-    """What `node` is a view of, through all views that are understood."""
-    while is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def needed_for(wanted: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:
@@ -238,7 +211,18 @@ class Tracer:
             return self._uniform(node, index)
         if node.target in GATHERS:
             return self.gathered(node, index, conditions)
+        if is_dequantized(node):
+            return widened(self, node, index, conditions)
         raise CannotEmit(f"{node.target} is not emitted")
+
+    def group_of(self, column: sympy.Expr, size: int, numbers: fx.Node) -> sympy.Expr:
+        """The group of `size` columns that a column of a weight is in; `numbers` (N, groups) has theirs."""
+        alone = shape_of(numbers)[1] == 1
+        return sympy.Integer(0) if alone else floor_divide(column, sympy.Integer(size), self.ranges)
+
+    def spread(self, node: fx.Node, of_group: Statement) -> Statement:
+        """The value of a group for each of its columns."""
+        return of_group
 
     def _pointwise(self, node: fx.Node, index: Index, conditions: Conditions) -> Statement:
         uses: list[str] = []
@@ -356,25 +340,40 @@ class Tracer:
         return self.compute(node, (value.name,), cast(value.name, value.dtype, wanted))
 
     def compute(
-        self, node: fx.Node, uses: tuple[str, ...], text: str, dtype: torch.dtype | None = None
+        self,
+        node: fx.Node,
+        uses: tuple[str, ...],
+        text: str,
+        dtype: torch.dtype | None = None,
+        name: str = "",
     ) -> Statement:
-        """An expression over `uses`; the value itself where it is nothing else."""
+        """An expression over `uses`; the value itself where it is nothing else. With a `name`, one value for
+        all of one text."""
         if text in uses:
             return self._named[text]
         dtype = dtype or register_type(node.meta["val"].dtype)
-        return self.add(Compute, node, uses, dtype, text=text)
+        key = ("text", text, dtype)
+        if not name or key not in self._known:
+            self._known[key] = self.add(Compute, node, uses, dtype, name, text=text)
+        return self._known[key]
 
     def add(
-        self, kind: Any, node: fx.Node, uses: tuple[str, ...], dtype: torch.dtype, **rest: Any
+        self,
+        kind: Any,
+        node: fx.Node,
+        uses: tuple[str, ...],
+        dtype: torch.dtype,
+        wanted: str = "",
+        **rest: Any,
     ) -> Statement:
-        """A statement of `kind`, with a name made from the node's."""
+        """A statement of `kind`, called as is `wanted`, or else after the node."""
         used = [self._named[name] for name in uses]
         symbols = {symbol for part in rest.values() for symbol in _symbols(part)}
         on_r = bool(symbols & self.along) or any(one.on_r for one in used)
         level = max((one.level for one in used), default=0)
         if issubclass(kind, (Product, Reduce)):
             on_r, level = False, level + 1
-        base = self.names[node] if kind is Load else operator_name(node)
+        base = wanted or (self.names[node] if kind is Load else operator_name(node))
         name = f"{base}_{rest['how']}" if "how" in rest else base
         added: Statement = kind(self._name(name), uses, dtype, level, on_r, node, **rest)
         self.statements.append(added)
@@ -383,7 +382,7 @@ class Tracer:
 
     def _name(self, wanted: str) -> str:
         name, count = wanted, 0
-        while name in self._named or name in _RESERVED:
+        while name in self._named or name in RESERVED:
             count += 1
             name = f"{wanted}_{count}"
         return name

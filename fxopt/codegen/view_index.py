@@ -30,6 +30,13 @@ def is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _MAPS
 
 
+def view_base(node: fx.Node) -> fx.Node:
+    """What `node` is a view of, through all views that are understood."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def readers_of(node: fx.Node) -> Iterator[fx.Node]:
     """What reads `node`, through views."""
     for user in node.users:

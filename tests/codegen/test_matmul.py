@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fxopt.codegen.kernels import kernel_of
-from fxopt.codegen.matmul import MOST_ROWS, MatmulBody
+from fxopt.codegen.matmul import MatmulBody
+from fxopt.codegen.product_operands import MOST_ROWS
 from fxopt.codegen.regions import Partition, partition
 from fxopt.ir.target import Target
 

@@ -11,6 +11,7 @@ from fxopt.ir.ops import (
     append_attention,
     block_attention,
     cached_attention,
+    code_products,
     decode_attention,
     linear_cross_entropy,
     outlier_linear,
@@ -60,6 +61,7 @@ def register_ops() -> None:
         row_attention.register(library)
         linear_cross_entropy.register(library)
         packed_linear.register(library)
+        code_products.register(library)
         outlier_linear.register(library)
         shift_window.register(library)
         snapshot.register(library)
