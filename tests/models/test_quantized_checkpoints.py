@@ -93,7 +93,14 @@ def test_bitsandbytes_4bit_for_cpus(folder: str) -> None:
     assert (outcome.graphs, outcome.breaks) == (1, 0)
     assert relative(outcome.logits, exact) <= 2 * relative(library, exact)
     torch._dynamo.reset()
-    check(Outcome(ready), exact, None, in_graph=False)
+    taken = [note.is_quantized for note in ready.fxopt_linears if note.name != "lm_head"]
+    assert len(taken) == LAYERS and len(set(taken)) == 1
+    if taken[0]:
+        check(Outcome(ready), exact, None, in_graph=False)
+        return
+    outcome = Outcome(ready)
+    assert (outcome.graphs, outcome.breaks) == (1, 0)
+    assert relative(outcome.logits, exact) <= 2 * relative(library, exact)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
