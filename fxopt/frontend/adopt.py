@@ -21,7 +21,6 @@ from fxopt.frontend.dequantized import dequantized_site
 from fxopt.frontend.library_products import library_site
 from fxopt.frontend.linear_site import Site
 from fxopt.frontend.retrace import CannotNormalize
-from fxopt.frontend.rivals import faster_rival
 from fxopt.frontend.static_values import StaticValues
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import aten, is_call, location
@@ -30,6 +29,7 @@ from fxopt.ir.sources import CannotConvert
 from fxopt.ir.sources.found import Found
 from fxopt.ir.sources.typed import convert, is_known
 from fxopt.runtime.held_weights import STORE, Seen
+from fxopt.runtime.rivals import faster_rival
 
 log = logging.getLogger("fxopt")
 

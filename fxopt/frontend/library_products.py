@@ -104,6 +104,13 @@ def _int8_scaled_mm(node: fx.Node) -> Site:
     return Site(node, given, bias, (weight, absmax), convert, "int8_scaled_mm")
 
 
+def _int8_mixed_scaled_mm(_: fx.Node) -> Site:
+    """bitsandbytes: as above, and features above a threshold apart; the layer keeps which these are."""
+    raise CannotConvert(
+        "features are picked in each call, and kept by the layer: fxopt.prepare takes it over"
+    )
+
+
 def _same_call(codes: Any, scale: Any) -> fx.Node | None:
     """The call of which two nodes are the first and the second result."""
     sources = [each.args[0] for each in (codes, scale) if isinstance(each, fx.Node) and len(each.args) == 2]
@@ -155,6 +162,7 @@ _KNOWN: dict[str, Callable[[fx.Node], Site]] = {
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::gemv_4bit": _gemv_4bit,
     "bitsandbytes::int8_scaled_mm": _int8_scaled_mm,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
     "aten::_weight_int4pack_mm": _int4pack,
     "aten::_weight_int4pack_mm_for_cpu": _int4pack,
     "aten::_weight_int8pack_mm": _int8pack,

@@ -8,6 +8,7 @@ kept, and where that is the same memory, nothing is copied.
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from torch import nn
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
 from fxopt.ir.sources import CannotConvert
-from fxopt.ir.sources.modules import Layer, read_module
+from fxopt.ir.sources.modules import Layer, has_processor_op, read_module
 from fxopt.runtime.held_weights import leaves
+from fxopt.runtime.rivals import faster_rival
 
 ROUTE, KEPT = "fxopt::qlinear", "its library"
 
@@ -26,18 +28,19 @@ def adopt_modules(model: nn.Module) -> LinearNotes:
     """Replace the linear modules of `model` that a library has quantized, in place.
 
     Layers that cannot be converted stay as they are, with the reason. A module that is held in several places
-    is replaced in all.
+    is replaced in all. So does a layer whose own op for this processor is measured to be faster.
 
     Returns:
         a note for each module of a known library.
     """
     notes = LinearNotes()
     made: dict[int, QuantizedLinear] = {}
+    wide = _dtype(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name:
             continue
         if id(module) not in made:
-            new = _converted(module, name, notes)
+            new = _converted(module, name, notes, wide)
             if new is None:
                 continue
             made[id(module)] = new
@@ -48,10 +51,18 @@ def adopt_modules(model: nn.Module) -> LinearNotes:
     return notes
 
 
-def _converted(module: nn.Module, name: str, notes: LinearNotes) -> QuantizedLinear | None:
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the layers of a model that are not quantized compute in."""
+    wide = (torch.float32, torch.bfloat16, torch.float16)
+    return next((each.dtype for each in model.parameters() if each.dtype in wide), torch.float32)
+
+
+def _converted(module: nn.Module, name: str, notes: LinearNotes, wide: torch.dtype) -> QuantizedLinear | None:
     size = _bytes(module)
     try:
         layer = read_module(module)
+        if layer is not None:
+            _check_speed(module, layer, wide)
     except CannotConvert as refusal:
         notes.append(LinearNote(name, "", type(module).__name__, KEPT, size, size, None, refusal.reason))
         return None
@@ -67,6 +78,18 @@ def _converted(module: nn.Module, name: str, notes: LinearNotes) -> QuantizedLin
         compute_dtype=layer.compute_dtype,
     )
     return new.train(module.training)
+
+
+def _check_speed(module: Any, layer: Layer, wide: torch.dtype) -> None:
+    """Raises CannotConvert where the module is faster as it is."""
+    if not has_processor_op(module):
+        return
+    given = wide if layer.compute_dtype is None else layer.compute_dtype
+    reason = faster_rival(type(module).__name__, module.forward, layer.found, given)
+    if reason is not None:
+        # It packs its weight in its first call: no compiler can do that for it.
+        module.forward(torch.ones(1, layer.found.weight.in_features, dtype=given))
+        raise CannotConvert(reason)
 
 
 def _format(layer: Layer) -> str:

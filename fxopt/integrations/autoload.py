@@ -30,6 +30,7 @@ _ACCELERATE = "accelerate"
 _LAUNCH = "accelerate launch"
 _GENERATE = "generate of compiled models"
 _QUANTIZER = "quantized checkpoints"
+_LIBRARIES = "layers of other libraries"
 
 _outcomes: dict[str, str] = {}
 _failures: dict[str, str] = {}
@@ -88,10 +89,25 @@ def _check_options_in_torch_compile() -> str:
         validate: Any = getattr(getattr(self, "compiler_fn", None), "validate", None)
         if _is_from_fxopt(validate):
             validate(**getattr(self, "kwargs", {}))
+            _fix_libraries(self)
 
     init._fxopt_checks_options = True  # type: ignore[attr-defined]
     wrapper.__init__ = init
     return "done"
+
+
+def _fix_libraries(compiler: Any) -> None:
+    """What libraries of quantized layers need to be traced; nothing where none is loaded."""
+    if not sys.modules.keys() & {"bitsandbytes", "gptqmodel"}:
+        return
+
+    def action() -> str:
+        from fxopt.integrations.library_fixes import fix_libraries
+
+        fix_libraries(compiler)
+        return "done"
+
+    _attempt(_LIBRARIES, action)
 
 
 def _is_from_fxopt(function: object) -> bool:

@@ -410,36 +410,188 @@ void integer_sums(const Product& p, int64_t padded, const uint8_t* x, int64_t ro
   }
 }
 
+// ---- the same for many tokens: weights are packed, 64 features at a time, such that features are lanes ----
+
+constexpr int kLanes = 16;
+constexpr int kParts = 4;                    // vectors of features
+constexpr int kPanel = kParts * kLanes;      // features that are packed together
+constexpr int64_t kDepth = 256;              // and their columns: 16 KB, which stay in the first cache
+// From this many tokens on packing pays. One core of a Zen 4, 2048 x 2048: 1.13x of the time without it at 16
+// tokens, 1.01x at 32; 512 x 512: 0.75x at 128.
+constexpr int64_t kPackedTokens = 40;
+
+// Vectors as the rows of a matrix of 32-bit numbers -> its columns.
+inline void transpose(__m512i* v) {
+  __m512i w[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  // v[4 i + j], lane l: column 4 l + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i left = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
+    const __m512i right = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+    const __m512i left_odd = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
+    const __m512i right_odd = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+    w[j] = _mm512_shuffle_i32x4(left, right, 0x88);
+    w[8 + j] = _mm512_shuffle_i32x4(left, right, 0xdd);
+    w[4 + j] = _mm512_shuffle_i32x4(left_odd, right_odd, 0x88);
+    w[12 + j] = _mm512_shuffle_i32x4(left_odd, right_odd, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+}
+
+// kPanel rows from `row` on, `depth` columns from `start` on (a multiple of 64), to `panel`: of each four
+// columns one vector for each part. Adds the sums of the rows to `of_rows`.
+void pack_panel(const Product& p, int64_t row, int64_t start, int64_t depth, uint8_t* panel, __m512i* of_rows) {
+  const auto* all = static_cast<const uint8_t*>(p.codes);
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int part = 0; part < kParts; ++part) {
+    for (int64_t k = 0; k < depth; k += 64) {
+      const int64_t left = p.K - start - k;
+      const __mmask64 live = left >= 64 ? ~0ull : (1ull << left) - 1;
+      __m512i rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t here = row + part * kLanes + i;
+        rows[i] = _mm512_maskz_loadu_epi8(live, all + (here < p.N ? here : p.N - 1) * p.row_bytes + start + k);
+      }
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) {
+        of_rows[part] = _mm512_dpbusd_epi32(of_rows[part], ones, rows[i]);
+        _mm512_store_si512(panel + ((k / 4 + i) * kParts + part) * 64, rows[i]);
+      }
+    }
+  }
+}
+
+// `_mm512_dpbusd_epi32` in place: of the intrinsic, GCC 12 copies half of the sums to memory and back.
+inline void add_products(__m512i& sum, __m512i of_unsigned, __m512i of_signed) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_unsigned), "v"(of_signed));
+}
+
+// Adds the products of a panel with T tokens to their sums.
+template <int T>
+void panel_tile(const uint8_t* panel, int64_t depth, const uint8_t* x, int64_t padded, int32_t* sums) {
+  __m512i total[kParts][T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      total[part][t] = _mm512_loadu_si512(sums + t * kPanel + part * kLanes);
+    }
+  }
+  for (int64_t k = 0; k < depth; k += 4) {
+    __m512i weights[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      weights[part] = _mm512_load_si512(panel + k * kPanel + part * 64);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      int32_t four;
+      std::memcpy(&four, x + t * padded + k, sizeof(four));
+      const __m512i here = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        add_products(total[part][t], here, weights[part]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      _mm512_storeu_si512(sums + t * kPanel + part * kLanes, total[part][t]);
+    }
+  }
+}
+
+// Scales the sums of a token with 16 features, and stores them.
+inline void finish_integers(const Product& p, int64_t token, int64_t row, __m512i sums, __m512i of_rows,
+                            float x_scale) {
+  const __mmask16 live = first(p.N - row);
+  const __m512 scales = load(p.scales, row, Number(p.scale_number), live);
+  const __m512i sum = _mm512_sub_epi32(sums, _mm512_slli_epi32(of_rows, 7));
+  const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x_scale));
+  finish(p, token, row, live, _mm512_mul_ps(scaled, scales));
+}
+
+// One panel of features with all tokens. `sums` has room for kPanel a token.
+void panel_products(const Product& p, int64_t padded, const uint8_t* x, const float* x_scales, int64_t row,
+                    int32_t* sums) {
+  alignas(64) uint8_t panel[kPanel * kDepth];
+  __m512i of_rows[kParts] = {};
+  std::memset(sums, 0, p.M * kPanel * sizeof(int32_t));
+  for (int64_t start = 0; start < padded; start += kDepth) {
+    const int64_t depth = padded - start < kDepth ? padded - start : kDepth;
+    pack_panel(p, row, start, depth, panel, of_rows);
+    const uint8_t* here = x + start;
+    int64_t token = 0;
+    for (; token + 6 <= p.M; token += 6) {
+      panel_tile<6>(panel, depth, here + token * padded, padded, sums + token * kPanel);
+    }
+    for (; token + 2 <= p.M; token += 2) {
+      panel_tile<2>(panel, depth, here + token * padded, padded, sums + token * kPanel);
+    }
+    for (; token < p.M; ++token) {
+      panel_tile<1>(panel, depth, here + token * padded, padded, sums + token * kPanel);
+    }
+  }
+  for (int64_t token = 0; token < p.M; ++token) {
+    for (int part = 0; part < kParts && row + part * kLanes < p.N; ++part) {
+      const __m512i sum = _mm512_loadu_si512(sums + token * kPanel + part * kLanes);
+      finish_integers(p, token, row + part * kLanes, sum, of_rows[part], x_scales[token]);
+    }
+  }
+}
+
+// kBlock features with all tokens, of weights as they are stored.
+void block_products(const Product& p, int64_t padded, const uint8_t* x, const float* x_scales, int64_t row,
+                    int32_t (*sums)[kBlock]) {
+  alignas(64) int32_t of_rows[kBlock] = {};
+  for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
+    integer_sums(p, padded, x, row + r, reinterpret_cast<int32_t(*)[kBlock]>(&sums[0][r]), of_rows + r);
+  }
+  for (int64_t token = 0; token < p.M; ++token) {
+    finish_integers(p, token, row, _mm512_loadu_si512(sums[token]), _mm512_load_si512(of_rows),
+                    x_scales[token]);
+  }
+}
+
 }  // namespace
 
 // out = quantized(x) @ w^T + bias; one group a row, no offsets, codes of int8.
 extern "C" void fxopt_int8_dynamic(const Product* given) {
   const Product p = *given;
   const int64_t padded = (p.K + 63) / 64 * 64;
+  const bool packed = p.M >= kPackedTokens;
+  const int64_t step = packed ? kPanel : kBlock;
   std::vector<uint8_t> x(p.M * padded);
   std::vector<float> x_scales(p.M);
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<int32_t> memory(p.M * kBlock);
-    auto* sums = reinterpret_cast<int32_t(*)[kBlock]>(memory.data());
+    std::vector<int32_t> sums(p.M * step);
 #pragma omp for
     for (int64_t token = 0; token < p.M; ++token) {
       x_scales[token] = quantize_token(p, token, padded, x.data() + token * padded);
     }
 #pragma omp for
-    for (int64_t row = 0; row < p.N; row += kBlock) {
-      alignas(64) int32_t of_rows[kBlock] = {};
-      for (int64_t r = 0; r < kBlock && row + r < p.N; r += kRows) {
-        integer_sums(p, padded, x.data(), row + r, reinterpret_cast<int32_t(*)[kBlock]>(&sums[0][r]),
-                     of_rows + r);
-      }
-      const __mmask16 live = first(p.N - row);
-      const __m512 scales = load(p.scales, row, Number(p.scale_number), live);
-      const __m512i moved = _mm512_slli_epi32(_mm512_load_si512(of_rows), 7);
-      for (int64_t token = 0; token < p.M; ++token) {
-        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums[token]), moved);
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x_scales[token]));
-        finish(p, token, row, live, _mm512_mul_ps(scaled, scales));
+    for (int64_t row = 0; row < p.N; row += step) {
+      if (packed) {
+        panel_products(p, padded, x.data(), x_scales.data(), row, sums.data());
+      } else {
+        block_products(p, padded, x.data(), x_scales.data(), row,
+                       reinterpret_cast<int32_t(*)[kBlock]>(sums.data()));
       }
     }
   }

@@ -1,12 +1,12 @@
 """``fxopt::packed_linear`` on a processor: which of three ways computes it, by the number of tokens M.
 
     integers   int8 weights and int8 activations: products of bytes (`quantized_linear.cpp`, AVX-512 VNNI),
-               and `torch._int_mm` for many tokens
+               and `torch._int_mm` for many tokens on processors where that is faster
     codes      weights are widened in registers (`quantized_linear.cpp`), for few tokens
     dense      some rows of the weight at a time are widened, and multiplied by torch's own product
 
-None keeps a second copy of the weight. From which M on the last is faster depends on the machine: the first
-call of a kind measures it, once per process, within a few milliseconds. Without AVX-512 and VNNI, or a C++
+None keeps a second copy of the weight. Which is faster for many tokens depends on the machine: the first call
+of a kind measures it, once per process, within a few milliseconds. Without AVX-512 and VNNI, or a C++
 compiler, weights are widened by torch.
 """
 
@@ -34,7 +34,7 @@ _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 # Of the weight, widened at once: they stay in the processor's cache.
 _DENSE_NUMBERS = 2**20
-# Measured on one core, 2048 x 2048: 0.7x the time of `torch._int_mm` at M = 32, 1.2x at M = 128.
+# From this many tokens on `torch._int_mm` is considered, which has matrix units (AMX) where a processor does.
 _INT_MM_TOKENS = 128
 # Numbers of tokens at which ways are compared, and the weight (N, K) that they are compared with.
 _PROBED, _PROBED_SHAPE = (4, 8, 16, 32, 64), (256, 1024)
@@ -126,13 +126,13 @@ def route(weight: QuantizedWeight, tokens: torch.Tensor, activation: str) -> Way
     if activation:
         whole = weight.scales.shape[1] == 1 and weight.offsets is None
         if activation == "int8" and weight.format.name == "int8" and whole:
-            return integers if count < _INT_MM_TOKENS else many_integers
+            return many_integers if count >= _INT_MM_TOKENS and int_mm_is_faster() else integers
         return lambda x, *rest: _in_dense(_rounded(x, activation), *rest)
     return codes_in_registers if count < dense_from(weight.format.name, tokens.dtype) else dense
 
 
 def integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
-    """Products of bytes, for few tokens."""
+    """Products of bytes."""
     _call("fxopt_int8_dynamic", x, weight, bias, out)
 
 
@@ -224,6 +224,17 @@ def _call(
         torch.get_num_threads(),
     )
     getattr(native(), name)(ctypes.byref(given))
+
+
+@functools.cache
+def int_mm_is_faster() -> bool:
+    """Whether `torch._int_mm` is faster for many tokens than products of bytes here: measured once."""
+    from fxopt.ir.quantize import quantize
+
+    weight = quantize(torch.linspace(-1, 1, _PROBED_SHAPE[0] * _PROBED_SHAPE[1]).view(_PROBED_SHAPE), "int8")
+    x = torch.ones(_INT_MM_TOKENS, _PROBED_SHAPE[1])
+    out = x.new_empty(_INT_MM_TOKENS, _PROBED_SHAPE[0])
+    return _seconds(many_integers, x, weight, out) < _seconds(integers, x, weight, out)
 
 
 @functools.cache

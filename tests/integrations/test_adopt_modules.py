@@ -5,13 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import fxopt
+from fxopt.integrations import adopt_modules
 from fxopt.integrations.quantized_module import QuantizedLinear
 from support.compiled import all_handled, compile_fxopt
-from support.packed_layouts import codes_of, scales_of
+from support.packed_layouts import codes_of, in_bytes, scales_of
 
 N, K = 96, 64
 
@@ -101,3 +103,49 @@ def test_layers_of_libraries_are_not_quantized_again() -> None:
     own = model()
     fxopt.prepare(own, quantize={"head": "int8", "*": "int4"})
     assert own.first.format == "int8" and own.second.format == "int8"  # type: ignore[union-attr]
+
+
+class Linear4bit(nn.Linear):
+    """bitsandbytes' layer on a processor with AVX512-BF16: packed for its op in the first call."""
+
+    support_avx512bf16_for_cpu = True
+
+    def __init__(self) -> None:
+        super().__init__(K, N, bias=False)
+        self.compute_dtype, self.compute_type_is_set, self.calls = torch.bfloat16, True, list[torch.dtype]()
+        packed = in_bytes(codes_of(N, K), high_first=True)[:, None]
+        own = {"shape": (N, K), "quant_type": "nf4", "blocksize": 64, "nested": False}
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(absmax=scales_of(N * K // 64), **own)  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(x.dtype)
+        return x.new_zeros((*x.shape[:-1], N))
+
+
+def prepared_4bit(monkeypatch: pytest.MonkeyPatch, reason: str | None, train: bool = False) -> nn.Module:
+    asked: list[tuple[str, torch.dtype]] = []
+
+    def measured(name: str, rival: Any, found: Any, dtype: torch.dtype) -> str | None:
+        asked.append((name, dtype))
+        return reason
+
+    monkeypatch.setattr(adopt_modules, "faster_rival", measured)
+    own = fxopt.prepare(nn.Sequential(Linear4bit()).train(train))
+    assert asked == ([] if train else [("Linear4bit", torch.bfloat16)])
+    return own
+
+
+def test_a_layer_with_a_faster_op_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = prepared_4bit(monkeypatch, "Linear4bit took 0.50x the time of fxopt's product")
+    layer: Any = own[0]  # type: ignore[index]
+    assert type(layer) is Linear4bit
+    assert layer.calls == [torch.bfloat16], "it has packed its weight, which no graph can hold"
+    (note,) = own.fxopt_linears  # type: ignore[union-attr]
+    assert (note.route, note.reason) == ("its library", "Linear4bit took 0.50x the time of fxopt's product")
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_layer_with_a_slower_op_is_taken_over(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    """In training it has no op of its own."""
+    assert isinstance(prepared_4bit(monkeypatch, None, train)[0], QuantizedLinear)  # type: ignore[index]

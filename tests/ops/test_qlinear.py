@@ -79,10 +79,14 @@ def test_compiled_code_is_used_where_it_is_said_to_be() -> None:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 9, 127, 128])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sums_of_integers_are_exact(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 9, 40, 41, 43, 127, 128])
+@pytest.mark.parametrize("shape", [*SHAPES, (150, 300)])
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_sums_of_integers_are_exact(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scales are powers of two, so that every number up to the result is exact in float32."""
+    monkeypatch.setattr(quantized_linear, "int_mm_is_faster", lambda: by_torch)
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
     scales = 2.0 ** torch.randint(-9, -3, (shape[0], 1)).float()
     weight = QuantizedWeight.from_codes("int8", codes, scales)
@@ -213,7 +217,7 @@ def test_autocast_does_not_act_inside() -> None:
     assert torch.equal(found, call(x, weight))
 
 
-def test_measures_where_dense_rows_are_faster() -> None:
+def test_measures_where_dense_rows_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized_linear.dense_from.cache_clear()
     assert quantized_linear.dense_from("int4", torch.bfloat16) in (4, 8, 16, 32, 64, 128)
     weight = made((20, 64), "int4", 32)
@@ -222,7 +226,14 @@ def test_measures_where_dense_rows_are_faster() -> None:
     assert quantized_linear.route(weight, many, "") is quantized_linear.dense
     eight = made((20, 64), "int8", 0)
     assert quantized_linear.route(eight, few, "int8") is quantized_linear.integers
-    assert quantized_linear.route(eight, many, "int8") is quantized_linear.many_integers
+    quantized_linear.int_mm_is_faster.cache_clear()
+    expected = (
+        quantized_linear.many_integers if quantized_linear.int_mm_is_faster() else quantized_linear.integers
+    )
+    assert quantized_linear.route(eight, many, "int8") is expected
+    monkeypatch.setattr(quantized_linear, "int_mm_is_faster", lambda: True)
+    assert quantized_linear.route(eight, torch.ones(127, 64), "int8") is quantized_linear.integers
+    assert quantized_linear.route(eight, torch.ones(128, 64), "int8") is quantized_linear.many_integers
 
 
 # torch's check adds up all entries of a tensor, which it cannot do for float8.

@@ -57,6 +57,16 @@ def read_module(module: nn.Module) -> Layer | None:
         raise CannotConvert(f"a {type(module).__name__} of another version: {error}") from error
 
 
+def has_processor_op(module: Any) -> bool:
+    """Whether a module has an op of its own for this processor, which may be faster than fxopt's product.
+
+    bitsandbytes' 4-bit layers where there is AVX512-BF16: they pack their weights for it in their first call.
+    """
+    if not _is(module, "Linear4bit") or module.training or module.weight.device.type != "cpu":
+        return False
+    return bool(getattr(module, "support_avx512bf16_for_cpu", False))
+
+
 def _bias(module: Any) -> torch.Tensor | None:
     found: torch.Tensor | None = getattr(module, "bias", None)
     return found

@@ -1,4 +1,4 @@
-"""Ops of libraries that may be faster than fxopt's product: measured once per process, on a processor."""
+"""What of libraries may be faster than fxopt's product: measured once per process, on a processor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def faster_rival(name: str, rival: Product, found: Found, dtype: torch.dtype) ->
     """Why the library's op stays: it took less time in sum than fxopt's product did; None where it did not.
 
     Args:
-        name: of the op. rival: it, as a function of x (M, K). dtype: of x.
+        name: of the op, or of the class of the module. rival: it, as a function of x (M, K). dtype: of x.
     """
     weight = found.weight
     if weight.device.type != "cpu":

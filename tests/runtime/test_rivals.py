@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from fxopt.frontend import rivals
 from fxopt.ir.ops import register_ops
 from fxopt.ir.quantize import quantize
 from fxopt.ir.sources.found import Found
+from fxopt.runtime import rivals
 
 FOUND = Found(quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), "nf4"), "a library")
 
