@@ -155,6 +155,8 @@ def quantized(found: Sequence[Run]) -> Any:
         for name, (marker, colour) in _WHO.items():
             told = {"marker": marker, "color": colour, "label": name, "s": 18, "zorder": 3}
             has = [number for number, row in enumerate(rows) if name in row["floor"]]
+            if not has:
+                continue
             floor.scatter([100 * rows[number]["floor"][name] for number in has], has, **told)
             parts = [rows[number]["weight_bytes"] for number in has]
             size.scatter([each[name] / each["inductor"] for each in parts], has, **told)
@@ -164,10 +166,10 @@ def quantized(found: Sequence[Run]) -> Any:
             axes.set_xlim(left=0.0)
             axes.grid(axis="y", linewidth=0.3)
         size.set_yticklabels([])
-        floor.set_xlabel("% of the speed at which the memory hands over what is read")
-        size.set_xlabel("weights, of the dense ones")
+        floor.set_xlabel("% of the speed of a copy of what is read", fontsize=8)
+        size.set_xlabel("size of the weights / of the dense ones", fontsize=8)
         floor.set_title(f"{run.name} ({run.hardware})", fontsize=9)
-        size.legend(fontsize=7, frameon=False)
+        floor.legend(fontsize=6, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.3, 1.06))
     return figure
 
 
