@@ -17,10 +17,10 @@ out=$(cd "$out" && pwd)
 
 # Seconds that each part may take; together 25 minutes. LIMIT replaces them all.
 declare -A limits=(
-    [install]=50 [doctor]=30 [fusion]=110 [kernel-tests]=160 [attention]=130 [decode]=110 [decode-tests]=120
-    [hf]=220 [generate]=140 [generate-growing]=100 [train]=130 [generation-tests]=160 [report]=40
+    [install]=50 [doctor]=30 [fusion]=100 [kernel-tests]=150 [attention]=120 [decode]=110 [decode-tests]=110
+    [hf]=210 [generate]=130 [generate-growing]=90 [quant]=90 [train]=120 [generation-tests]=150 [report]=40
 )
-order=(install doctor fusion kernel-tests attention decode decode-tests hf generate generate-growing train generation-tests report)
+order=(install doctor fusion kernel-tests attention decode decode-tests hf generate generate-growing quant train generation-tests report)
 
 # What is installed, and beside it what is not part of the package. The checkout's own `fxopt` lacks its passes.
 mkdir -p "$out/site"
@@ -31,6 +31,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$out/site"
 export FXOPT_CACHE_DIR="$out/kernels" TORCHINDUCTOR_CACHE_DIR="$out/inductor"
 if [[ ${REHEARSE:-0} == 1 ]]; then
     export FXOPT_REHEARSE_GPU=1
+else
+    unset REHEARSE
 fi
 
 suite() { # name or name-kind, then arguments for a rehearsal, --, arguments for a GPU
@@ -73,11 +75,14 @@ part() { # its command, by name
         hf) suite hf --models bert --infer -- --seconds 2 --infer --models \
             llama-3.2-1b,bert-large,vit-large,llama-3.1-8b,gemma-2-9b,qwen2.5-7b,t5-large,whisper-large ;;
         # As transformers runs a static cache; over one that grows, CUDA graphs are recorded for every length.
-        generate) suite generate --models llama --batch 1 --lengths 8 --caches static --tokens 2 -- --seconds 2 \
+        generate) suite generate --models llama --batch 1 --lengths 8 --caches static --quantize dense,int4 --tokens 2 \
+            -- --seconds 2 \
             --caches static --mode reduce-overhead --kv auto,int8 --models llama-3.2-1b,llama-3.1-8b \
-            --batch 1 --lengths 2048 ;;
-        generate-growing) suite generate-growing --models llama --batch 1 --lengths 8 --caches dynamic --tokens 2 -- \
-            --seconds 2 --caches dynamic --models llama-3.2-1b,qwen2.5-7b --batch 1,8 --lengths 2048 ;;
+            --quantize dense --batch 1 --lengths 2048 ;;
+        generate-growing) suite generate-growing --models llama --batch 1 --lengths 8 --caches dynamic --quantize dense --tokens 2 -- \
+            --seconds 2 --caches dynamic --models llama-3.2-1b,qwen2.5-7b --quantize dense --batch 1,8 --lengths 2048 ;;
+        quant) suite quant --models 256x128 --lengths 1 --quantize int8,nf4 -- --seconds 1 \
+            --models 4096x4096,14336x4096,llama-3.2-1b --lengths 1,128 --quantize int8,int4,nf4 ;;
         train) suite train --models bert -- --seconds 2 --models bert-large,llama-3.2-1b ;;
         report) "$python" -m benchmarks.report --results "$out" --out "$out/report" ;;
         decode) interpreted "$python" -m benchmarks.decode_kernels --out "$out/decode.json" ${REHEARSE:+--tiny --seconds 0.1} ;;
@@ -90,7 +95,7 @@ part() { # its command, by name
 finished() { # part, exit code: whether it need not be run again. What fails a test or a row is an answer, too.
     case $1 in
         *-tests | report) [[ $2 == 0 || $2 == 1 ]] ;;
-        fusion | attention | hf | generate | generate-growing | train)
+        fusion | attention | hf | generate | generate-growing | quant | train)
             [[ $2 == 0 || $2 == 1 ]] && grep -qs '"kind": "summary"' "$out/$1"-{tiny-cpu,full-gpu}.jsonl ;;
         *) [[ $2 == 0 ]] ;;
     esac

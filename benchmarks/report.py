@@ -35,10 +35,12 @@ def write(console: Console, results: Path, out: Path | None) -> int:
     place, images = (PAGE, IMAGES) if out is None else (out / "benchmarks.md", out / "images" / "benchmarks")
     drawn = draw_all(found, past, images)
     replace_text(place, render(found, reasons(), past, drawn))
-    console.print(f"written to {place}, with {len(drawn)} pictures")
+    console.print(f"written to {place}, with {len(drawn)} pictures", soft_wrap=True)
     missing = [f"{run.name}: {name}" for run in found for name in unexplained(run)]
     for name in missing:
-        console.print(f"[red]slower than Inductor, and reasons.json has no reason: {name}[/red]")
+        console.print(
+            f"[red]slower than Inductor, and reasons.json has no reason: {name}[/red]", soft_wrap=True
+        )
     return int(bool(missing))
 
 

@@ -32,6 +32,7 @@ def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[st
         old.unlink()
     drawn = {run.name: bars(run) for run in found}
     drawn |= {"length": by_length(found), "roofline": roofline(found), "memory": memory(found)}
+    drawn |= {"quantized": quantized(found)}
     drawn |= {"depth": by_depth(found), "history": over_time(past)}
     kept = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in kept.items():
@@ -132,6 +133,46 @@ def memory(found: Sequence[Run]) -> Any:
     return figure
 
 
+# Who is drawn of the quantized weights, and how.
+_WHO = {
+    "inductor": ("x", "#8fa3b0"),
+    "torchao": ("^", "#c77d1e"),
+    "bitsandbytes": ("s", "#7a4fa3"),
+    "fxopt": ("o", "#1f5fa8"),
+}
+
+
+def quantized(found: Sequence[Run]) -> Any:
+    """How near each comes to the time in which the memory hands over its weights, and their size."""
+    kept = [(run, [row for row in run.good if "weight_bytes" in row]) for run in found]
+    kept = [(run, rows) for run, rows in kept if rows]
+    if not kept:
+        return None
+    height = 0.2 * max(len(rows) for _, rows in kept) + 1.2
+    figure, panels = _panels(2 * len(kept), 5.0, height, columns=2)
+    for place, (run, rows) in enumerate(kept):
+        floor, size = panels[2 * place : 2 * place + 2]
+        for name, (marker, colour) in _WHO.items():
+            told = {"marker": marker, "color": colour, "label": name, "s": 18, "zorder": 3}
+            has = [number for number, row in enumerate(rows) if name in row["floor"]]
+            if not has:
+                continue
+            floor.scatter([100 * rows[number]["floor"][name] for number in has], has, **told)
+            parts = [rows[number]["weight_bytes"] for number in has]
+            size.scatter([each[name] / each["inductor"] for each in parts], has, **told)
+        for axes in (floor, size):
+            axes.set_yticks(range(len(rows)), [run.title(row) for row in rows], fontsize=6)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlim(left=0.0)
+            axes.grid(axis="y", linewidth=0.3)
+        size.set_yticklabels([])
+        floor.set_xlabel("% of the speed of a copy of what is read", fontsize=8)
+        size.set_xlabel("size of the weights / of the dense ones", fontsize=8)
+        floor.set_title(f"{run.name} ({run.hardware})", fontsize=9)
+        floor.legend(fontsize=6, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.3, 1.06))
+    return figure
+
+
 def by_depth(found: Sequence[Run]) -> Any:
     """Seconds until the first result over the number of layers, cold and warm."""
     kept = [run for run in found if "layers" in run.keys and all("warm" in row for row in run.good)]
@@ -195,11 +236,11 @@ def _under_roof(row: Row) -> bool:
     return bool(row.get("flops") and row.get("bytes") and row.get("copy_bytes_per_second"))
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with so many panels of that size in inches, three in a row at most."""
+def _panels(count: int, width: float, height: float, *, columns: int = 3) -> tuple[Any, list[Any]]:
+    """A figure with so many panels of that size in inches, `columns` in a row at most."""
     from matplotlib import pyplot
 
-    columns = min(count, 3)
+    columns = min(count, columns)
     lines = -(-count // columns)
     figure, grid = pyplot.subplots(
         lines, columns, figsize=(width * columns, height * lines), layout="constrained", squeeze=False

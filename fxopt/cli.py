@@ -31,7 +31,7 @@ Disable = Annotated[str | None, typer.Option(help="Passes not to run, separated 
 Suite = Annotated[
     list[str] | None,
     typer.Argument(
-        help="A suite (hf, generate, train, attention, fusion, compile), then models as for explain; "
+        help="A suite (hf, generate, train, attention, quant, fusion, compile), then models as for explain; "
         "without a suite: hf, without models: all that the suite has."
     ),
 ]
@@ -49,6 +49,10 @@ Lengths = Annotated[str | None, typer.Option("--seq", "--lengths", help="Lengths
 Layers = Annotated[str | None, typer.Option(help="compile: depths, by commas.")]
 Caches = Annotated[str, typer.Option(help="generate: dynamic, static, by commas.")]
 Kv = Annotated[str, typer.Option(help="generate: auto, int8, fp8, by commas.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="quant: schemes; generate: weights, dense among them; by commas.")
+]
+SuiteDtype = Annotated[str | None, typer.Option(help="As for explain; default: float32, quant: bfloat16.")]
 Tokens = Annotated[int, typer.Option(min=2, help="generate: tokens that a row writes.")]
 Tuned = Annotated[bool, typer.Option("--max-autotune", help="Inductor with max-autotune, too.")]
 Cold = Annotated[bool, typer.Option("--cold", help="hf: empty caches for training rows, too.")]
@@ -147,7 +151,7 @@ def bench(
     infer: Infer = False,
     train: Train = False,
     attention: Attention = None,
-    dtype: Dtype = "float32",
+    dtype: SuiteDtype = None,
     device: Device = "cpu",
     threads: Threads = 1,
     mode: Mode = None,
@@ -157,6 +161,7 @@ def bench(
     layers: Layers = None,
     caches: Caches = "dynamic,static",
     kv: Kv = "auto",
+    quantize: Quantize = None,
     tokens: Tokens = 32,
     tuned: Tuned = False,
     cold: Cold = False,
@@ -176,7 +181,7 @@ def bench(
 
 def _plan(given: dict[str, Any]) -> Plan:
     """The plan of `bench` from its options, by name."""
-    from fxopt.suites.plan import SUITES, Plan
+    from fxopt.suites.plan import DTYPES, SUITES, Plan
 
     names = [name for name in given.pop("targets") or [] if name.strip()]
     suite = names.pop(0) if names and names[0] in SUITES else "hf"
@@ -190,6 +195,8 @@ def _plan(given: dict[str, Any]) -> Plan:
         "layers": _numbers("--layers", given.pop("layers")),
         "caches": _words(given.pop("caches")),
         "kv": _words(given.pop("kv")),
+        "quantize": _words(given.pop("quantize")),
+        "dtype": given.pop("dtype") or DTYPES.get(suite, "float32"),
         "check": not given.pop("no_check"),
         "options": _disabled(given.pop("disable")),
     }

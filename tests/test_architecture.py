@@ -201,6 +201,7 @@ def test_environment_is_read_in_one_place() -> None:
 ENVIRONMENT_READERS = {
     "fxopt/codegen/kernel_file.py",
     "fxopt/measure/compiled.py",
+    "fxopt/measure/memory.py",
     "fxopt/suites/train.py",
     "fxopt/integrations/autoload.py",
     "fxopt/commands/doctor.py",

@@ -54,6 +54,17 @@ SUITE: dict[str, dict[str, Any]] = {
     "wav2vec2": _NO_SKIPPED_LAYERS,
 }
 
+# At the size that is quick, what compiles for minutes else: two stages of the pyramid, three convolutions.
+_THIN: dict[str, dict[str, Any]] = {
+    "swin": {"depths": [2, 2], "num_heads": [3, 6], "num_layers": 2, "hidden_size": 96, "image_size": 56},
+    "wav2vec2": {
+        "conv_dim": [64] * 3,
+        "conv_stride": [5, 2, 2],
+        "conv_kernel": [10, 3, 3],
+        "num_feat_extract_layers": 3,
+    },
+}
+
 
 def _dashboard(model: str, name: str, **more: Any) -> tuple[str, dict[str, Any]]:
     """A class of PyTorch's dashboard list that differs from the first head of its model type."""
@@ -130,11 +141,15 @@ class Case:
         ).to(device)
 
 
-def cases(models: Sequence[str], *, infer: bool = True, train: bool = True) -> Iterator[Case]:
+def cases(
+    models: Sequence[str], *, infer: bool = True, train: bool = True, size: str = "small"
+) -> Iterator[Case]:
     """Inference and training of each model; those of the suite with the suite's configuration."""
+    thin = _THIN if size == "tiny" else {}
     for model in models:
+        own = NAMED[model][1] if model in NAMED else {**SUITE.get(model, {}), **thin.get(model, {})}
         for training in [False] * infer + [True] * train:
-            yield Case(model, training, NAMED[model][1] if model in NAMED else SUITE.get(model, {}))
+            yield Case(model, training, own)
 
 
 def measure(case: Case, subject: Subject, options: Mapping[str, Any] | None, **how: Any) -> dict[str, Any]:

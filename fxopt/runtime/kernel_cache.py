@@ -46,9 +46,9 @@ class KernelCacheWarning(UserWarning):
 
 def cache_of(options: Options) -> KernelCache:
     """The cache that the options name. The same options give the same object."""
-    import platformdirs
+    from fxopt.options import user_cache_directory
 
-    directory = options.cache_dir or os.path.join(platformdirs.user_cache_dir("fxopt"), "kernels")
+    directory = options.cache_dir or os.path.join(user_cache_directory(), "kernels")
     return _cache(os.path.abspath(os.path.expanduser(directory)), options.cache_mib << 20)
 
 

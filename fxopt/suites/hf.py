@@ -32,7 +32,7 @@ def jobs(plan: Plan) -> list[Job]:
     names = expanded(plan.models) or tuple(FULL if plan.size == "full" else suite_of(plan.size))
     todo = [
         case
-        for case in cases(names, infer=plan.infer, train=plan.train)
+        for case in cases(names, infer=plan.infer, train=plan.train, size=plan.size)
         if not case.training or case.model not in FULL or FULL[case.model].trained
     ]
     return [

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from fxopt.commands.targets import UnknownChoice
 from fxopt.errors import UserError
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
@@ -36,6 +37,8 @@ class Plan:
         batches, lengths: of the inputs; empty is the suite's own.
         layers: depths, for the suite `compile`.
         caches: `dynamic`, `static`; `kv`: `auto`, `int8`, `fp8`; for the suite `generate`.
+        quantize: what weights of linear layers are stored as: schemes, of the suite `quant`; for `generate`,
+            where `dense` is one of them. Empty is the suite's own.
         tokens: how many a row of `generate` writes.
         tuned: Inductor with max-autotune beside the others.
         generate: time the first `generate`; repeats: processes for each figure; for the suite `compile`.
@@ -63,6 +66,7 @@ class Plan:
     layers: tuple[int, ...] = ()
     caches: tuple[str, ...] = ("dynamic", "static")
     kv: tuple[str, ...] = ("auto",)
+    quantize: tuple[str, ...] = ()
     tokens: int = 32
     tuned: bool = False
     cold: bool = False
@@ -111,9 +115,12 @@ SUITES: dict[str, str] = {
     "generate": "prompts and tokens a second, by cache, batch and length",
     "train": "whole training steps, by hand and by the Trainer",
     "attention": "attention alone, by mask, spelling and length",
+    "quant": "linear layers with quantized weights, alone and in a model",
     "fusion": "regions of a model beside what the memory allows",
     "compile": "the time of compilation, cold and warm, by depth",
 }
+# What a suite computes in unless it is told otherwise; float32 where it says nothing.
+DTYPES = {"quant": "bfloat16"}
 
 
 def load(name: str) -> Suite:
@@ -125,6 +132,18 @@ def load(name: str) -> Suite:
     if name not in SUITES:
         raise UnknownSuite(suite=name, valid=", ".join(SUITES))
     return cast(Suite, importlib.import_module(f"fxopt.suites.{name}"))
+
+
+def chosen(flag: str, given: Sequence[str], valid: Sequence[str]) -> Sequence[str]:
+    """What was given of a flag, when all of it is valid.
+
+    Raises:
+        UnknownChoice: some of it is not.
+    """
+    for name in given:
+        if name not in valid:
+            raise UnknownChoice(flag=flag, value=name, valid=", ".join(valid))
+    return given
 
 
 def milliseconds(name: str) -> Callable[[Row], str]:

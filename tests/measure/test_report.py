@@ -12,6 +12,7 @@ import pytest
 from benchmarks import report
 from benchmarks.report_against import changes
 from benchmarks.report_page import MARKS, render
+from benchmarks.report_plots import quantized
 from benchmarks.report_runs import HISTORY, RESULTS, Run, history, record, run_of, runs
 from benchmarks.suite import file_name
 from fxopt.measure.noise import NOISY, SLOWER
@@ -95,6 +96,25 @@ class TestPage:
         run, path = written(tmp_path, {"bert": 1.2}), tmp_path / "history.jsonl"
         assert len(record([run], path)) == len(record([run], path)) == 1
         assert history(path)[0]["geomean"] == 1.2
+
+
+class TestPictures:
+    def test_quantized_weights_are_drawn_with_whoever_was_there(self, tmp_path: Path) -> None:
+        read = {"inductor": 0.5, "fxopt": 0.8, "torchao": 0.4}
+        size = {"inductor": 100, "fxopt": 30, "torchao": 40}
+        row = {"ratio": ratio(2.0), "noise": ratio(1.0), "floor": read, "weight_bytes": size}
+        run = written(
+            tmp_path, {"int4": row, "int8": {**row, "floor": {**read, "fxopt": 0.6}}}, "quant.jsonl"
+        )
+        figure = quantized([run, written(tmp_path, {"bert": 1.0})])
+        floor, weights = figure.axes
+        drawn = {one.get_label(): one.get_offsets().tolist() for one in floor.collections}
+        assert set(drawn) == {"inductor", "fxopt", "torchao"}
+        assert drawn["fxopt"] == [[80.0, 0.0], [60.0, 1.0]]
+        assert weights.collections[-1].get_offsets().tolist() == [[0.3, 0.0], [0.3, 1.0]]
+
+    def test_without_quantized_weights_there_is_no_picture(self, tmp_path: Path) -> None:
+        assert quantized([written(tmp_path, {"bert": 1.0})]) is None
 
 
 class TestAgainst:

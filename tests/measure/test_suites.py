@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fxopt
+from fxopt.commands.targets import UnknownChoice
+from fxopt.measure.accuracy import floating
 from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TUNED, TWIN, caches_in, how
 from fxopt.measure.full_models import FULL
 from fxopt.measure.models import build, model_class
 from fxopt.measure.noise import name_of
 from fxopt.measure.shrink import SCALES
 from fxopt.measure.timing import Timings
-from fxopt.suites import attention, compile, fusion, generate, train
+from fxopt.suites import attention, compile, fusion, generate, quant, quant_rivals, train
 from fxopt.suites.plan import SUITES, Plan, UnknownSuite, load
 
 # What the publishers say, in millions of parameters.
@@ -116,9 +121,14 @@ class TestGenerate:
         subject = build("llama", SCALES["tiny"])
         model, config = subject.model, subject.model.config
         rows = 2 * 3 * 10 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-        weights = sum(parameter.numel() for parameter in model.parameters())
+        weights = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
         table = model.get_input_embeddings().weight.numel()
-        assert generate._token_bytes(subject, 3, 10) == 4 * (weights - table + rows)
+        before = generate._token_bytes(model, 3, 10)
+        assert before == 4 * (weights - table + rows)
+        notes = fxopt.prepare(model, quant.rule(Plan(size="tiny"), "llama", "int8")).fxopt_linears
+        saved = before - generate._token_bytes(model, 3, 10)
+        named = 200 * len(notes)  # what says of each layer how it is quantized
+        assert 0 <= notes.bytes_before - notes.bytes_after - saved < named
 
     def test_two_phases_share_one_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
@@ -127,14 +137,120 @@ class TestGenerate:
             calls.append(key)
             times = Timings({name: [1.0, 1.0] for name in (EAGER, BASELINE, CANDIDATE, TWIN)})
             told = {"same_tokens": 1.0, "accepted": True, "faults": [], "peak_bytes": {}}
-            return {"prompt": times, "decode": times, "bytes": 10, "bandwidth": 20.0, **told}
+            read = dict.fromkeys(times.seconds, 10)
+            return {"prompt": times, "decode": times, "bytes": read, "bandwidth": 20.0,
+                    "weight_bytes": {}, **told}  # fmt: skip
 
         monkeypatch.setattr(generate, "_measure", measure)
-        plan = Plan(suite="generate", models=("llama",), caches=("dynamic",), batches=(2,), lengths=(8,))
+        plan = Plan(suite="generate", models=("llama",), caches=("dynamic",), batches=(2,), lengths=(8,),
+                    quantize=("dense",))  # fmt: skip
         prompt, decode = [job.measure() for job in generate.jobs(plan)]
         assert len(calls) == 1
         assert prompt["tokens_per_second"][CANDIDATE] == 16.0
         assert (decode["tokens_per_second"][CANDIDATE], decode["floor"][CANDIDATE]) == (2.0, 0.5)
+
+    def test_quantized_weights_are_of_one_model_and_of_one_text_unless_they_are_asked_for(self) -> None:
+        own = generate.jobs(Plan(suite="generate"))
+        found = {(job.key["model"], job.key["batch"]) for job in own if job.key["weights"] != "dense"}
+        assert found == {("llama", 1)}
+        asked = generate.jobs(Plan(suite="generate", quantize=("int4",)))
+        assert {job.key["model"] for job in asked} == set(generate.MODELS)
+        assert {job.key["weights"] for job in asked} == {"int4"}
+
+    @pytest.mark.parametrize(
+        ("flag", "plan"),
+        [
+            ("--caches", {"caches": ("fixed",)}),
+            ("--kv", {"kv": ("int3",)}),
+            ("--quantize", {"quantize": ("x",)}),
+        ],
+    )
+    def test_a_choice_that_there_is_not(self, flag: str, plan: dict[str, Any]) -> None:
+        with pytest.raises(UnknownChoice, match=flag):
+            generate.jobs(Plan(suite="generate", **plan))
+
+
+class TestQuant:
+    plan = Plan(suite="quant", size="tiny", dtype="float32", seconds=0.05, options={"host": "eager"})
+
+    @pytest.mark.parametrize("target", ["96x64", "llama"])
+    def test_the_reference_has_the_weights_of_fxopt_and_no_others(self, target: str) -> None:
+        dense = quant.dense_layers(self.plan, target, "int4", 3)
+        ours = fxopt.prepare(copy.deepcopy(dense.subject.model), dense.rule)
+        plain = quant.plainly(ours)
+        assert sum(isinstance(one, quant._Plain) for one in plain.modules()) == sum(
+            note.is_quantized for note in ours.fxopt_linears
+        )
+        found = [dense.subject.step(one)() for one in (ours, plain, dense.subject.model)]
+        found = [torch.cat([one.flatten() for one in floating(each)]) for each in found]
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        assert (found[0] - found[2]).abs().max() > 1e-2
+
+    def test_heads_stay_dense(self) -> None:
+        dense = quant.dense_layers(self.plan, "bert", "int8", 3)
+        ours = fxopt.prepare(dense.subject.model, dense.rule)
+        names = [note.name for note in ours.fxopt_linears if note.is_quantized]
+        assert names
+        assert all("encoder.layer" in name for name in names)
+
+    def test_as_many_layers_as_no_cache_holds(self) -> None:
+        plan = Plan(suite="quant", size="small")
+        dense = quant.dense_layers(plan, "4096x8192", "int8", 1)
+        assert dense.products == 4
+        assert [tuple(one.shape) for one in dense.subject.args] == [(4, 1, 8192)]
+
+    def test_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(quant_rivals.importlib.util, "find_spec", lambda name: None)
+        (job,) = quant.jobs(replace(self.plan, models=("96x64",), lengths=(2,), quantize=("int8",)))
+        row = job.measure()
+        assert row["accepted"] is True
+        assert row["decibels"]["inductor"] > 100 > row["decibels"]["fxopt"] > 30
+        assert set(row["over"]) == {"eager", "inductor freezing"}
+        assert row["weight_bytes"]["inductor"] == 4 * 96 * 64
+        assert 96 * 64 < row["weight_bytes"]["fxopt"] < 2 * 96 * 64
+        read = row["bytes"]["fxopt"]
+        assert row["floor"]["fxopt"] == pytest.approx(read / row["bandwidth"] / row["seconds"]["fxopt"])
+
+    def test_an_answer_that_is_wrong_is_not_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        dense = quant.dense_layers(self.plan, "96x64", "int8", 2)
+        ours = fxopt.prepare(copy.deepcopy(dense.subject.model), dense.rule)
+        answer = dense.subject.step(ours)()
+        assert quant._quality(dense.subject, ours, {CANDIDATE: answer})["accepted"]
+        wrong = [one * 1.01 for one in answer]
+        assert not quant._quality(dense.subject, ours, {CANDIDATE: wrong})["accepted"]
+
+    def test_a_scheme_that_there_is_not(self) -> None:
+        with pytest.raises(UnknownChoice, match="int9"):
+            quant.jobs(Plan(suite="quant", quantize=("int9",)))
+
+    def test_a_model_without_large_layers(self) -> None:
+        plan = replace(self.plan, size="small", models=("96x64",), lengths=(1,), quantize=("int8",))
+        small = quant.dense_layers(plan, "96x64", "int8", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quant, "dense_layers", lambda *_: replace(small, rule={"*": "int8"}))
+            with pytest.raises(quant.NothingToQuantize, match="96x64"):
+                quant.jobs(plan)[0].measure()
+
+    def test_a_rival_that_cannot_be_compiled_runs_eagerly_and_one_that_cannot_run_is_left_out(self) -> None:
+        subject = quant.dense_layers(self.plan, "96x64", "int8", 1).subject
+        measured = quant._Measured(subject)
+
+        def refuse(model: torch.nn.Module) -> Any:
+            raise ValueError("no kernel\nand more")
+
+        measured.try_to_add("eager only", lambda: subject.model, refuse)
+        measured.try_to_add("broken", lambda: refuse(subject.model), refuse)
+        assert list(measured.steps) == ["eager only"]
+        assert measured.refused == dict.fromkeys(("eager only", "broken"), "ValueError: no kernel")
+
+    def test_rivals_are_those_that_are_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        has = {"torchao"}
+        found = quant_rivals.importlib.util
+        monkeypatch.setattr(found, "find_spec", lambda name: name if name in has else None)
+        assert quant_rivals.rivals("int8-dynamic") == ["torchao"]
+        assert quant_rivals.rivals("nf4") == []
+        has.add("bitsandbytes")
+        assert quant_rivals.rivals("nf4") == ["bitsandbytes"]
 
 
 class TestTrain:
