@@ -175,6 +175,14 @@ PyObject* forms_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(noted == end);
 }
 
+// Likewise, an object of any kind.
+void fetch_head(const Items& items, Py_ssize_t place) {
+  constexpr Py_ssize_t kAhead = 16;
+  if (place + kAhead < items.size()) {
+    __builtin_prefetch(items[place + kAhead]);
+  }
+}
+
 PyObject* types_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) {
     PyErr_SetString(PyExc_TypeError, "wanted objects and types");
@@ -185,6 +193,7 @@ PyObject* types_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   for (Py_ssize_t place = 0; place < objects.size(); ++place) {
+    fetch_head(objects, place);
     if (reinterpret_cast<PyObject*>(Py_TYPE(objects[place])) != types[place]) {
       Py_RETURN_FALSE;
     }
@@ -215,6 +224,53 @@ PyObject* dicts_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   Py_RETURN_TRUE;
 }
+
+#if PY_VERSION_HEX < 0x030C0000
+// Until Python 3.12 a dict has a number that is another one after each change.
+PyObject* versions(PyObject*, PyObject* sequence) {
+  Items dicts(sequence);
+  if (!dicts) {
+    return nullptr;
+  }
+  PyObject* found = PyBytes_FromStringAndSize(nullptr, dicts.size() * static_cast<Py_ssize_t>(sizeof(uint64_t)));
+  for (Py_ssize_t place = 0; found != nullptr && place < dicts.size(); ++place) {
+    fetch_head(dicts, place);
+    if (!PyDict_Check(dicts[place])) {
+      PyErr_SetString(PyExc_TypeError, "wanted a dict");
+      Py_CLEAR(found);
+      return nullptr;
+    }
+    const uint64_t version = reinterpret_cast<PyDictObject*>(dicts[place])->ma_version_tag;
+    std::memcpy(PyBytes_AS_STRING(found) + place * sizeof version, &version, sizeof version);
+  }
+  return found;
+}
+
+PyObject* versions_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || !PyBytes_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "wanted dicts and their versions");
+    return nullptr;
+  }
+  Items dicts(args[0]);
+  if (!dicts) {
+    return nullptr;
+  }
+  if (PyBytes_GET_SIZE(args[1]) != dicts.size() * static_cast<Py_ssize_t>(sizeof(uint64_t))) {
+    PyErr_SetString(PyExc_ValueError, "wanted as many of each");
+    return nullptr;
+  }
+  const char* noted = PyBytes_AS_STRING(args[1]);
+  for (Py_ssize_t place = 0; place < dicts.size(); ++place) {
+    fetch_head(dicts, place);
+    uint64_t version = 0;
+    std::memcpy(&version, noted + place * sizeof version, sizeof version);
+    if (!PyDict_Check(dicts[place]) || reinterpret_cast<PyDictObject*>(dicts[place])->ma_version_tag != version) {
+      Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+#endif
 
 // References to a storage, and to its Python object; -1 on errors.
 std::pair<int64_t, int64_t> references_to(const c10::Storage& storage) {
@@ -435,6 +491,10 @@ PyMethodDef methods[] = {
     {"forms_are", cast(forms_are), METH_FASTCALL, nullptr},
     {"types_are", cast(types_are), METH_FASTCALL, nullptr},
     {"dicts_are", cast(dicts_are), METH_FASTCALL, nullptr},
+#if PY_VERSION_HEX < 0x030C0000
+    {"versions", versions, METH_O, nullptr},
+    {"versions_are", cast(versions_are), METH_FASTCALL, nullptr},
+#endif
     {"references", references, METH_O, nullptr},
     {"are_alone", cast(are_alone), METH_FASTCALL, nullptr},
     {"aliases", cast(aliases), METH_FASTCALL, nullptr},

@@ -49,6 +49,12 @@ class Loops(Hashable, Protocol):
     def dicts_are(self, objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
         """Whether these are the objects that hold the attributes of the objects."""
 
+    def versions(self, dicts: Sequence[dict[Any, Any]], /) -> Any:
+        """Something that is another value after a change of any of the dicts."""
+
+    def versions_are(self, dicts: Sequence[dict[Any, Any]], versions: Any, /) -> bool:
+        """Whether these are what `versions` gives now."""
+
     def references(self, tensor: torch.Tensor, /) -> tuple[int, int]:
         """To the storage of a tensor, and to its Python object; how many that are, is compared only."""
 
@@ -111,6 +117,16 @@ class PythonLoops:
     def dicts_are(objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
         """As in `Loops`."""
         return all(map(is_, map(vars, objects), dicts))
+
+    @staticmethod
+    def versions(dicts: Sequence[dict[Any, Any]], /) -> Any:
+        """As in `Loops`."""
+        return list(map(guards.dict_version, dicts))
+
+    @staticmethod
+    def versions_are(dicts: Sequence[dict[Any, Any]], versions: Any, /) -> bool:
+        """As in `Loops`."""
+        return bool(list(map(guards.dict_version, dicts)) == versions)
 
     @staticmethod
     def references(tensor: torch.Tensor, /) -> tuple[int, int]:
@@ -214,4 +230,7 @@ def _compiled() -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for name in ("versions", "versions_are"):
+        if not hasattr(module, name):  # from Python 3.12 on, where only torch can tell
+            setattr(module, name, getattr(PythonLoops, name))
     return module

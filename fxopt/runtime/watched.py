@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._C._dynamo.guards import dict_version
 
 from fxopt.runtime.relied import CONSTANT, Unknown, same_items
-from fxopt.runtime.step_loops import CURRENT
+from fxopt.runtime.step_loops import CURRENT, Loops
 
 # A place where a step stores a new tensor: an object's dict, and the name.
 Site = tuple[dict[str, Any], str]
@@ -27,6 +26,7 @@ class Watched:
     Attributes:
         objects: those with attributes. kinds: their classes. attributes: their dicts.
         dicts: of the objects, and others. lists: with what is in them.
+        loops: with which `versions` were read.
         versions: of the dicts, when the last step had ended.
     """
 
@@ -35,7 +35,8 @@ class Watched:
     attributes: list[dict[str, Any]]
     dicts: list[dict[Any, Any]]
     lists: list[tuple[list[Any], list[Any]]]
-    versions: list[int]
+    loops: Loops
+    versions: Any = None
 
     @staticmethod
     def below(roots: Iterable[Any]) -> Watched:
@@ -44,7 +45,7 @@ class Watched:
         Raises:
             Unknown: an object can change in ways that are not noticed.
         """
-        found = Watched([], [], [], [], [], [])
+        found = Watched([], [], [], [], [], CURRENT.loops)
         seen: set[int] = set()
         waiting = list(roots)
         while waiting:
@@ -79,14 +80,14 @@ class Watched:
 
     def after_a_step(self) -> None:
         """What there is now is to stay until the next step."""
-        self.versions = list(map(dict_version, self.dicts))
+        self.versions = self.loops.versions(self.dicts)
 
     def untouched(self) -> bool:
         """Nothing has changed since `after_a_step`."""
         return (
-            list(map(dict_version, self.dicts)) == self.versions
-            and CURRENT.loops.types_are(self.objects, self.kinds)
-            and CURRENT.loops.dicts_are(self.objects, self.attributes)
+            self.loops.versions_are(self.dicts, self.versions)
+            and self.loops.types_are(self.objects, self.kinds)
+            and self.loops.dicts_are(self.objects, self.attributes)
             and all(same_items(now, then) for now, then in self.lists)
         )
 

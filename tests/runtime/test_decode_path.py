@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxopt.runtime import step_loops
 from fxopt.runtime.decode_path import DecodePath
 from fxopt.runtime.step_loops import PythonLoops
+from support.stepping import compiled_once, kept_compiler
 
 FACTOR = 1.0
 
@@ -95,18 +96,8 @@ class World:
         return self
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Any:
-    step_loops.CURRENT.build(wait=True)
-    torch._dynamo.reset()
-    return torch.compile(Decoder().eval(), backend="fxopt", options={"host": "eager"})
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """One compiled function serves this whole file; what a test changes it changes back."""
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-        yield
+compiled = compiled_once(Decoder)
+fresh_compiler = kept_compiler()
 
 
 @pytest.fixture

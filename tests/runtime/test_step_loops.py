@@ -76,6 +76,15 @@ def test_dicts(loops: Loops) -> None:
     assert not loops.dicts_are(layers, dicts)
 
 
+def test_versions(loops: Loops) -> None:
+    given: list[dict[str, Any]] = [{"a": 1}, {}, vars(torch.nn.Identity())]
+    for change in (lambda: given[0].update(a=2), lambda: given[1].update(b=1), lambda: given[2].popitem()):
+        versions = loops.versions(given)
+        assert loops.versions_are(given, versions)
+        change()
+        assert not loops.versions_are(given, versions)
+
+
 OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
     "a slice": lambda tensor: tensor[1:],
     "another tensor": lambda tensor: tensor.detach(),
@@ -184,6 +193,7 @@ def test_what_is_held_once(loops: Loops) -> None:
         ("types_are", ([1], [])),
         ("dicts_are", ([object()], [{}])),
         ("references", (1,)),
+        ("versions", (1,)),
         ("are_alone", ([1], [2], [3], (1, 1))),
         ("aliases", ([torch.ones(1)], [("a",)], [(1,)], [0])),
         ("resized", ([torch.ones(2)], 1, [1], [0])),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from fxopt.runtime import step_loops
 from fxopt.runtime.decode_path import DecodePath
+from support.stepping import compiled_once, kept_compiler
 
 WINDOW = 6
 
@@ -68,18 +69,8 @@ class World:
         return self
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Any:
-    step_loops.CURRENT.build(wait=True)
-    torch._dynamo.reset()
-    return torch.compile(Decoder().eval(), backend="fxopt", options={"host": "eager"})
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """One compiled function serves this whole file."""
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-        yield
+compiled = compiled_once(Decoder)
+fresh_compiler = kept_compiler()
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import copy
 import io
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,10 +108,10 @@ class Fuzz:
             for done in [pool.submit(self._steps, *each) for each in zip(pairs, given, strict=True)]:
                 done.result()
 
-    @torch.no_grad()
     def _steps(self, pair: tuple[DynamicCache, DynamicCache], given: list[torch.Tensor]) -> None:
-        for new in given:
-            self._step(pair, new)
+        with settings():  # each thread has its own
+            for new in given:
+                self._step(pair, new)
 
     def _step(self, pair: tuple[DynamicCache, DynamicCache], new: torch.Tensor) -> None:
         if not torch.equal(self.compiled(pair[0], new), step(pair[1], new)):
@@ -237,9 +238,16 @@ def fuzz(
     """One run. Raises: Differs."""
     torch.manual_seed(seed)
     run = Fuzz(compiled or compiled_step(), random.Random(seed), make)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
+    with settings():
         run.run(operations)
     return run
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """No gradients, and room for the graphs of all batches and numbers of rows."""
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
+        yield
 
 
 def compiled_step() -> Step:
