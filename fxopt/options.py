@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -176,17 +175,6 @@ def _normal(key: object) -> str:
             name=f"option {key!r}", wanted="a string as its name", value=key, kind=type(key).__name__
         )
     return key.replace("-", "_")
-
-
-def user_cache_directory(platform: str = sys.platform, environ: Mapping[str, str] | None = None) -> str:
-    """Where programs keep what they can make again: by the XDG specification, or Apple's or Microsoft's."""
-    given = os.environ if environ is None else environ
-    home = given.get("HOME") or os.path.expanduser("~")
-    if platform == "win32":
-        local = given.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-        return os.path.join(local, "fxopt", "fxopt", "Cache")
-    usual = os.path.join(home, *(("Library", "Caches") if platform == "darwin" else (".cache",)))
-    return os.path.join(given.get("XDG_CACHE_HOME") or usual, "fxopt")
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from fxopt.errors import FxoptError, OptionTypeError, OptionValueError, UnknownOption, UnsupportedMode
-from fxopt.options import Options, user_cache_directory
+from fxopt.options import Options
 
 
 def parse(mode: str | None = None, options: object = None, **environ: str) -> Options:
@@ -174,16 +174,3 @@ def test_wrong_formats_and_groups(bad: dict[str, object]) -> None:
 def test_wrong_types_of_quantization(bad: dict[str, object]) -> None:
     with pytest.raises(OptionTypeError):
         parse(options=bad)
-
-
-@pytest.mark.parametrize(
-    ("platform", "environ", "wanted"),
-    [
-        ("linux", {"HOME": "/a"}, "/a/.cache/fxopt"),
-        ("linux", {"HOME": "/a", "XDG_CACHE_HOME": "/b"}, "/b/fxopt"),
-        ("darwin", {"HOME": "/a"}, "/a/Library/Caches/fxopt"),
-        ("win32", {"HOME": "/a", "LOCALAPPDATA": "/c"}, "/c/fxopt/fxopt/Cache"),
-    ],
-)
-def test_where_kernels_are_kept(platform: str, environ: dict[str, str], wanted: str) -> None:
-    assert user_cache_directory(platform, environ) == wanted

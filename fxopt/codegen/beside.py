@@ -16,10 +16,10 @@ from torch import fx
 
 from fxopt.codegen.indexing import product
 from fxopt.codegen.loops import loop_of
-from fxopt.codegen.matmul import in_kernel
 from fxopt.codegen.price import hinted
+from fxopt.codegen.product_operands import in_kernel
 from fxopt.codegen.region import Region, are_numbers, make_region, outputs_of, stands_alone
-from fxopt.codegen.trace import view_base
+from fxopt.codegen.view_index import view_base
 from fxopt.ir.cost import bytes_of, tensors_of
 from fxopt.ir.target import launch_bytes
 

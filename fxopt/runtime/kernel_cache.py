@@ -46,10 +46,15 @@ class KernelCacheWarning(UserWarning):
 
 def cache_of(options: Options) -> KernelCache:
     """The cache that the options name. The same options give the same object."""
-    from fxopt.options import user_cache_directory
-
-    directory = options.cache_dir or os.path.join(user_cache_directory(), "kernels")
+    directory = options.cache_dir or os.path.join(_user_cache_directory(), "kernels")
     return _cache(os.path.abspath(os.path.expanduser(directory)), options.cache_mib << 20)
+
+
+def _user_cache_directory() -> str:
+    """Asked for only where no directory is given, which needs no more than torch and triton."""
+    import platformdirs
+
+    return platformdirs.user_cache_dir("fxopt")
 
 
 def default_cache() -> KernelCache:
