@@ -113,12 +113,10 @@ def _replace(writer: _Writer, node: fx.Node) -> str:
 def _how(kind: Format, group: int, depth: int, activation: str, few: bool) -> str:
     of = f" in groups of {group}" if group < depth else ""
     tokens = f", tokens rounded to {activation}" if activation else ""
-    where = (
-        "in registers of the product's kernel"
-        if few or activation == "int8"
-        else ("in registers of the product's kernel, or once for the library, whichever is chosen")
-    )
-    return f"{kind.name}{of}{tokens}: codes are widened {where}"
+    if few:
+        return f"{kind.name}{of}{tokens}: codes are widened in registers of the product's kernel"
+    how = "multiplied as bytes" if activation == "int8" else "widened in registers, or once for the library"
+    return f"{kind.name}{of}{tokens}: codes are {how}, by whichever is chosen for the product"
 
 
 def _scaled_behind(

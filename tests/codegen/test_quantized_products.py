@@ -255,6 +255,7 @@ def test_blocks_are_right(directory: str) -> None:
         assert one["error"] < 2e-2, name
 
 
+@pytest.mark.slow
 def test_a_model_decodes_through_them(directory: str) -> None:
     for name, one in run("support.emitted_quantized", directory, "models")["models"].items():
         assert one["same tokens"], name

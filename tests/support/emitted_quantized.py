@@ -210,7 +210,7 @@ def blocks(directory: str) -> dict[str, Any]:
 
 
 def models(directory: str) -> dict[str, Any]:
-    return {scheme: decodes(scheme, directory) for scheme in ("int4", "int8-dynamic")}
+    return {scheme: decodes(scheme, directory) for scheme in ("int4",)}
 
 
 PARTS = (layers, groups, pieces, whole_numbers, blocks, models)
