@@ -1,8 +1,8 @@
 """Tokens a second of a Llama of a billion weights on a CPU: `python -m benchmarks.quantized_decode`.
 
 Weights are random, their sizes are those of Llama 3.2 1B. `generate` writes greedily with a static cache: one
-token, and then some more; the difference is theirs. Side by side: the model in bfloat16 under Inductor, twice,
-and prepared by fxopt in each scheme. Needs 8 GB of memory, and minutes.
+token, and then some more; the difference is theirs. Side by side: the model in bfloat16 under Inductor, two
+times, and prepared by fxopt in each scheme. Needs 8 GB of memory, and minutes.
 """
 
 from __future__ import annotations
