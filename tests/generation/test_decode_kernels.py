@@ -21,7 +21,7 @@ def run(*arguments: object) -> Any:
     [
         "static",
         "unpadded",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "replayed")),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("growing", "int8", "capped", "replayed")),
     ],
 )
 def test_tokens_are_those_of_eager(name: str, tmp_path: Path) -> None:
