@@ -78,13 +78,17 @@ def step_of(
     own: dict[str, str] = {}
     for name in kwargs:
         own |= {f"L['{name}']": name, f"L['{rest}']['{name}']": name}
-    users = [(sources[source], name) for source, name in own.items() if source in sources]
+    users = [
+        (sources[source], name) for source, name in own.items() if source in sources and name not in roots
+    ]
     if len(users) != len(kwargs) - len(roots):
         raise Unknown("an argument is no input of the graph")
     if len({(append.dim, append.new) for append in call.appends}) != 1 or not counts_are_exact():
         raise Unknown("caches that grow in different ways")
     numbers = numbers_of(call, frame, inputs, seen.counts)
     replaced = _replacements(frame, call, users, inputs) | numbers.texts()
+    # Numbers among the arguments, which are compared at each step, can be inputs of the graph, too.
+    replaced |= {source: str(roots[name]) for source, name in own.items() if type(roots.get(name)) is int}
     found = _inputs(call, users, frame, inputs, replaced, numbers)
     given = {*(name for _, name in users), rest}
     steady = ["G[", *(source for source, name in own.items() if name in roots)]

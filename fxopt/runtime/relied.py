@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fxopt.runtime.step_loops import CURRENT, PythonLoops
+from fxopt.runtime.step_loops import CURRENT, Loops, PythonLoops
 
 # What cannot change, or has nothing of its own that could.
 CONSTANT = (
@@ -114,7 +114,7 @@ def same_items(now: Sequence[Any], then: Sequence[Any]) -> bool:
 
 
 class _Dicts:
-    """Dicts whose versions are checked all at once: see `_unchanged`."""
+    """Dicts whose versions are checked all at once: see `_unchanged_dicts`."""
 
     def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
         self.values = tuple(dicts)
@@ -123,23 +123,27 @@ class _Dicts:
 def _unchanged(
     dicts: Sequence[dict[Any, Any]], functions: Sequence[types.FunctionType]
 ) -> Callable[[], bool]:
-    """Whether no dict was changed, and no function has got other code; in C++.
+    """Whether no dict was changed, and no function has got other code or defaults."""
+    loops = CURRENT.loops
+    codes, keywords = loops.codes(functions), [each.__kwdefaults__ for each in functions]
+    same_dicts = _unchanged_dicts(loops, [*dicts, *(each for each in keywords if each is not None)])
+    return lambda: same_dicts() and loops.codes_are(functions, codes)
+
+
+def _unchanged_dicts(loops: Loops, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool]:
+    """Whether no dict was changed.
 
     A root that is marked as safe for tags notes the versions of all dicts below it when it is first checked,
     and then compares those alone, one behind the other; from Python 3.12 on not even that, as dicts tell it
-    of changes.
-    Until then `Loops.versions`, where it is compiled, needs a quarter of the time: behind a step of the model
-    the dicts are no longer in the processor's caches, and it has them fetched ahead.
-    From Python, reading the code of a function raises an audit event, which takes longer than all the rest.
+    of changes. Until then `Loops.versions`, where it is compiled, needs less: behind a step of the model the
+    dicts are no longer in the processor's caches, and it has them fetched ahead.
     """
     from torch._C._dynamo.guards import RootGuardManager
 
-    loops = CURRENT.loops
-    if loops.versions is not PythonLoops.versions and dicts:
-        versions, rest = loops.versions(dicts), _unchanged((), functions)
-        return lambda: loops.versions_are(dicts, versions) and rest()
+    if loops.versions is not PythonLoops.versions:
+        versions = loops.versions(dicts)
+        return lambda: loops.versions_are(dicts, versions)
     root, holder = RootGuardManager(), _Dicts(dicts)
-    values = (holder, *functions)
     top = _below(root.tuple_getitem_manager, holder, key=0)
     items = _below(top.getattr_manager, holder.values, attr="values")
     for place, held in enumerate(dicts):
@@ -149,10 +153,7 @@ def _unchanged(
     items.mark_tag_safe()
     top.mark_tag_safe()
     top.mark_tag_safe_root()
-    for place, function in enumerate(functions, 1):
-        _add_function(_below(root.tuple_getitem_manager, function, key=place), function)
-    # What is known by its id is kept, so that nothing else gets that id.
-    values += tuple((function.__code__, function.__defaults__) for function in functions)
+    values = (holder,)
     return lambda: bool(root.check(values))
 
 
@@ -160,17 +161,6 @@ def _below(make: Callable[..., Any], value: Any, **how: Any) -> Any:
     from torch._dynamo.guards import GuardManagerType
 
     return make(**how, source="", example_value=value, guard_manager_enum=GuardManagerType.GUARD_MANAGER)
-
-
-def _add_function(manager: Any, function: types.FunctionType) -> None:
-    code = _below(manager.code_manager, function.__code__)
-    _add_guard(code.add_id_match_guard, id(function.__code__))
-    if function.__defaults__ is not None:
-        defaults = _below(manager.func_defaults_manager, function.__defaults__)
-        _add_guard(defaults.add_id_match_guard, id(function.__defaults__))
-    if function.__kwdefaults__ is not None:
-        keywords = _below(manager.func_kwdefaults_manager, function.__kwdefaults__)
-        _add_guard(keywords.add_dict_version_guard, function.__kwdefaults__)
 
 
 def _add_guard(add: Callable[..., None], value: Any) -> None:

@@ -225,6 +225,56 @@ PyObject* dicts_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// The code, defaults, and defaults of keywords of functions. From Python, reading the code of a function raises
+// an audit event, which takes longer than all the rest.
+constexpr Py_ssize_t kParts = 3;
+
+PyObject* part_of(PyObject* function, Py_ssize_t part) {
+  PyObject* found = part == 0   ? PyFunction_GET_CODE(function)
+                    : part == 1 ? PyFunction_GET_DEFAULTS(function)
+                                : PyFunction_GET_KW_DEFAULTS(function);
+  return found == nullptr ? Py_None : found;
+}
+
+PyObject* codes(PyObject*, PyObject* sequence) {
+  Items functions(sequence);
+  PyObject* found = functions ? PyTuple_New(kParts * functions.size()) : nullptr;
+  for (Py_ssize_t place = 0; found != nullptr && place < PyTuple_GET_SIZE(found); ++place) {
+    PyObject* function = functions[place / kParts];
+    if (!PyFunction_Check(function)) {
+      PyErr_SetString(PyExc_TypeError, "wanted a function");
+      Py_DECREF(found);
+      return nullptr;
+    }
+    PyObject* part = part_of(function, place % kParts);
+    Py_INCREF(part);
+    PyTuple_SET_ITEM(found, place, part);
+  }
+  return found;
+}
+
+PyObject* codes_are(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "wanted functions and what they consist of");
+    return nullptr;
+  }
+  Items functions(args[0]), noted(args[1]);
+  if (!functions || !noted) {
+    return nullptr;
+  }
+  if (noted.size() != kParts * functions.size()) {
+    PyErr_SetString(PyExc_ValueError, "wanted three of each");
+    return nullptr;
+  }
+  for (Py_ssize_t place = 0; place < noted.size(); ++place) {
+    PyObject* function = functions[place / kParts];
+    if (!PyFunction_Check(function) || part_of(function, place % kParts) != noted[place]) {
+      Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
 #if PY_VERSION_HEX < 0x030C0000
 // Until Python 3.12 a dict has a number that is another one after each change.
 PyObject* versions(PyObject*, PyObject* sequence) {
@@ -491,6 +541,8 @@ PyMethodDef methods[] = {
     {"forms_are", cast(forms_are), METH_FASTCALL, nullptr},
     {"types_are", cast(types_are), METH_FASTCALL, nullptr},
     {"dicts_are", cast(dicts_are), METH_FASTCALL, nullptr},
+    {"codes", codes, METH_O, nullptr},
+    {"codes_are", cast(codes_are), METH_FASTCALL, nullptr},
 #if PY_VERSION_HEX < 0x030C0000
     {"versions", versions, METH_O, nullptr},
     {"versions_are", cast(versions_are), METH_FASTCALL, nullptr},

@@ -12,9 +12,10 @@ import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from pathlib import Path
 from sys import getrefcount
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 
 _use_count, _storage_of = torch._C._storage_Use_Count, torch.Tensor.untyped_storage
 _data_ptr = torch.Tensor.data_ptr
+_CODE = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 # alias(tensor, sizes, strides, beyond): other entries of the memory of a tensor, from `beyond` behind its
 # first one. No view in autograd's sense, as what eager computes is none, and half as expensive as one.
@@ -48,6 +50,12 @@ class Loops(Hashable, Protocol):
 
     def dicts_are(self, objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
         """Whether these are the objects that hold the attributes of the objects."""
+
+    def codes(self, functions: Sequence[FunctionType], /) -> Any:
+        """Their code, defaults, and defaults of keywords; all three are kept."""
+
+    def codes_are(self, functions: Sequence[FunctionType], codes: Any, /) -> bool:
+        """Whether the functions have these objects still."""
 
     def versions(self, dicts: Sequence[dict[Any, Any]], /) -> Any:
         """Something that is another value after a change of any of the dicts."""
@@ -117,6 +125,16 @@ class PythonLoops:
     def dicts_are(objects: Sequence[Any], dicts: Sequence[dict[str, Any]], /) -> bool:
         """As in `Loops`."""
         return all(map(is_, map(vars, objects), dicts))
+
+    @staticmethod
+    def codes(functions: Sequence[FunctionType], /) -> Any:
+        """As in `Loops`."""
+        return [part for each in functions for part in _CODE(each)]
+
+    @staticmethod
+    def codes_are(functions: Sequence[FunctionType], codes: Any, /) -> bool:
+        """As in `Loops`."""
+        return all(map(is_, (part for each in functions for part in _CODE(each)), codes))
 
     @staticmethod
     def versions(dicts: Sequence[dict[Any, Any]], /) -> Any:

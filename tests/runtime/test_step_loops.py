@@ -85,6 +85,26 @@ def test_versions(loops: Loops) -> None:
         assert not loops.versions_are(given, versions)
 
 
+def test_code_and_defaults(loops: Loops) -> None:
+    def one(a: int = 1, *, b: int = 2) -> int:
+        return a + b
+
+    def other(a: int = 1, *, b: int = 2) -> int:
+        return a - b
+
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(one, "__code__", other.__code__),
+        lambda: setattr(one, "__defaults__", (3,)),
+        lambda: setattr(one, "__kwdefaults__", {"b": 2}),
+        lambda: setattr(one, "__kwdefaults__", None),
+    ]
+    for change in changes:
+        codes = loops.codes([tensors, one])
+        assert loops.codes_are([tensors, one], codes)
+        change()
+        assert not loops.codes_are([tensors, one], codes)
+
+
 OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
     "a slice": lambda tensor: tensor[1:],
     "another tensor": lambda tensor: tensor.detach(),
@@ -194,6 +214,8 @@ def test_what_is_held_once(loops: Loops) -> None:
         ("dicts_are", ([object()], [{}])),
         ("references", (1,)),
         ("versions", (1,)),
+        ("codes", ([1],)),
+        ("codes_are", ([tensors], ())),
         ("are_alone", ([1], [2], [3], (1, 1))),
         ("aliases", ([torch.ones(1)], [("a",)], [(1,)], [0])),
         ("resized", ([torch.ones(2)], 1, [1], [0])),

@@ -30,8 +30,12 @@ class Cache:
 
 
 class Decoder(torch.nn.Module):
-    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
-        total = x.sum()
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = 0.5
+
+    def forward(self, x: torch.Tensor, cache: Cache, rate: int = 2) -> torch.Tensor:
+        total = x.sum() * self.weight * rate
         for number, rows in enumerate(cache.layers):
             new = x[..., :1].expand(*x.shape[:2], rows.keys.shape[-1]) * (number + 1)
             whole = torch.cat([rows.keys, new], 1)
@@ -46,7 +50,7 @@ class World:
 
     def __init__(self, compiled: Any) -> None:
         self.path, self.twin = DecodePath(compiled), compiled._orig_mod
-        self.caches = [Cache(), Cache()]
+        self.caches, self.rate = [Cache(), Cache()], 2
 
     def step(self, rows: int = 1) -> bool:
         """One step of both; whether it went past the guards."""
@@ -54,7 +58,7 @@ class World:
         batch = self.caches[0].layers[0].keys.shape[0]
         x = x.repeat(batch, 1, 1)
         found = [
-            call(x=x.clone(), cache=cache)
+            call(x=x.clone(), cache=cache, rate=self.rate)
             for call, cache in zip((self.path, self.twin), self.caches, strict=True)
         ]
         assert torch.equal(*found)
@@ -92,6 +96,22 @@ def test_a_window_moves_through_its_memory(world: World) -> None:
 def test_without_a_compiler(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_loops.CURRENT, "loops", step_loops.PythonLoops())
     world.learned()
+
+
+@pytest.mark.parametrize("change", ["weight", "rate", "seen", ""])
+def test_compiled_for_all_sizes(change: str) -> None:
+    """Numbers are inputs of the graph then: those of the model, of the cache, and arguments."""
+    dynamic = torch.compile(Decoder().eval(), backend="fxopt", dynamic=True, options={"host": "eager"})
+    world = World(dynamic).learned()
+    if change == "weight":
+        world.twin.weight = 0.25
+    elif change == "rate":
+        world.rate = 3
+    elif change:
+        for cache in world.caches:
+            cache.layers[1].seen = 7
+    assert world.step() is not bool(change)
+    assert all([world.step() for _ in range(8)][-2:])
 
 
 def _crop(rows: Rows) -> None:
