@@ -297,7 +297,12 @@ class TestTrain:
 
     @pytest.mark.parametrize("installed", [True, False])
     def test_the_trainer_needs_accelerate(self, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name if installed else None)
+        real = train.importlib.util.find_spec
+
+        def find_spec(name: str, *rest: Any) -> Any:
+            return installed or None if name == "accelerate" else real(name, *rest)
+
+        monkeypatch.setattr(train.importlib.util, "find_spec", find_spec)
         found = [job.key["by"] for job in train.jobs(Plan(suite="train", models=("bert",)))]
         assert found == (["loop", "trainer"] if installed else ["loop"])
 
