@@ -27,6 +27,7 @@ def run(plan: Plan, console: Console) -> int:
     from fxopt.measure.suite import release
 
     suite = load(plan.suite)
+    plan.validate()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(plan.threads)
     todo = suite.jobs(plan)
@@ -38,7 +39,8 @@ def run(plan: Plan, console: Console) -> int:
             todo, results, console, resume=plan.resume, line=lambda row: _line(row, keys), failed=release
         )
     wide = console if console.is_terminal else Console(width=_WIDTH)
-    wide.print(_table(suite, results.rows, keys))
+    if any("ratio" in row for row in results.rows):
+        wide.print(_table(suite, results.rows, keys))
     for row in results.rows:
         for note in _notes(row):
             console.print(f"{name_of(row, keys)}: {note}", highlight=False)

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Request:
             UnknownChoice: there is no such size.
         """
         if self.size not in (*SCALES, "full"):
-            raise UnknownChoice(flag="--size", value=self.size, valid=", ".join(SCALES))
+            raise UnknownChoice(flag="--size", value=self.size, valid=", ".join((*SCALES, "full")))
         given = {name: value for name, value in (("batch", self.batch), ("seq", self.seq)) if value}
         return Scale(**{**vars(SCALES.get(self.size, SCALES["small"])), **given})
 
@@ -98,6 +98,39 @@ class Request:
         if self.dtype not in dtypes:
             raise UnknownChoice(flag="--dtype", value=self.dtype, valid=", ".join(dtypes))
         return dtypes[self.dtype]
+
+
+def check(target: str, request: Request, suites: Iterable[str] = ()) -> None:
+    """Raise what `resolve` would raise, as far as it can be known without building a model.
+
+    Args:
+        suites: of benchmarks, which the user may have meant.
+    """
+    request.scale(), request.torch_dtype()
+    if not (":" in target or Path(target).exists()):
+        _model_type(target, suites)
+
+
+def _model_type(target: str, suites: Iterable[str] = ()) -> str | None:
+    """As transformers spells it; None for a name of `FULL` and for an id of the hub.
+
+    Raises:
+        UnknownTarget, ModelUnavailable.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = {name.replace("_", "-"): name for name in CONFIG_MAPPING_NAMES}
+    name = known.get(target.replace("_", "-"))
+    if name is not None or target.lower() in FULL:
+        return name
+    if "/" not in target or target.startswith(("/", "./", "../", "~")):
+        close = nearest("suites", target, suites) + nearest("model types", target, known)
+        raise UnknownTarget(target=target, nearest=close)
+    if _is_offline():
+        raise ModelUnavailable(
+            target=target, reason="it is a model id, and HF_HUB_OFFLINE forbids to fetch it"
+        )
+    return None
 
 
 def resolve(target: str, request: Request, **overrides: Any) -> Subject:
@@ -123,12 +156,9 @@ def resolve(target: str, request: Request, **overrides: Any) -> Subject:
 def _from_name(
     target: str, scale: Scale, request: Request, dtype: torch.dtype, overrides: dict[str, Any]
 ) -> Subject:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     if target.lower() in FULL:
         return _of_full_size(target.lower(), request, dtype)
-    known = {name.replace("_", "-"): name for name in CONFIG_MAPPING_NAMES}
-    name = known.get(target.replace("_", "-"))
+    name = _model_type(target)
     if name is not None:
         return build(
             name,
@@ -137,12 +167,6 @@ def _from_name(
             dtype=dtype,
             training=request.training,
             overrides=overrides,
-        )
-    if "/" not in target:
-        raise UnknownTarget(target=target, nearest=nearest("model types", target, known))
-    if _is_offline():
-        raise ModelUnavailable(
-            target=target, reason="it is a model id, and HF_HUB_OFFLINE forbids to fetch it"
         )
     return _load(target, scale, request, dtype)
 

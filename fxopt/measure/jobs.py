@@ -62,6 +62,8 @@ def run(
     """
     if resume and results.resume():
         console.print(f"{len(results.rows)} rows of an earlier run are kept")
+    elif resume and results.path is not None and results.path.is_file():
+        console.print(f"[yellow]{results.path} has no rows of the same plan, commit and machine[/yellow]")
     todo = [job for job in jobs if not results.has(job.key)]
     results.write()
     with progress(console) as bar:

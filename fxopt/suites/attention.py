@@ -21,7 +21,7 @@ from fxopt.measure.jobs import Job
 from fxopt.measure.models import Subject
 from fxopt.measure.results import Row
 from fxopt.measure.suite import release
-from fxopt.suites.plan import Plan, milliseconds, over
+from fxopt.suites.plan import Plan, chosen, milliseconds, over
 
 Value = torch.Tensor
 SDPA, FLEX = "sdpa", "flex attention"
@@ -52,7 +52,8 @@ class Case:
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """One for each case."""
+    """One for each case; the suite has no models to choose from."""
+    chosen("--models", plan.models, ())
     return [Job(asdict(case), functools.partial(_measure, plan, case)) for case in cases(plan)]
 
 

@@ -56,7 +56,7 @@ def jobs(plan: Plan) -> list[Job]:
         Job(key, functools.partial(_measure, plan, key))
         for key in (
             {"model": model, "phase": phase, "layers": layers}
-            for model in plan.models or MODELS
+            for model in plan.targets(MODELS)
             for phase in phases
             for layers in plan.layers or LAYERS
         )

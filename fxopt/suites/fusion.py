@@ -27,7 +27,7 @@ from fxopt.measure.suite import release
 from fxopt.measure.timing import Timings, interleave
 from fxopt.options import Options
 from fxopt.report.record import collect
-from fxopt.suites.plan import Plan, milliseconds, over
+from fxopt.suites.plan import Plan, chosen, milliseconds, over
 
 Value = torch.Tensor
 TITLE = "regions: time of inductor / time of fxopt: more than 1 means that fxopt is faster"
@@ -101,9 +101,10 @@ def jobs(plan: Plan) -> list[Job]:
     dtypes = ("bfloat16", "float32") if plan.size == "full" else (plan.dtype,)
     phases = [False] * plan.infer + [True] * plan.train
     names = ("region", "shape", "dtype", "training")
+    regions = chosen("--models", plan.models, tuple(REGIONS)) or REGIONS
     return [
         Job(dict(zip(names, case, strict=True)), functools.partial(_measure, plan, *case))
-        for case in itertools.product(plan.models or REGIONS, SHAPES[plan.size], dtypes, phases)
+        for case in itertools.product(regions, SHAPES[plan.size], dtypes, phases)
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fxopt
-from fxopt.commands.targets import Request, resolve
+from fxopt.commands.targets import resolve
 from fxopt.measure.compare import faults_of, figures
 from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TWIN, how
 from fxopt.measure.full_models import FULL
@@ -67,7 +67,7 @@ def jobs(plan: Plan) -> list[Job]:
     batches: Sequence[int]
     batches, lengths = SHAPES[plan.size]
     decoders = tuple(name for name, model in FULL.items() if model.decoder)
-    models = plan.models or (decoders if plan.size == "full" else MODELS)
+    models = plan.targets(decoders if plan.size == "full" else MODELS)
     batches = plan.batches or batches
     caches, kv = chosen("--caches", plan.caches, CACHES), chosen("--kv", plan.kv, KV_CACHE_DTYPES)
     weights = chosen("--quantize", plan.quantize, (DENSE, *KNOWN)) or (DENSE, *QUANTIZED)
@@ -112,8 +112,7 @@ def _row(phase: str, measured: Callable[[], Row], key: Row, tokens: int) -> Row:
 
 
 def _measure(plan: Plan, model: str, weights: str, cache: str, kv: str, batch: int, length: int) -> Row:
-    request = Request(plan.size, batch, length, plan.dtype, plan.attention, False, plan.device)
-    subject = resolve(model, request)
+    subject = resolve(model, plan.request(batch=batch, seq=length))
     release()
     ours = subject.model
     if weights != DENSE:

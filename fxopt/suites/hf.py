@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from fxopt.commands.targets import Request, resolve
+from fxopt.commands.targets import resolve
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
-from fxopt.measure.suite import Case, cases, expanded, measure, suite_of
+from fxopt.measure.suite import NAMED, Case, cases, expanded, measure, suite_of
 from fxopt.suites.plan import Plan, megabytes, milliseconds, over
 
 TITLE = "time of inductor / time of fxopt: more than 1 means that fxopt is faster"
@@ -29,7 +30,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def jobs(plan: Plan) -> list[Job]:
     """One for each architecture and phase."""
-    names = expanded(plan.models) or tuple(FULL if plan.size == "full" else suite_of(plan.size))
+    plan = replace(plan, models=expanded(plan.models))
+    own = tuple(FULL if plan.size == "full" else suite_of(plan.size))
+    names = plan.targets(own, names={name: kind for name, (kind, _) in NAMED.items()})
     todo = [
         case
         for case in cases(names, infer=plan.infer, train=plan.train, size=plan.size)
@@ -41,10 +44,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def _one(plan: Plan, case: Case) -> Row:
-    request = Request(
-        plan.size, plan.batch, plan.length, plan.dtype, plan.attention, case.training, plan.device
-    )
-    subject = resolve(case.target, request, **case.overrides)
+    subject = resolve(case.target, plan.request(training=case.training), **case.overrides)
     more: dict[str, Any] = {"check": plan.check, "tuned": plan.tuned, "mode": plan.mode}
     more["cold"] = plan.cold or not case.training
     found = measure(case, subject, plan.options, budget_seconds=plan.budget, **more)

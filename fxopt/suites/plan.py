@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from fxopt.commands.targets import UnknownChoice
+from fxopt.commands.targets import Request, UnknownChoice, check
 from fxopt.errors import UserError
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
@@ -86,6 +86,30 @@ class Plan:
         """Seconds for the timing of one row."""
         return self.seconds or (1.0 if self.size == "tiny" else 4.0)
 
+    def request(self, *, training: bool = False, **changed: Any) -> Request:
+        """How a target is to be built; `changed`: the batch and the length where they are not the plan's."""
+        given = {"batch": self.batch, "seq": self.length, **changed}
+        own = (self.dtype, self.attention, training, self.device)
+        return Request(self.size, given["batch"], given["seq"], *own)
+
+    def validate(self) -> None:
+        """Raise `UnknownChoice` for a size or a dtype that there is not."""
+        chosen("--size", (self.size,), SIZES)
+        self.request().torch_dtype()
+
+    def targets(self, otherwise: Sequence[str], *, names: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """The models of the plan, or `otherwise`; before anything is measured it is known whether they are.
+
+        Args:
+            names: what is built, of models that have names of their own.
+
+        Raises:
+            UnknownTarget, ModelUnavailable, UnknownChoice.
+        """
+        for model in self.models:
+            check((names or {}).get(model, model), self.request(), SUITES)
+        return tuple(self.models or otherwise)
+
     @property
     def batch(self) -> int | None:
         return self.batches[0] if self.batches else None
@@ -142,7 +166,7 @@ def chosen(flag: str, given: Sequence[str], valid: Sequence[str]) -> Sequence[st
     """
     for name in given:
         if name not in valid:
-            raise UnknownChoice(flag=flag, value=name, valid=", ".join(valid))
+            raise UnknownChoice(flag=flag, value=name, valid=", ".join(valid) or "none")
     return given
 
 

@@ -13,6 +13,7 @@ is timed beside: its weights as it stores them, inputs and results. With many to
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -26,7 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxopt
-from fxopt.commands.targets import Request, resolve
+from fxopt.commands.targets import resolve
 from fxopt.integrations.prepare import replace
 from fxopt.integrations.quantized_module import PARTS, QuantizedLinear
 from fxopt.ir.ops.packed_linear import packed_linear
@@ -108,11 +109,13 @@ def jobs(plan: Plan) -> list[Job]:
 
     Raises:
         UnknownChoice: a scheme that there is not.
+        UnknownTarget, ModelUnavailable: no such model.
     """
     schemes = chosen("--quantize", plan.quantize, KNOWN) or SCHEMES
-    cases = itertools.product(
-        plan.models or (*SHAPES[plan.size], *MODELS[plan.size]), plan.lengths or TOKENS, schemes
-    )
+    models = [name for name in plan.models if not _SHAPE.fullmatch(name)]
+    dataclasses.replace(plan, models=tuple(models)).targets(())
+    own = plan.models or (*SHAPES[plan.size], *MODELS[plan.size])
+    cases = itertools.product(own, plan.lengths or TOKENS, schemes)
     keys: list[Row] = [{"target": where, "scheme": scheme, "tokens": count} for where, count, scheme in cases]
     return [Job(key, functools.partial(_measure, plan, **key)) for key in keys]
 
@@ -128,8 +131,8 @@ def dense_layers(plan: Plan, target: str, scheme: str, tokens: int) -> Dense:
     torch.manual_seed(0)
     shape = _SHAPE.fullmatch(target)
     if shape is None:
-        request = Request(plan.size, plan.batch or 1, tokens, plan.dtype, plan.attention, False, plan.device)
-        return Dense(resolve(target, request), rule(plan, target, scheme), 1)
+        subject = resolve(target, plan.request(batch=plan.batch or 1, seq=tokens))
+        return Dense(subject, rule(plan, target, scheme), 1)
     rows, columns = map(int, shape.groups())
     dtype: torch.dtype = getattr(torch, plan.dtype)
     count = max(1, math.ceil(_COLD[plan.size] / (rows * columns / 2)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxopt.commands.targets import Request, resolve
+from fxopt.commands.targets import resolve
 from fxopt.measure.accuracy import dashboard_passes
 from fxopt.measure.compare import exact_result, faults_of, figures
 from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TUNED, TWIN, how
@@ -47,16 +47,16 @@ Step = Callable[[], Any]
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """Two for each model: a loop, and the Trainer."""
+    """Two for each model: a loop, and the Trainer, which needs accelerate."""
     trained = tuple(name for name, model in FULL.items() if model.trained)
-    names = plan.models or (trained if plan.size == "full" else MODELS)
-    keys = [{"model": model, "by": by} for model in names for by in LOOPS]
+    names = plan.targets(trained if plan.size == "full" else MODELS)
+    loops = LOOPS if importlib.util.find_spec("accelerate") is not None else LOOPS[:1]
+    keys = [{"model": model, "by": by} for model in names for by in loops]
     return [Job(key, functools.partial(_measure, plan, **key)) for key in keys]
 
 
 def _measure(plan: Plan, model: str, by: str) -> Row:
-    request = Request(plan.size, plan.batch, plan.length, plan.dtype, plan.attention, True, plan.device)
-    subject = resolve(model, request).without_chance()
+    subject = resolve(model, plan.request(training=True)).without_chance()
     exact = exact_result(subject) if plan.check else None
     release()
     names = [EAGER, BASELINE, CANDIDATE, *([TUNED] if plan.tuned else [])]

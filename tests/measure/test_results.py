@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -115,3 +116,13 @@ def test_the_command_names_no_place_of_this_machine(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x", "bench", given])
     assert machine.command().split()[-1] == told
+
+
+def test_it_is_said_when_nothing_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    results(path).write()
+    data = json.loads(path.read_text().splitlines()[0]) | {"commit": "another"}
+    path.write_text(json.dumps(data) + "\n")
+    console = Console(record=True, quiet=False, width=400, file=io.StringIO())
+    run([], results(path), console, resume=True)
+    assert "no rows of the same plan, commit and machine" in console.export_text()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.commands.targets import UnknownChoice
+from fxopt.commands.targets import UnknownChoice, UnknownTarget
 from fxopt.measure.accuracy import floating
 from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TUNED, TWIN, caches_in, how
 from fxopt.measure.full_models import FULL
@@ -55,6 +55,35 @@ def test_what_does_not_fit_is_not_trained() -> None:
 def test_an_unknown_suite() -> None:
     with pytest.raises(UnknownSuite, match="no suite 'hff'"):
         load("hff")
+
+
+@pytest.mark.parametrize("name", ["hf", "generate", "train", "compile", "quant"])
+def test_a_model_that_there_is_not_is_known_before_anything_is_measured(name: str) -> None:
+    with pytest.raises(UnknownTarget, match="llama"):
+        load(name).jobs(Plan(suite=name, models=("bert", "llamma")))
+
+
+def test_a_suite_that_is_misspelled_is_no_model() -> None:
+    with pytest.raises(UnknownTarget, match="Nearest suites: train"):
+        load("hf").jobs(Plan(models=("trian",)))
+
+
+def test_a_path_that_there_is_not_is_no_model_id() -> None:
+    with pytest.raises(UnknownTarget):
+        load("hf").jobs(Plan(models=("/no/such/directory",)))
+
+
+@pytest.mark.parametrize(("name", "valid"), [("attention", "none"), ("fusion", "gate")])
+def test_suites_without_models(name: str, valid: str) -> None:
+    with pytest.raises(UnknownChoice, match=valid):
+        load(name).jobs(Plan(suite=name, models=("llama",)))
+
+
+@pytest.mark.parametrize("wrong", [{"size": "huge"}, {"dtype": "float17"}])
+def test_a_size_or_dtype_that_there_is_not(wrong: dict[str, str]) -> None:
+    Plan(size="full").validate()
+    with pytest.raises(UnknownChoice):
+        Plan(**wrong).validate()
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -265,6 +294,17 @@ class TestTrain:
         step()
         changed = [not torch.equal(a, b) for a, b in zip(before, subject.model.parameters(), strict=True)]
         assert all(changed)
+
+    @pytest.mark.parametrize("installed", [True, False])
+    def test_the_trainer_needs_accelerate(self, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = train.importlib.util.find_spec
+
+        def find_spec(name: str, *rest: Any) -> Any:
+            return installed or None if name == "accelerate" else real(name, *rest)
+
+        monkeypatch.setattr(train.importlib.util, "find_spec", find_spec)
+        found = [job.key["by"] for job in train.jobs(Plan(suite="train", models=("bert",)))]
+        assert found == (["loop", "trainer"] if installed else ["loop"])
 
 
 class TestFusion:
