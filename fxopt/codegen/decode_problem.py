@@ -159,6 +159,8 @@ def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROW
     wide = problem.query.dtype is torch.float32
     most_rows = min(FLOAT32_ROWS if wide else most_rows, power_of_two(MOST_SUMS // sums + 1) // 2)
     rows = max(SMALLEST_TILE, min(power_of_two(problem.rows), most_rows))
+    if problem.rows > rows and problem.rows % rows:  # of rows that are left over many would be idle
+        rows = max(SMALLEST_TILE, rows // 2)
     bytes_of_key = sum(k.blocks) * max(2, problem.tensors["key"].element_size())
     most_keys = FLOAT32_KEYS if wide else MOST_KEYS
     keys = max(SMALLEST_TILE, min(most_keys, power_of_two(STEP_BYTES // bytes_of_key + 1) // 2))
