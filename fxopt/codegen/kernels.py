@@ -100,9 +100,10 @@ def _kernel(
 
 
 def _parameters(read: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
-    """The tensors that are read, also as views that are alike, by name."""
-    own = {names[node] for node in read}
-    return {node: name for node, name in names.items() if name in own}
+    """The tensors that are read, also as views that are alike, with their names; in the order of `launch`."""
+    order = {names[node]: place for place, node in enumerate(read)}
+    own = [(node, name) for node, name in names.items() if name in order]
+    return dict(sorted(own, key=lambda pair: order[pair[1]]))
 
 
 Form = tuple[list[Pass], tuple[Output, ...]]

@@ -72,7 +72,8 @@ class Bfloat16Builder(interpreter.InterpreterBuilder):
         return narrowed(np.array([value], dtype=np.float32))
 
     def cast_impl(self, src: Any, dst_type: Any) -> Any:
-        if src.dtype.scalar == dst_type.scalar:
+        # The dtype of a comparison's handle is that of what was compared, its values are truth values.
+        if src.dtype.scalar == dst_type.scalar == tl.bfloat16:
             return src
         if dst_type.scalar == tl.bfloat16:
             return narrowed(widened(src).data)

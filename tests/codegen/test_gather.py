@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_a_small_table_is_not_priced_by_its_readers() -> None:
     small = torch.randn(2, 16)
     (region,) = regions_of(lambda a, i: a[i % 2] * 2, small, at).regions
     assert region.fused.bytes == small.nbytes + at.nbytes + 24 * 16 * 4
+
+
+def test_the_reference_takes_what_the_kernel_takes() -> None:
+    """Places are read first, whatever the graph has first."""
+    (region,) = regions_of(lambda a, i: a[i] * 2, table, at).regions
+    kernel = kernel_of(region, None)
+    names = [one.name for one in kernel.parameters]
+    assert names == [val.arg for val in ast.parse(kernel.reference).body[0].args.args]  # type: ignore[attr-defined]
+    assert names != sorted(names), "a case in which the orders differ"
 
 
 @pytest.mark.parametrize(

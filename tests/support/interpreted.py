@@ -39,6 +39,10 @@ BFLOAT16 = {
     "truth": ("(x > y).to(tl.bfloat16)", lambda x, y: (x > y).bfloat16()),
     "integer": ("(x * 8).to(tl.int32).to(tl.bfloat16)", lambda x, y: (x * 8).int().bfloat16()),
     "index": ("offsets.to(tl.bfloat16) * 1.0", lambda x, y: torch.arange(x.numel()).bfloat16()),
+    "truths": (
+        "((offsets >= 4).to(tl.int32) + (offsets >= 6).to(tl.int32)).to(tl.bfloat16)",
+        lambda x, y: sum((torch.arange(x.numel()) >= least).int() for least in (4, 6)).bfloat16(),
+    ),
     "full": ("tl.full((BLOCK,), 1.5, tl.bfloat16)", lambda x, y: torch.full_like(x, 1.5)),
     "maximum": ("x * 0 + tl.max(tl.where(mask, x, -9.0), 0)", lambda x, y: x * 0 + x.max()),
 }
