@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fxopt.options import environment_without
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Lower numbers know nothing of higher ones. Siblings of a level may import each other unless listed in APART.
@@ -152,6 +154,7 @@ def _collected() -> tuple[str, ...]:
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=environment_without("PYTEST_ADDOPTS"),  # what is printed must not depend on it
         check=False,
     ).stdout
     return tuple(line for line in listing.splitlines() if "::" in line)
