@@ -252,9 +252,9 @@ class TestBench:
         assert (plan.infer, plan.train, plan.check) == (False, True, False)
 
     def test_other_tokens_are_told(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        row = {name: value for name, value in _row("a", 1.0, accepted=False).items() if name != "errors"}
+        row = {name: value for name, value in _row("bert", 1.0, accepted=False).items() if name != "errors"}
         monkeypatch.setattr(hf, "_one", lambda plan, case: dict(row))
-        result = run("bench", "a", "--infer")
+        result = run("bench", "bert", "--infer")
         assert (result.exit_code, "other tokens" in result.stdout) == (1, True)
 
     @pytest.mark.parametrize("wrong", ["0", "x", "1,-2"])
@@ -278,10 +278,10 @@ class TestBench:
     def test_interruption_keeps_what_was_measured(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        rows = iter([_row("a", 1.25), KeyboardInterrupt()])
+        rows = iter([_row("bert", 1.25), KeyboardInterrupt()])
         monkeypatch.setattr(hf, "_one", lambda plan, case: _next(rows))
         out = tmp_path / "b.jsonl"
-        result = run("bench", "a", "b", "c", "--infer", "--out", str(out))
+        result = run("bench", "bert", "gpt2", "t5", "--infer", "--out", str(out))
         assert result.exit_code == 130
         assert "1.250" in result.stdout
         kinds = [json.loads(line)["kind"] for line in out.read_text().splitlines()]
@@ -307,16 +307,16 @@ class TestBench:
     def test_a_defect_is_an_exit_code(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, defect: dict[str, Any]
     ) -> None:
-        monkeypatch.setattr(hf, "_one", lambda plan, case: _row("a", 1.0, **defect))
-        assert run("bench", "a", "--infer").exit_code == 1
+        monkeypatch.setattr(hf, "_one", lambda plan, case: _row("bert", 1.0, **defect))
+        assert run("bench", "bert", "--infer").exit_code == 1
 
     def test_infinite_errors_are_json(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
     ) -> None:
-        row = _row("a", 1.0, errors={"fxopt": float("inf")}, accepted=False)
+        row = _row("bert", 1.0, errors={"fxopt": float("inf")}, accepted=False)
         monkeypatch.setattr(hf, "_one", lambda plan, case: dict(row))
         out = tmp_path / "b.jsonl"
-        run("bench", "a", "--infer", "--out", str(out))
+        run("bench", "bert", "--infer", "--out", str(out))
         json.loads(out.read_text().splitlines()[1], parse_constant=pytest.fail)
 
 
