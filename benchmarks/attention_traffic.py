@@ -1,7 +1,7 @@
 """What kernels of attention move and multiply, beside the least: `python -m benchmarks.attention_traffic`.
 
 The kernels' files run in Triton's interpreter, which counts every load, store and product as it comes.
-Results go to benchmarks/results/attention_traffic.json and to docs/attention_traffic.md; `--page-only`
+Results go to benchmarks/results/attention-traffic.json and to docs/attention_traffic.md; `--page-only`
 renders the page again.
 """
 
@@ -21,7 +21,7 @@ from fxopt.measure.machine import describe
 from fxopt.measure.results import replace_text
 
 ROOT = Path(__file__).resolve().parent
-RESULTS, PAGE = ROOT / "results" / "attention_traffic.json", ROOT.parent / "docs" / "attention_traffic.md"
+RESULTS, PAGE = ROOT / "results" / "attention-traffic.json", ROOT.parent / "docs" / "attention_traffic.md"
 
 
 def counted(names: list[str]) -> list[dict[str, object]]:
