@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from codegen.test_emission import run
 
 from fxopt.codegen.compile import CompiledKernel, compile_launches
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.matmul import MatmulBody
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.target import Target
+from support.programs import findings
 from support.quantized_products import (
     SCHEMES,
     expanded,
@@ -231,33 +231,33 @@ def within_limits(found: dict[str, Any]) -> None:
 
 
 def test_layers_are_right(directory: str) -> None:
-    within_limits(run("support.emitted_quantized", directory, "layers")["layers"])
+    within_limits(findings("support.emitted_quantized", directory, "layers")["layers"])
 
 
 def test_groups_of_any_length_are_right(directory: str) -> None:
-    within_limits(run("support.emitted_quantized", directory, "groups")["groups"])
+    within_limits(findings("support.emitted_quantized", directory, "groups")["groups"])
 
 
 def test_pieces_of_the_depth_are_right(directory: str) -> None:
-    found = run("support.emitted_quantized", directory, "pieces")["pieces"]
+    found = findings("support.emitted_quantized", directory, "pieces")["pieces"]
     within_limits(found)
     assert all(max(one["launches"]) == 2 for one in found.values())
 
 
 def test_products_of_bytes_are_exact(directory: str) -> None:
-    found = run("support.emitted_quantized", directory, "whole_numbers")["whole_numbers"]
+    found = findings("support.emitted_quantized", directory, "whole_numbers")["whole_numbers"]
     assert found == dict.fromkeys(("1", "5", "20"), True)
 
 
 def test_blocks_are_right(directory: str) -> None:
-    for name, one in run("support.emitted_quantized", directory, "blocks")["blocks"].items():
+    for name, one in findings("support.emitted_quantized", directory, "blocks")["blocks"].items():
         assert len(one["kernels"]) == 2, name
         assert one["error"] < 2e-2, name
 
 
 @pytest.mark.slow
 def test_a_model_decodes_through_them(directory: str) -> None:
-    for name, one in run("support.emitted_quantized", directory, "models")["models"].items():
+    for name, one in findings("support.emitted_quantized", directory, "models")["models"].items():
         assert one["same tokens"], name
         assert one["left"] == [], name
         assert one["layers"] >= 2 * 7, name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from fxopt.errors import OptionValueError
 from fxopt.integrations import hf_quantizer
 from fxopt.integrations.quantized_module import QuantizedLinear
 from support.compiled import compile_fxopt
+from support.held import live_bytes
 
 SCHEMES = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic"]
 
@@ -173,13 +173,6 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     reasons = {note.name: note.reason for note in loaded.fxopt_linears}
     assert reasons["model.layers.0.mlp.up_proj"] == "it has entries that are not finite"
     assert len(quantized(loaded)) == 13
-
-
-def live_bytes() -> int:
-    gc.collect()
-    held = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
-    here = [each.untyped_storage() for each in held if each.device.type == "cpu"]
-    return sum({each.data_ptr(): each.nbytes() for each in here}.values())
 
 
 def test_the_dense_model_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

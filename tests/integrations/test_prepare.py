@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import fxopt
 from fxopt.errors import OptionValueError
 from fxopt.integrations.quantized_module import QuantizedLinear
 from support.compiled import compile_fxopt
+from support.held import live_bytes
 from support.quantizing import with_rounded
 
 SCHEMES = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic"]
@@ -112,19 +111,6 @@ def test_state_that_does_not_fit(tmp_path: Path) -> None:
         fxopt.load_quantized(llama(), state)
     with pytest.raises(RuntimeError, match="no \\*.safetensors"):
         fxopt.load_quantized(llama(), tmp_path)
-
-
-def live_bytes() -> int:
-    """Of all tensors that anybody holds."""
-    gc.collect()
-    storages = {}
-    for each in gc.get_objects():
-        if type(each) in (torch.Tensor, nn.Parameter):
-            # What functorch wraps, and what is sparse, has no storage; their parts are objects of their own.
-            with contextlib.suppress(NotImplementedError):
-                storage = each.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4"])
