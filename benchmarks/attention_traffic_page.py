@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.tables import table
+
 Row = dict[str, Any]
 MOST_OF_A_CACHE = 1.02  # that decoding reads, relative to its live keys and values
 
@@ -28,9 +30,8 @@ GPU for it.
 def render(results: dict[str, Any]) -> str:
     """The whole page."""
     names = ("kernel", "case", "launches", "least KiB", "memory", "requested", "least Mflop", "done")
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in results["rows"]]
-    return _HEAD.format(torch=results["machine"]["torch"]) + "\n".join(lines) + "\n\n" + _SIZES
+    lines = table(names, map(cells, results["rows"]))
+    return _HEAD.format(torch=results["machine"]["torch"]) + lines + "\n" + _SIZES
 
 
 _SIZES = """Forward and backward: 1 sequence, 4 heads that share one of K and V, 256 tokens, D = 64, float16;

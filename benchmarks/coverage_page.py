@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.coverage_models import ENTRIES
+from benchmarks.tables import table
 
 Row = dict[str, Any]
 FORMS = ("eager", "sdpa")
@@ -47,11 +48,11 @@ _METHOD = """## How it is counted
 def render(machine: Row, rows: list[Row]) -> str:
     """The whole page."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    table = [_line(name, [row for row in rows if row["model"] == name]) for name in models]
+    lines = [_line(name, [row for row in rows if row["model"] == name]) for name in models]
     parts = [
         _HEAD.format(**{name: machine[name] for name in ("torch", "transformers")}, commits=_commits(rows)),
         _totals(rows),
-        "## By architecture\n\n" + _table(_COLUMNS, table),
+        "## By architecture\n\n" + table(_COLUMNS, lines),
         _refusals(rows),
         _METHOD.format(models=len(models), calls=len(rows)),
     ]
@@ -117,7 +118,7 @@ def _totals(rows: list[Row]) -> str:
         f"{part}**fxopt recovers {fxopt} of the attention sites**, and knows the formula of {formula}; "
         f"Inductor's patterns match {inductor}.\n\n"
     )
-    return whole + _table(names, lines)
+    return whole + table(names, lines)
 
 
 _COLUMNS = (
@@ -157,7 +158,7 @@ def _refusals(rows: list[Row]) -> str:
     lines = [(str(number), name, line, reason) for (reason, name, line), number in lost.most_common()]
     if not lines:
         return ""
-    return "## Refused\n\n" + _table(("sites", "architecture", "the model's line", "reason"), lines)
+    return "## Refused\n\n" + table(("sites", "architecture", "the model's line", "reason"), lines)
 
 
 def _lost(row: Row) -> list[dict[str, Any]]:
@@ -190,9 +191,3 @@ def _sum(rows: Iterable[Row], key: str) -> int:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} % ({part})" if whole else "-"
-
-
-def _table(names: Iterable[str], lines: Iterable[tuple[str, ...]]) -> str:
-    head = list(names)
-    text = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in line] for line in lines)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.equality_models import MODELS, WINDOW
+from benchmarks.tables import table
 
 Row = dict[str, Any]
 
@@ -62,7 +63,7 @@ def _tokens(rows: list[Row]) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     found = {(row["model"], row["scenario"]): row for row in rows}
     lines = [[model, *(_cell(found.get((model, name))) for name in names)] for model in models]
-    return _table(["model", *names], lines)
+    return table(["model", *names], lines)
 
 
 def _cell(row: Row | None) -> str:
@@ -85,9 +86,4 @@ def _growth(rows: list[Row], ways: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return _table(names, lines)
-
-
-def _table(names: list[str], lines: list[list[str]]) -> str:
-    text = [names, ["---"] * len(names), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in text)
+    return table(names, lines)

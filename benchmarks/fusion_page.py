@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.tables import table
+
 Row = dict[str, Any]
 GOAL = {"decode": 8}  # launches of a layer
 SHALLOW = 2  # layers of the model that is subtracted
@@ -54,10 +56,7 @@ def render(results: dict[str, Any]) -> str:
         "Inductor: MiB",
         "fxopt: MiB",
     )
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in results["rows"]]
-    method = _METHOD.format(shallow=SHALLOW)
-    return head + "\n".join(lines) + "\n" + method
+    return head + table(names, map(cells, results["rows"])) + _METHOD.format(shallow=SHALLOW)
 
 
 def cells(row: Row) -> list[str]:

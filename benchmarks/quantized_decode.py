@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt.measure.machine import describe
-from fxopt.measure.timing import Timings, interleave
+from fxopt.measure.timing import interleave
+from fxopt.suites.generate import phases, writing
 
 BILLION = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -48,38 +48,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _figures(writers: dict[str, Any], prompt: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
     steps = {
-        f"{name}/{count}": _step(model, prompt, count)
+        f"{name}/{place}": writing(model, prompt, "static", count)
         for name, model in writers.items()
-        for count in (1, options.tokens + 1)
+        for place, count in enumerate((1, options.tokens + 1))
     }
     for _ in range(2):  # compiles
         for step in steps.values():
             step()
     found = interleave(steps, rounds=options.rounds, budget_seconds=options.budget)
-    decode = Timings({name: _a_token(found, name, options.tokens) for name in writers})
+    decode = phases(found, list(writers), options.tokens)["decode"]
     return {
         "tokens_per_second": {name: round(1 / decode.median(name), 2) for name in writers},
         "ratios": {name: decode.ratio("inductor", name).as_dict() for name in writers if name != "inductor"},
     }
-
-
-def _a_token(found: Timings, name: str, tokens: int) -> list[float]:
-    short, long = (found.seconds[f"{name}/{count}"] for count in (1, tokens + 1))
-    # A difference that the noise of a round makes negative is no time.
-    return [max(b - a, 1e-9) / tokens for a, b in zip(short, long, strict=True)]
-
-
-def _step(model: Any, prompt: torch.Tensor, tokens: int) -> Callable[[], Any]:
-    given: dict[str, Any] = {
-        "attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False,
-        "pad_token_id": 0, "eos_token_id": None, "cache_implementation": "static", "disable_compile": True,
-    }  # fmt: skip
-
-    def write() -> Any:
-        with torch.no_grad():
-            return model.generate(prompt, **given)
-
-    return write
 
 
 def main() -> None:

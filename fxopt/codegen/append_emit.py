@@ -14,11 +14,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.codegen.append_attention import AppendProblem, append_kernel
-from fxopt.codegen.attention_emit import NAME, Emit
-from fxopt.codegen.decode_emit import applied, share_spans
+from fxopt.codegen.attention_emit import Emit
+from fxopt.codegen.decode_emit import emit_calls
 from fxopt.codegen.kernel_file import KernelFile
-from fxopt.ir.contract import Evidence, Status
-from fxopt.ir.facts import location, val
+from fxopt.ir.contract import Evidence
+from fxopt.ir.facts import val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
@@ -32,26 +32,16 @@ def emit_appends(
     graph: fx.Graph, target: Target | None, emit: Emit | None
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of the attentions that append first, and what was done. As `emit_cached`."""
-    kernels, evidence = list[KernelFile](), list[Evidence]()
     functional = torch.ops.higher_order.auto_functionalized_v2
     own = torch.ops.fxopt.cached_append_attention.default
     found = [node for node in graph.find_nodes(op="call_function", target=functional) if node.args[0] is own]
-    if emit is not None:
-        share_spans([(node, node.kwargs["span"]) for node in found])
-    for node in found:
-        try:
-            problem, inputs = problem_of(node)
-            kernel = append_kernel(problem, target)
-        except Unsupported as refusal:
-            evidence.append(Evidence(NAME, node.name, location(node), Status.ILLEGAL, str(refusal)))
-            continue
-        kernels.append(kernel)
-        evidence.append(applied(node, kernel, target, problem.query.dtype))
-        if emit is not None:
-            written = {name: node.kwargs[name] for name in ("_all_bases", *map(_base_index, _CACHES))}
-            node.args = (emit(kernel),)
-            node.kwargs = {**inputs, **written}
-    return kernels, evidence
+    calls: list[tuple[fx.Node, Any]] = [(node, node.kwargs["span"]) for node in found]
+    return emit_calls(calls, problem_of, append_kernel, _put, target, emit)
+
+
+def _put(node: fx.Node, op: Any, inputs: dict[str, Any]) -> None:
+    written = {name: node.kwargs[name] for name in ("_all_bases", *map(_base_index, _CACHES))}
+    node.args, node.kwargs = (op,), {**inputs, **written}
 
 
 def _base_index(name: str) -> str:

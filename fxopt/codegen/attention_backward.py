@@ -24,6 +24,7 @@ from fxopt.codegen.attention_learned import (
     ROWS,
     SUMS,
     Learned,
+    given_operands,
     learned_entries,
     matrix_launch,
     number_launch,
@@ -145,13 +146,7 @@ def _delta(spec: Spec) -> Launch:
 
 
 def _delta_again(spec: Spec, tiles: Tiles, extra: tuple[Argument, ...]) -> Launch:
-    arguments = (
-        *_operands(spec, *GIVEN),
-        *SUMS,
-        *(each for pair in GIVEN for each in strides(*pair)),
-        *counts("batch", "groups", "rows", "columns"),
-        *extra,
-    )
+    arguments = (*given_operands(spec), *counts("batch", "groups", "rows", "columns"), *extra)
     constants = tuple(one for one in _constants(spec, tiles, spec.columns) if one[0] != "OF_SCORES")
     grid = ("triton.cdiv(rows * GROUP, BLOCK_M) * groups * batch",)
     return Launch(

@@ -153,12 +153,9 @@ def matrix_launch(spec: Spec, each: Learned, tiles: Tiles, extra: Sequence[Argum
     dims = {each.access.args[dim]: dim for dim in each.rest}
     steps = [each.stride(B), each.stride(H), *(f"of_{each.name}.stride({dims[axis]})" for axis in (Q, K))]
     arguments = (
-        *_operands(spec),
+        *given_operands(spec),
         Argument("of_ptr", _type(spec, each), f"of_{each.name}"),
-        *(
-            Argument(f"of_stride_{axis}", "i64", step, False)
-            for axis, step in zip("bhqk", steps, strict=True)
-        ),
+        *_of_strides(zip("bhqk", steps, strict=True)),
         *counts("batch", "groups", "rows", "columns"),
         *extra,
     )
@@ -172,7 +169,7 @@ def table_launches(
     """The parts of a table, and their sum."""
     entries = Argument("entries", "i32", each.entries, False)
     parts = Argument("parts_ptr", "*fp32", f"parts_{each.name}")
-    arguments = (*_operands(spec), parts, entries, *counts("batch", "groups", "rows", "columns"), *extra)
+    arguments = (*given_operands(spec), parts, entries, *counts("batch", "groups", "rows", "columns"), *extra)
     blocks = f"triton.cdiv({each.entries}, BLOCK_T) * {_lines(each)}"
     shared = {axis for axis in (B, H) if axis not in each.axes}
     alike = not shared & each.entry.free_symbols
@@ -199,7 +196,8 @@ def _of_strides(steps: Iterable[tuple[str, str]]) -> tuple[Argument, ...]:
     return tuple(Argument(f"of_stride_{axis}", "i64", step, False) for axis, step in steps)
 
 
-def _operands(spec: Spec) -> tuple[Argument, ...]:
+def given_operands(spec: Spec) -> tuple[Argument, ...]:
+    """What scores and weights are computed from once more."""
     pointers = (Argument(f"{short}_ptr", f"*{spec.triton_type}", name) for short, name in GIVEN)
     return (*pointers, *SUMS, *(one for pair in GIVEN for one in strides(*pair)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,32 +27,51 @@ def emit_cached(
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of the attentions over caches, and what was done.
 
-    An attention of which no kernel can be made stays: its op computes it, by torch.
-
     Args:
         emit: makes the op that is called instead. None: the graph stays as it is.
     """
+    found = graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default)
+    calls = [(node, argument(node, "span")) for node in found]
+    return emit_calls(calls, problem_of, decode_kernel, _replace, target, emit)
+
+
+def emit_calls(
+    calls: Sequence[tuple[fx.Node, fx.Node | None]],
+    problem_of: Callable[[fx.Node], tuple[Any, Any]],
+    kernel_of: Callable[[Any, Target | None], KernelFile],
+    put: Callable[[fx.Node, Any, Any], None],
+    target: Target | None,
+    emit: Emit | None,
+) -> tuple[list[KernelFile], list[Evidence]]:
+    """The kernels of calls of one op, and what was done.
+
+    A call of which no kernel can be made stays: its op computes it, by torch.
+
+    Args:
+        calls: with what says where their keys begin and end. problem_of: what a call computes, and its
+            inputs; it, and `kernel_of`, raise `Unsupported`. put: has a node call an op with these inputs.
+        emit: as for `emit_cached`.
+    """
     kernels, evidence = list[KernelFile](), list[Evidence]()
     made: dict[Any, KernelFile] = {}
-    calls = graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default)
     if emit is not None:
-        share_spans([(node, argument(node, "span")) for node in calls])
-    for node in calls:
+        _share_spans(calls)
+    for node, _ in calls:
         try:
             problem, inputs = problem_of(node)
-            kernel = decode_kernel(problem, target)
+            kernel = kernel_of(problem, target)
         except Unsupported as refusal:
             evidence.append(Evidence(NAME, node.name, location(node), Status.ILLEGAL, str(refusal)))
             continue
         kernel = made.setdefault(kernel.digest, kernel)
         kernels.append(kernel)
-        evidence.append(applied(node, kernel, target, problem.query.dtype))
+        evidence.append(_applied(node, kernel, target, problem.query.dtype))
         if emit is not None:
-            _replace(node, emit(kernel), inputs)
+            put(node, emit(kernel), inputs)
     return kernels, evidence
 
 
-def share_spans(readers: Iterable[tuple[fx.Node, fx.Node | None]]) -> None:
+def _share_spans(readers: Iterable[tuple[fx.Node, fx.Node | None]]) -> None:
     """Layers under one mask read where its keys begin and end from one tensor, computed once."""
     spans: list[fx.Node] = []
     for node, span in readers:
@@ -101,7 +120,7 @@ def _replace(node: fx.Node, op: Any, inputs: list[Any]) -> None:
     node.graph.erase_node(node)
 
 
-def applied(node: fx.Node, kernel: KernelFile, target: Target | None, dtype: torch.dtype) -> Evidence:
+def _applied(node: fx.Node, kernel: KernelFile, target: Target | None, dtype: torch.dtype) -> Evidence:
     """What is said of an attention, of this dtype, whose kernel is used."""
     moved, flops = kernel.about.seen
     least = ""

@@ -23,6 +23,7 @@ from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
 from fxopt.codegen.regions import Partition, partition
 from fxopt.errors import UnsupportedTarget
 from fxopt.ir.contract import Cost, Evidence, Status
+from fxopt.ir.copy_graph import copy_of
 from fxopt.ir.facts import location
 from fxopt.ir.ops import register_ops
 from fxopt.ir.ops.uniform import is_uniform
@@ -90,7 +91,7 @@ def emit_kernels(
         decide: which of them are used. None: all.
     """
     if not call:
-        gm = fx.GraphModule(gm, _copy(gm.graph))
+        gm = fx.GraphModule(gm, copy_of(gm.graph))
     devices = frozenset({"cpu", "cuda"}) if interpreted() or not call else frozenset({"cuda"})
     try:
         target = target_of(options)
@@ -119,12 +120,6 @@ def emit_kernels(
     gm.graph.lint()
     gm.recompile()
     return made + [one.kernel for one in chosen], done + evidence
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
 
 
 def emit_semantic_ops(

@@ -155,7 +155,7 @@ def _of_rounded(
     writer: _Writer, tokens: fx.Node, parts: dict[str, Any], scales: fx.Node, activation: str, single: bool
 ) -> fx.Node:
     """Tokens rounded to 8 bits, with a scale each, as `fxopt.ir.ops.packed_linear.round_tokens` does."""
-    largest = FORMATS["int8" if activation == "int8" else "fp8_e4m3"].largest
+    largest = parts["kind"].largest  # tokens are rounded to what the weight is made of
     wide = writer.to(tokens, torch.float32)
     top = writer.call(aten.amax.default, writer.call(aten.abs.default, wide), [-1], True)
     scale = writer.call(aten.div.Tensor, top, largest)

@@ -16,6 +16,7 @@ from fxopt.errors import UnsupportedTarget
 from fxopt.hosts.host import Notes
 from fxopt.hosts.kernels import wants_kernels
 from fxopt.ir.contract import Evidence, Status
+from fxopt.ir.copy_graph import copy_of
 from fxopt.options import EMIT_KERNELS, Options
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None
         return None
 
     def emit(graph: fx.Graph) -> None:
-        before = _copy(graph)
+        before = copy_of(graph)
         try:
             _emit(graph, options, notes)
         except Exception as error:
@@ -97,12 +98,6 @@ def _config(options: Options) -> dict[str, Any]:
     mode = {} if options.mode == "default" else list_mode_options(options.mode)
     given = {**mode, **options.host_config, "triton.cudagraphs": False}
     return {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
 
 
 def _restore(graph: fx.Graph, before: fx.Graph) -> None:

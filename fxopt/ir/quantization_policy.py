@@ -10,7 +10,7 @@ from fxopt.ir.weight_formats import FORMATS
 from fxopt.options import Options
 
 # What options call it -> format of the weight, what activations are rounded to.
-_SCHEMES = {
+SCHEMES = {
     "int8": ("int8", ""),
     "int8-dynamic": ("int8", "int8"),
     "int4": ("int4", ""),
@@ -77,7 +77,7 @@ def scheme_of(layer: Layer, options: Options) -> Scheme | str:
 
 def make_scheme(name: str, group_size: int | None = None) -> Scheme:
     """The scheme that options call `name`."""
-    format, activation = _SCHEMES[name]
+    format, activation = SCHEMES[name]
     group = FORMATS[format].default_group if group_size is None else group_size
     # Products of bytes are scaled once a row.
     return Scheme(name, format, activation, 0 if activation or format == "fp8_e4m3" else group)

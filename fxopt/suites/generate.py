@@ -23,7 +23,6 @@ from fxopt.measure.compiled import BASELINE, CANDIDATE, EAGER, TWIN, how
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.memory import copy_bandwidth, peak_bytes, stored_bytes
-from fxopt.measure.models import Subject
 from fxopt.measure.results import Row
 from fxopt.measure.suite import release
 from fxopt.measure.timing import Timings, interleave
@@ -114,26 +113,26 @@ def _row(phase: str, measured: Callable[[], Row], key: Row, tokens: int) -> Row:
 def _measure(plan: Plan, model: str, weights: str, cache: str, kv: str, batch: int, length: int) -> Row:
     subject = resolve(model, plan.request(batch=batch, seq=length))
     release()
-    ours = subject.model
+    ours, prompt = subject.model, subject.kwargs["input_ids"]
     if weights != DENSE:
         ours = fxopt.prepare(copy.deepcopy(ours), rule(plan, model, weights))
     read = {EAGER: subject.model, BASELINE: subject.model, CANDIDATE: ours}
     with collect() as records:
         steps = {
-            name: (_step(one, subject, cache, 1), _step(one, subject, cache, plan.tokens + 1))
+            name: (writing(one, prompt, cache, 1), writing(one, prompt, cache, plan.tokens + 1))
             for name, one in _writers(plan, subject.model, ours, kv).items()
         }
         for _ in range(2):  # compiles: for the first length of the cache, and for all others
             texts = {name: long() for name, (_, long) in steps.items()}
         for short, _ in steps.values():
             short()
-    meant = texts[EAGER] if weights == DENSE else _step(ours, subject, cache, plan.tokens + 1)()
+    meant = texts[EAGER] if weights == DENSE else writing(ours, prompt, cache, plan.tokens + 1)()
     steps[TWIN] = steps[BASELINE]
     turns = {f"{name}/{place}": step for name, pair in steps.items() for place, step in enumerate(pair)}
     times = interleave(turns, budget_seconds=4 * plan.budget)
     same = (texts[CANDIDATE] == meant).double().mean().item()
     found = {
-        **_phases(times, list(steps), plan.tokens),
+        **phases(times, list(steps), plan.tokens),
         "same_tokens": same,
         # Rounding may choose another token: in float32, with rows as they are, it does not.
         "accepted": same == 1.0 or plan.dtype != "float32" or kv != "auto",
@@ -156,9 +155,8 @@ def _writers(plan: Plan, dense: Any, own: Any, kv: str) -> dict[str, Any]:
     return {EAGER: dense, BASELINE: theirs, CANDIDATE: ours}
 
 
-def _step(model: Any, subject: Subject, cache: str, tokens: int) -> Step:
+def writing(model: Any, prompt: torch.Tensor, cache: str, tokens: int) -> Step:
     """Greedily, always so many tokens."""
-    prompt = subject.kwargs["input_ids"]
     given: dict[str, Any] = {
         "attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False,
         "pad_token_id": 0, "eos_token_id": None, "disable_compile": True,
@@ -173,8 +171,12 @@ def _step(model: Any, subject: Subject, cache: str, tokens: int) -> Step:
     return write
 
 
-def _phases(times: Timings, names: list[str], tokens: int) -> dict[str, Timings]:
-    """The prompt, and one token: the difference of two texts in the same round, by the tokens."""
+def phases(times: Timings, names: Sequence[str], tokens: int) -> dict[str, Timings]:
+    """The prompt, and one token: the difference of two texts in the same round, by the tokens.
+
+    Args:
+        times: of one token, `<name>/0`, and of so many more, `<name>/1`.
+    """
     short, long = ({name: times.seconds[f"{name}/{place}"] for name in names} for place in (0, 1))
     tiny = 1e-9  # a difference that the noise of a round makes negative is no time
     decode = {

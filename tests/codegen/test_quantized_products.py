@@ -11,11 +11,11 @@ import torch
 from fxopt.codegen.compile import CompiledKernel, compile_launches
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.matmul import MatmulBody
+from fxopt.ir.quantization_policy import SCHEMES
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.target import Target
 from support.programs import findings
 from support.quantized_products import (
-    SCHEMES,
     expanded,
     gated,
     linear,

@@ -17,7 +17,6 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -30,10 +29,11 @@ import fxopt
 from fxopt.errors import OptionValueError
 from fxopt.integrations import hf_quantizer
 from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.ir.quantization_policy import SCHEMES
+from support import quantizable
 from support.compiled import compile_fxopt
 from support.held import live_bytes
-
-SCHEMES = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic"]
+from support.quantizable import ids
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,9 @@ def _without_gradients() -> Any:
 
 
 def llama(**more: Any) -> LlamaForCausalLM:
+    """The same weights each time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 384, "intermediate_size": 768, "vocab_size": 640, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=6, **more)).eval()
-
-
-def ids() -> torch.Tensor:
-    return torch.arange(14).view(2, 7) * 37 % 640
+    return quantizable.llama(**more)
 
 
 def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:

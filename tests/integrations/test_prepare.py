@@ -12,8 +12,6 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -23,25 +21,15 @@ from transformers import (
 import fxopt
 from fxopt.errors import OptionValueError
 from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.ir.quantization_policy import SCHEMES
 from support.compiled import compile_fxopt
 from support.held import live_bytes
+from support.quantizable import ids, llama
 from support.quantizing import with_rounded
-
-SCHEMES = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic"]
-
-
-def llama(**more: Any) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 384, "intermediate_size": 768, "vocab_size": 640, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **more)).eval()
 
 
 def projections(model: nn.Module) -> list[str]:
     return [name for name, each in model.named_modules() if type(each) is nn.Linear and "lm_head" not in name]
-
-
-def ids() -> torch.Tensor:
-    return torch.arange(14).view(2, 7) * 37 % 640
 
 
 @pytest.fixture(autouse=True)

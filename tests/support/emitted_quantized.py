@@ -25,12 +25,13 @@ from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.split_products import can_split_products
 from fxopt.ir.ops import register_ops
 from fxopt.ir.ops.packed_linear import per_token, round_tokens
+from fxopt.ir.quantization_policy import SCHEMES
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.options import Options
 from fxopt.report.record import collect
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
-from support.quantized_products import SCHEMES, Linear, linear, packed, rms_norm
+from support.quantized_products import Linear, linear, packed, rms_norm
 
 Value = torch.Tensor
 # rows, columns, depth, dtype, bias

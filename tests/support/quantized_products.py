@@ -21,21 +21,12 @@ from fxopt.codegen.region import Region
 from fxopt.codegen.regions import partition
 from fxopt.ir.contract import Evidence
 from fxopt.ir.ops import register_ops
+from fxopt.ir.quantization_policy import SCHEMES
 from fxopt.ir.quantize import quantize
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.target import Target
 
 CPU = frozenset({"cpu"})
-# What options call a format: its name, and how tokens are rounded.
-SCHEMES = {
-    "int8": ("int8", ""),
-    "int8-dynamic": ("int8", "int8"),
-    "int4": ("int4", ""),
-    "nf4": ("nf4", ""),
-    "fp4": ("fp4", ""),
-    "fp8": ("fp8_e4m3", ""),
-    "fp8-dynamic": ("fp8_e4m3", "fp8"),
-}
 Value = torch.Tensor
 Linear = Callable[..., Value]
 
