@@ -88,10 +88,6 @@ class MaskProgram(Program):
         """
         return MaskProgram(parsed_condition(parsed_tree(text, "mask program")))
 
-    def conjuncts(self) -> tuple[Boolean, ...]:
-        """The conditions that must all hold."""
-        return self.live.args if isinstance(self.live, sympy.And) else (self.live,)
-
     def compute(
         self,
         outer: tuple[Any, Any],

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from fxopt.ir.facts import is_opaque, is_write, same_shape
+from fxopt.ir.facts import is_opaque, same_shape
 from fxopt.ir.propagate import describe
 
 
@@ -40,8 +38,3 @@ def check_replacement(old: fx.Node, new: fx.Node) -> None:
         or not same_shape(before.shape, after.shape)
     ):
         raise Violation(f"{new.name} is {describe(after)}, replaced {describe(before)}")
-
-
-def writes_of(graph: fx.Graph) -> list[tuple[Any, str]]:
-    """The writes of a graph in order. A pass may not remove, add or reorder them."""
-    return [(node.target, node.name) for node in graph.nodes if is_write(node)]

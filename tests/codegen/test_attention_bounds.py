@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fxopt.codegen.attention_bounds import bounds_function, spans
-from fxopt.codegen.attention_cost import forward_walk
 from fxopt.codegen.attention_program import Capture, TritonText
 from fxopt.codegen.attention_spec import Spec
 from fxopt.codegen.attention_tiles import Tiles
 from fxopt.ir.formula import K, Q, numbered
 from fxopt.ir.program import MaskProgram, ScoreProgram
+from support.attention_walk import forward_walk
 
 ROWS, COLUMNS = 45, 53
 

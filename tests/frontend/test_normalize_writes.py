@@ -11,8 +11,8 @@ from torch import fx, nn
 
 import fxopt.pipeline as pipeline
 from fxopt.ir.contract import Status
+from fxopt.ir.facts import is_write
 from fxopt.ir.graph_facts import Facts
-from fxopt.ir.verify import writes_of
 from fxopt.options import Options
 from fxopt.report.record import GraphRecord
 from support.compiled import all_handled, compile_fxopt
@@ -32,6 +32,10 @@ def hand_written(x: torch.Tensor) -> torch.Tensor:
     torch.add(y, 1.0, out=y)
     nn.functional.relu(y, inplace=True)
     return y
+
+
+def writes_of(graph: fx.Graph) -> list[tuple[Any, str]]:
+    return [(node.target, node.name) for node in graph.nodes if is_write(node)]
 
 
 def test_writes_stay_as_they_are_written() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from fxopt.ir.verify import Violation, check_graph, check_replacement, writes_of
+from fxopt.ir.verify import Violation, check_graph, check_replacement
 from support.frontend import capture
 
 aten = torch.ops.aten
@@ -93,7 +93,3 @@ def test_another_dtype_shape_device_or_kind_is_a_violation(make: Callable[[torch
 @pytest.mark.parametrize("make", [lambda value: value, lambda value: value.t().contiguous().t()])
 def test_other_strides_are_none(make: Callable[[torch.Tensor], object]) -> None:
     check_replacement(*replaced_by(make))
-
-
-def test_writes_in_order() -> None:
-    assert writes_of(graph()) == [(aten.mul_.Tensor, "mul_"), (aten.add_.Tensor, "add_")]

@@ -27,7 +27,6 @@ from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
 
-ACTIVATIONS = ("", "int8", "fp8")
 OPERANDS = "Tensor codes, Tensor scales, Tensor? offsets, Tensor? columns"
 SCHEMA = f"(Tensor x, {OPERANDS}, Tensor? bias, *, str format, int group_size, str activation) -> Tensor"
 FORWARD, PRODUCT = f"packed_linear{SCHEMA}", f"packed_product{SCHEMA}"
