@@ -1,8 +1,9 @@
 """K and V repeated for every query head of their group -> grouped attention, in which they are read once.
 
 ``x[:, :, None].expand(B, Hkv, G, S, D).reshape(B, Hkv * G, S, D)`` is a copy of G times the keys. Query
-head h then reads key head h // G, which is what ``enable_gqa`` means. Assumed: nothing beyond that order of
-repetition.
+head h then reads key head h // G, which is what ``enable_gqa`` means. One head of keys that broadcasts to
+those of Q is such a group, too: fused kernels know groups, and do not broadcast. Assumed: nothing beyond that
+order of repetition.
 """
 
 from __future__ import annotations
@@ -55,16 +56,20 @@ class RemoveRepeatKv:
     def match(self, node: fx.Node) -> Match | Miss | None:
         key, value = find_repeat(node.args[1]), find_repeat(node.args[2])
         if key is None and value is None:
-            return None
+            return Match(node, (node,), {"broadcast": True}) if _broadcasts(node) else None
         if key is None or value is None:
             return Miss("K and V both repeated", f"only {'V' if key is None else 'K'}")
         if not facts.same_size(key.groups, value.groups):
             return Miss("K and V repeated alike", f"{key.groups} and {value.groups} times")
         if argument(node, "enable_gqa"):
             return Miss("one repetition", "repeated heads in a grouped attention")
-        return Match(node, (node,), {"key": key, "value": value})
+        return Match(node, (node,), {"broadcast": False, "key": key, "value": value})
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
+        if match["broadcast"]:
+            if val(match.anchor).dtype is torch.float32 and ctx.facts.differentiates(match.anchor):
+                return Verdict.no("kernels have gradients less exact than the form that broadcasts")
+            return Verdict.yes()
         for repeat in (match["key"], match["value"]):
             # A write in front of the repetition is in what it reads.
             stale = ctx.facts.unsafe_read([repeat.source], repeat.first, match.anchor)
@@ -73,6 +78,8 @@ class RemoveRepeatKv:
         return Verdict.yes()
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
+        if match["broadcast"]:
+            return Verdict.yes("kernels read one head of keys for all of Q")
         saved = sum(
             (numel(val(r.node)) - numel(val(r.source))) * val(r.node).element_size()
             for r in (match["key"], match["value"])
@@ -83,9 +90,18 @@ class RemoveRepeatKv:
 
     def replace(self, match: Match, graph: fx.Graph) -> fx.Node:
         node = match.anchor
-        key, value = (_source(graph, match[name]) for name in ("key", "value"))
+        key, value = node.args[1:3]
+        if not match["broadcast"]:
+            key, value = (_source(graph, match[name]) for name in ("key", "value"))
         kwargs: dict[str, Any] = {**node.kwargs, "enable_gqa": True}
         return graph.call_function(node.target, (node.args[0], key, value, *node.args[3:]), kwargs)  # type: ignore[arg-type]
+
+
+def _broadcasts(node: fx.Node) -> bool:
+    """K and V have one head, Q has more."""
+    query, *others = (val(arg).shape[1] for arg in node.args[:3])
+    grouped = argument(node, "enable_gqa") or facts.same_size(query, 1)
+    return not grouped and all(facts.same_size(heads, 1) for heads in others)
 
 
 def _source(graph: fx.Graph, repeat: Repeat) -> fx.Node:

@@ -161,3 +161,48 @@ def test_keys_that_are_read_elsewhere_keep_their_copy() -> None:
     for mine, theirs in zip(found.call(*args), site(*args), strict=True):
         assert_closer(theirs.double(), mine, theirs, strides=False)
     assert found.applied(NAME) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [((2, 4), (2, 1)), ((4,), (1,)), ((2, 4), (1, 4)), ((2, 4), (1, 1)), ((1, 4), (2, 1)), ((2, 1), (2, 4))],
+)
+def test_whatever_broadcasts(rows: tuple[int, ...], keys: tuple[int, ...], masked: bool) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return sdpa(q, k, v, attn_mask=keep) if masked else sdpa(q, k, v, is_causal=True)
+
+    torch.manual_seed(0)
+    args = [torch.randn(*rows, S, D), torch.randn(*keys, S, D), torch.randn(*keys, S, D)]
+    keep = torch.rand(*torch.broadcast_shapes(rows, keys), S, S) < 0.8
+    for training in (False, True):
+
+        def computed(site: Site, dtype: torch.dtype, training: bool = training) -> list[torch.Tensor]:
+            leaves = [each.detach().to(dtype).requires_grad_(training) for each in args]
+            out = site(*leaves, keep)
+            return [out.detach(), *(torch.autograd.grad(out.sin().sum(), leaves) if training else ())]
+
+        got = computed(rewriting(attend, PASSES).call, torch.float32)
+        assert_closer(computed(attend, torch.float64), got, computed(attend, torch.float32), strides=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "training", "dtype", "grouped"),
+    [
+        ((2, 4), (2, 1), False, torch.float32, True),
+        ((4,), (1,), False, torch.float32, True),
+        ((2, 4), (2, 1), True, torch.bfloat16, True),
+        ((2, 4), (2, 1), True, torch.float32, False),
+        ((2, 4), (2, 4), False, torch.float32, False),
+        ((2, 1), (2, 1), False, torch.float32, False),
+        ((2, 1), (2, 4), False, torch.float32, False),
+    ],
+)
+def test_one_head_of_keys_is_a_group(
+    rows: tuple[int, ...], keys: tuple[int, ...], training: bool, dtype: torch.dtype, grouped: bool
+) -> None:
+    q, k = (torch.randn(*lead, 9, 8, dtype=dtype, requires_grad=training) for lead in (rows, keys))
+    found = rewriting(lambda q, k: sdpa(q, k, k), PASSES)
+    found.call(q, k)
+    assert ("enable_gqa=True" in found.after[-1]) == grouped, found.after[-1]
+    assert ("broadcast" in found.providers[-1]) == (rows != keys and not grouped)

@@ -40,6 +40,7 @@ from fxopt.ir.ops.attention_providers import (
     decomposed_wins,
     grouped_pays,
     kernel_serves,
+    only_broadcasts,
 )
 from fxopt.ir.ops.block_attention import in_blocks, in_kernel
 from fxopt.ir.ops.cached_attention import cached_pays, in_cache
@@ -88,6 +89,7 @@ ATTENTION = SemanticOp(
     ),
     body=attention,
     providers=(
+        Provider("broadcast", only_broadcasts, attention),
         Provider("cached", cached_pays, in_cache),
         Provider("triton", kernel_serves, in_kernel),
         Provider("decode", decode_pays, in_decode),

@@ -9,7 +9,7 @@ from torch import fx
 from fxopt.ir.cone import cone
 from fxopt.ir.contract import Verdict
 from fxopt.ir.cost import hint
-from fxopt.ir.facts import argument, is_floating, val
+from fxopt.ir.facts import argument, is_floating, same_size, val
 from fxopt.ir.formula import K, Q
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.linear import Unsupported
@@ -51,6 +51,19 @@ DENSE_NUMBERS = 2**20
 # Of a cache that grows, the length to choose for, and the numbers in K from which no shorter one loses much.
 GROWN = 1024
 GROWN_NUMBERS = 2**21
+
+
+def only_broadcasts(node: fx.Node, facts: Facts) -> Verdict:
+    """Whether Q, K and V have to be repeated for each other, beyond groups of heads."""
+    shapes = [val(arg).shape[:2] for arg in node.args[:3]]
+    for place, name in enumerate(("batches", "heads")):
+        ones = [same_size(shape[place], 1) for shape in shapes]
+        alike = all(ones) or not any(ones)
+        grouped = place == 1 and ones == [False, True, True] and _given(node, "enable_gqa")
+        if not alike and not grouped:
+            sizes = ", ".join(str(shape[place]) for shape in shapes)
+            return Verdict.yes(f"Q, K and V of {sizes} {name} broadcast, which kernels do not")
+    return Verdict.no("")
 
 
 def kernel_serves(node: fx.Node, facts: Facts) -> Verdict:
