@@ -201,8 +201,21 @@ def test_whatever_broadcasts(rows: tuple[int, ...], keys: tuple[int, ...], maske
 def test_one_head_of_keys_is_a_group(
     rows: tuple[int, ...], keys: tuple[int, ...], training: bool, dtype: torch.dtype, grouped: bool
 ) -> None:
-    q, k = (torch.randn(*lead, 9, 8, dtype=dtype, requires_grad=training) for lead in (rows, keys))
+    q, k = (torch.randn(*lead, 20, 8, dtype=dtype, requires_grad=training) for lead in (rows, keys))
     found = rewriting(lambda q, k: sdpa(q, k, k), PASSES)
     found.call(q, k)
     assert ("enable_gqa=True" in found.after[-1]) == grouped, found.after[-1]
-    assert ("broadcast" in found.providers[-1]) == (rows != keys and not grouped)
+    assert ("'broadcast'" in found.providers[-1]) == (rows == (2, 1) and keys == (2, 4))
+    if grouped and not training:
+        assert "decomposed" in found.providers[-1], "one call of a kernel costs more than so few scores"
+
+
+def test_more_scores_of_one_head_are_a_kernels() -> None:
+    q, k = torch.randn(2, 4, 64, 8), torch.randn(2, 1, 64, 8)
+    found = rewriting(lambda q, k: sdpa(q, k, k, is_causal=True), PASSES)
+    assert_closer(
+        sdpa(q.double(), k.double(), k.double(), is_causal=True),
+        found.call(q, k),
+        sdpa(q, k, k, is_causal=True),
+    )
+    assert "'sdpa'" in found.providers[-1], found.providers

@@ -58,9 +58,8 @@ def only_broadcasts(node: fx.Node, facts: Facts) -> Verdict:
     shapes = [val(arg).shape[:2] for arg in node.args[:3]]
     for place, name in enumerate(("batches", "heads")):
         ones = [same_size(shape[place], 1) for shape in shapes]
-        alike = all(ones) or not any(ones)
-        grouped = place == 1 and ones == [False, True, True] and _given(node, "enable_gqa")
-        if not alike and not grouped:
+        group = place == 1 and ones[1:] == [True, True]
+        if any(ones) and not all(ones) and not group:
             sizes = ", ".join(str(shape[place]) for shape in shapes)
             return Verdict.yes(f"Q, K and V of {sizes} {name} broadcast, which kernels do not")
     return Verdict.no("")
@@ -233,6 +232,13 @@ def _rows_live(node: fx.Node) -> bool:
     return all(block.full or block.known for block in _blocks(node))
 
 
+def _computed_in_full(node: fx.Node, facts: Facts) -> bool:
+    """Torch has no fused kernel for what was written: one head of keys for several of queries, in float32."""
+    query, key = val(node.args[0]), val(node.args[1])
+    broadcasts = same_size(key.shape[1], 1) and not same_size(query.shape[1], 1)
+    return broadcasts and query.dtype is torch.float32 and not facts.differentiates(node)
+
+
 def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
     """Where the decomposed form is the faster one, or the only one with the right answer."""
     query, key, mask = val(node.args[0]), val(node.args[1]), val(argument(node, "attn_mask"))
@@ -248,7 +254,7 @@ def decomposed_wins(node: fx.Node, facts: Facts) -> Verdict:
         return Verdict.yes(
             "kernels add masks in float32, where float16's lowest number does not absorb a score"
         )
-    if argument(node, "dead_rows") == ZERO:
+    if argument(node, "dead_rows") == ZERO and not _computed_in_full(node, facts):
         return Verdict.no("written as scaled_dot_product_attention, whose rounding is kept")
     if query.device.type != "cpu":
         return Verdict.no(f"device {query.device.type} has fused kernels")
