@@ -7,6 +7,7 @@ does not read where they do not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.codegen.elementwise import cast, register_type
+from fxopt.codegen.elementwise import cast, formula_of, register_type
 from fxopt.codegen.indexing import Index, broadcast, offset, sizes_of
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.statements import Condition, Load, Place, Statement
-from fxopt.codegen.view_index import shape_of
+from fxopt.codegen.view_index import readers_of, shape_of, view_base
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import is_tensor
 
@@ -60,10 +61,33 @@ def is_gather(node: fx.Node) -> bool:
     if not is_tensor(source) or not known or len(known) != len(places):
         return False
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
-    shape = source.meta["val"].shape
-    return (
-        adjacent and all(one.dtype in _PLACES for one in known) and all(hint(shape[dim]) > 1 for dim in dims)
-    )
+    return adjacent and all(one.dtype in _PLACES for one in known)
+
+
+def entries_of(node: fx.Node) -> int | None:
+    """How many entries the smallest dimension has that is looked up at the places in `node`, of two at most
+    where others are computed of them; None where they are no places."""
+    found: list[int] = []
+    values = [node]
+    for value in values:
+        most = sys.maxsize if value is node else 2
+        for reader in readers_of(value):
+            if is_gather(reader):
+                found += [min(most, size) for size in _sizes_looked_up(reader, value)]
+            elif _is_whole(reader) and reader not in values:
+                values.append(reader)
+    return min(found, default=None)
+
+
+def _sizes_looked_up(node: fx.Node, at: fx.Node) -> list[int]:
+    source, dims, places = _parts(node)
+    sizes, base = source.meta["val"].shape, view_base(at)
+    return [hint(sizes[dim]) for dim, one in zip(dims, places, strict=True) if view_base(one) is base]
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether an operator computes numbers without a fraction."""
+    return formula_of(node) is not None and not node.meta["val"].dtype.is_floating_point
 
 
 def gather_of(node: fx.Node, index: Index) -> Gather:

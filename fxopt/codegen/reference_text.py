@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxopt.codegen.gather import entries_of
 from fxopt.codegen.print_index import print_index
 from fxopt.codegen.trace import needed_for, operator_name
 from fxopt.codegen.view_index import readers_of
@@ -104,7 +105,8 @@ def example_text(parameters: Mapping[fx.Node, str], sizes: Mapping[str, int]) ->
 
 
 def _fill(node: fx.Node) -> str:
-    """Numbers as tensors have them: weights' codes take all values, bits of e4m3 none of NaN."""
+    """Numbers as tensors have them: weights' codes take all values, bits of e4m3 none of NaN, and places
+    exist."""
     dtype = node.meta["val"].dtype
     if dtype.is_floating_point:
         return "normal_(generator=generator)"
@@ -113,7 +115,7 @@ def _fill(node: fx.Node) -> str:
         return "random_(-127, 128, generator=generator)"
     if dtype is torch.uint8 and any(is_op(one, CODES) for one in readers):
         return "random_(0, 127, generator=generator).mul_(2)"
-    return "random_(0, 2, generator=generator)"
+    return f"random_(0, {entries_of(node) or 2}, generator=generator)"
 
 
 def _example(node: fx.Node) -> str:

@@ -86,6 +86,7 @@ class _Renderer:
         self.has_r = bool(body.reduced)
         self.along = {one.name for one in body.statements if one.on_r}
         self.lines: list[str] = []
+        self.asserted: set[str] = set()
 
     def render(self) -> Rendered:
         self._head()
@@ -183,7 +184,11 @@ class _Renderer:
             self._line(depth, f"tl.store({where}, {store.source}, mask={mask})")
 
     def _assert(self, one: Load, inside: str, depth: int) -> None:
-        """That the places of a load exist, wherever its value is asked for."""
+        """That the places of a load exist, wherever its value is asked for. Said in the first pass over a row
+        alone: later ones ask for the same, and around a second call the assembler spills registers."""
+        if one.name in self.asserted:
+            return
+        self.asserted.add(one.name)
         asked = " & ".join([inside, *(f"({condition_text(c)})" for c in one.conditions)])
         for place in one.places:
             self._line(depth, f'tl.device_assert({within(place)}, "index out of bounds", {asked})')

@@ -68,10 +68,27 @@ def test_the_reference_takes_what_the_kernel_takes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("function", "rows", "entries"),
+    [
+        (lambda a, i: a[i] * 2, 50, 50),
+        (lambda a, i: a[i.view(-1)] * 2, 3, 3),
+        (lambda a, i: torch.nn.functional.embedding(i, a) * 2, 1, 1),
+        (lambda a, i: a[i + 1] * 2, 50, 2),  # what is computed of 0 and 1 is most likely a place
+        (lambda a, i: a[torch.where(i == -100, 0, i)] * 2, 1, 1),
+        (lambda a, i: (a[0, 0] * i).exp(), 50, 2),
+    ],
+)
+def test_examples_are_places_that_exist(function: Callable[..., Any], rows: int, entries: int) -> None:
+    regions = regions_of(function, torch.randn(rows, 16), at).regions
+    texts = [kernel_of(region, None).example_inputs for region in regions]
+    (text,) = [one for one in texts if "int64" in one]
+    assert f"random_(0, {entries}, generator" in text
+
+
+@pytest.mark.parametrize(
     "function, inputs",
     [
         (lambda a, i: a[i, :, i] * 2, (torch.randn(5, 4, 5), torch.arange(5))),  # the places come first
-        (lambda a, i: a[i] * 2, (torch.randn(1, 16), at * 0)),  # nothing to choose from
         (lambda a, i: a[i] * 2, (torch.randn(5).to(torch.complex64), at % 5)),
     ],
 )
@@ -95,6 +112,22 @@ def test_a_product_with_few_rows_does_not_look_up() -> None:
     weight = torch.randn(16, 32)
     found = regions_of(lambda a, i, w: (a[i] * 2) @ w + 1, table, at[0], weight)
     assert not any({"index", "mm"} <= {node.name for node in one.members} for one in found.regions)
+
+
+def test_a_place_is_asserted_once() -> None:
+    """Not again in the second pass over the row, around whose call ptxas would spill registers."""
+
+    def function(a: Value, i: Value) -> tuple[Value, Value]:
+        rows = a.flatten(1)[i] * 2
+        return rows, rows.sum(0)
+
+    regions = regions_of(
+        function, torch.randn(16, 4, 6, dtype=torch.bfloat16), torch.zeros(9001, dtype=torch.int64)
+    )
+    (kernel,) = [kernel_of(one, Target.named("sm_100")) for one in regions.regions]
+    assert kernel.jit.count("for start in range(") == 2
+    assert kernel.jit.count("tl.device_assert(") == 1
+    assert kernel.jit.count("(index >= 0) & (index < 16), other=0") == 2, "no place outside is ever read"
 
 
 def looked_up_and_asked(a: Value, i: Value) -> tuple[Value, ...]:

@@ -28,7 +28,7 @@ from fxopt.options import Options
 from fxopt.report.record import collect
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
-from support import emitted_large_products, emitted_products
+from support import emitted_large_products, emitted_norms, emitted_products
 from support.emission_fuzz import check
 from support.numerics import assert_closer
 
@@ -65,11 +65,6 @@ def rope_in_sections(x: Value, cos: Value, sin: Value) -> Value:
     return (x * cos + half * sin).transpose(1, 2).reshape(2, 5, 48)
 
 
-def group_norm_gradient(x: Value, weight: Value, bias: Value, gradient: Value) -> tuple[Value, ...]:
-    _, pull = torch.func.vjp(lambda *given: F.group_norm(given[0], 2, *given[1:]), x, weight, bias)
-    return tuple(pull(gradient))
-
-
 def dropped(x: Value, seed: Value) -> Value:
     drawn = torch.ops.fxopt.uniform(x.t().shape, seed, BITS[x.dtype]).to(x.dtype).t()
     return (drawn > 0.3) * x / 0.7
@@ -92,16 +87,6 @@ def scattered(a: Value, b: Value) -> Value:
         a[:, 4:], [5, 8], 1, 0, 4, 1
     )
     return halves * b + aten.slice_scatter(a, b[1:4] * 2, 0, -4, -1)
-
-
-def norm_gradient(gradient: Value, more: Value, x: Value, weight: Value) -> tuple[Value, ...]:
-    """Two kernels need the same products: the rows', and the sums over columns."""
-    wide = (gradient + more).float()
-    variance, mean = torch.var_mean(x.float(), -1, keepdim=True, correction=0)
-    scale = (variance + 1e-5).rsqrt()
-    normal, weighted = (x.float() - mean) * scale, wide * weight.float()
-    away = weighted.mean(-1, keepdim=True) + normal * (weighted * normal).mean(-1, keepdim=True)
-    return (scale * (weighted - away)).to(x.dtype), (wide * normal).sum(0), wide.sum(0)
 
 
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
@@ -136,6 +121,10 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     ),
     "places along rows": (lambda a, at: a.gather(1, at).softmax(-1), (torch.randn(3, 7), places(7, 3, 9))),
     "one column": (lambda a, at: a.index_select(-1, at).sum(0) * 2, (torch.randn(5, 7).t(), places(5, 1))),
+    "a table of one row": (
+        lambda table, at: F.embedding(at, table) * 2 + table[at - 1],
+        (torch.randn(1, 6), places(1, 4, 5)),
+    ),
     "places that are computed": (
         lambda table, a: table[(a.abs() * 3).to(torch.int64).clamp(0, 8)] - 1,
         (torch.randn(9, 4), torch.randn(5, 6)),
@@ -150,29 +139,12 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "pieces of integers": (lambda a: (a - 7).amin(), (torch.randint(9, 99, (201, 301)),)),
     "pieces of two dimensions": (lambda a: (a + a).sum([0, 1]), (torch.randn(33, 1201, 3),)),
     "pieces of whole slices": (lambda a: (a[:, 1:] * 2).sum([0, 1]), (torch.randn(6, 401, 3),)),
-    "computed again": (
-        norm_gradient,
-        tuple(torch.randn(70, 40).bfloat16() for _ in range(3)) + (torch.ones(40).bfloat16(),),
-    ),
     "middle dimension": (lambda a: a - a.mean(1, keepdim=True), (torch.randn(3, 7, 5),)),
-    "moments of equal elements": (
-        lambda a: (a - torch.var_mean(a, 0, keepdim=True)[1], torch.var_mean(a, 0, correction=0)[0]),
-        (torch.randn(1, 40).expand(7, 40),),
-    ),
-    "moments of long equal rows": (
-        lambda a: F.layer_norm(a, (9001,)) * 2,
-        (torch.randn(2, 1).expand(2, 9001),),
-    ),
-    "group norm": (lambda a: F.group_norm(a, 2), (torch.randn(2, 6, 5),)),
     "rotate-half RoPE": (rope, (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))),
     "interleaved RoPE": (interleaved_rope, (torch.randn(2, 5, 8), torch.randn(5, 4), torch.randn(5, 4))),
     "RoPE in sections": (
         rope_in_sections,
         (torch.randn(2, 5, 48), *(torch.randn(3, 2, 5, 12) for _ in range(2))),
-    ),
-    "gradient of group norm": (
-        group_norm_gradient,
-        (torch.randn(3, 6, 5), torch.randn(6), torch.randn(6), torch.randn(3, 6, 5)),
     ),
     "parts that are scattered": (scattered, (torch.randn(5, 8), torch.randn(5, 8))),
     "gated activation": (lambda a, b: F.silu(a) * b, (torch.randn(5, 9), torch.randn(5, 9))),
@@ -182,6 +154,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "dropout": (dropped, (torch.randn(5, 70), torch.tensor(2**40 + 3))),
     "dropout in bfloat16": (dropped, (torch.randn(5, 70).bfloat16(), torch.tensor(-9))),
     "kernels that cross": (crossing, (torch.randn(40, 40), torch.randn(40, 40))),
+    **emitted_norms.PROGRAMS,
     "a tensor of one element": (lambda a, b: (a + 1) * b, (torch.randn(()), torch.randn(3))),
 }
 
@@ -235,7 +208,8 @@ def configurations(cache: KernelCache) -> dict[str, list[str]]:
     """What the check says of kernels in every configuration that would be measured."""
     target, found = Target.named("sm_90"), {}
     given = [PROGRAMS[name] for name in ("rows longer than registers", "columns", "gated activation")]
-    given += [PROGRAMS["group norm"], *_multiplied()]
+    given += [PROGRAMS[name] for name in ("group norm", "places in two dimensions", "a table of one row")]
+    given += _multiplied()
     for function, inputs in given:
         gm = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
         choose(gm.graph, candidates(gm.graph, frozenset({"cpu"})))
