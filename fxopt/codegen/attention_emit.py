@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.codegen.attention_backward import backward_kernel
+from fxopt.codegen.attention_descriptors import with_descriptors
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
 from fxopt.codegen.attention_program import Capture
@@ -126,15 +127,20 @@ def spec_of(operands: Sequence[Any], attributes: dict[str, Any]) -> Spec:
 
 
 def emit_attention(
-    graph: fx.Graph, target: Target | None, as_op: Emit | None
+    graph: fx.Graph,
+    target: Target | None,
+    as_op: Emit | None,
+    fastest: Callable[[KernelFile], KernelFile] = lambda kernel: kernel,
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of the calls in a graph after autograd that were made for one, and what was done.
 
     Args:
         as_op: the op that launches a kernel; it is called in the place of the call. None leaves the graph
             as it is.
+        fastest: a kernel or one of its alternatives.
     """
     kernels: dict[str, KernelFile] = {}
+    chosen: dict[str, KernelFile] = {}
     evidence = []
     forward, backward = (
         getattr(torch.ops.fxopt, name).default for name in ("block_attention", "block_attention_backward")
@@ -143,7 +149,10 @@ def emit_attention(
         called = node.op == "call_function" and node.target in (forward, backward)
         if not called or not node.kwargs.get("by_kernel"):
             continue
-        kernel = _kernel(node, node.target is backward, target)
+        first = _kernel(node, node.target is backward, target)
+        if first.digest not in chosen:
+            chosen[first.digest] = fastest(first)
+        kernel = chosen[first.digest]
         kernels.setdefault(kernel.digest, kernel)
         evidence.append(_evidence(node, kernel, target))
         if as_op is not None:
@@ -166,7 +175,8 @@ def _kernel(node: fx.Node, backward: bool, target: Target | None) -> KernelFile:
     about = _about(node, spec, values, backward)
     if backward:
         return backward_kernel(spec, learned, target, example, about)
-    return forward_kernel(spec, target, example, about)
+    kernel = forward_kernel(spec, target, example, about)
+    return with_descriptors(kernel, spec, target, about, values)
 
 
 def _about(node: fx.Node, spec: Spec, values: Sequence[Any], backward: bool) -> About:

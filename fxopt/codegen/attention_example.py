@@ -11,9 +11,13 @@ from fxopt.codegen.attention_reference import operand_names
 from fxopt.codegen.attention_spec import Spec
 from fxopt.ir.cost import hint
 
+# Of an example. Its reference holds several tensors of scores at once, 8 GiB each in float64.
+MOST_SCORES = 1 << 30
+
 
 def example_text(spec: Spec, operands: Sequence[Any], *, backward: bool = False) -> str:
-    """``def example_inputs(device)``, of the sizes seen while compiling.
+    """``def example_inputs(device)``, of the sizes seen while compiling, with fewer sequences and heads where
+    those have more than `MOST_SCORES` scores.
 
     Args:
         operands: of ``fxopt::block_attention``; none for a file that is not to be run.
@@ -32,19 +36,36 @@ def _inputs(spec: Spec, operands: Sequence[Any]) -> list[tuple[str, str]]:
     if not operands:
         return []
     query, key, value, sinks, _, captures, sizes = operands
+    batch, groups = _sequences_and_groups(query, key)
+    heads = {"query": groups * spec.group, "key": groups, "value": groups}
     found = [
-        (name, _tensor(each))
-        for name, each in zip(("query", "key", "value"), (query, key, value), strict=True)
+        (name, _tensor(each, batch, heads[name]))
+        for name, each in zip(heads, (query, key, value), strict=True)
     ]
     found += [(f"c{place}", _tensor(each)) for place, each in enumerate(captures)]
-    found += [("sinks", _tensor(sinks))] if sinks is not None else []
+    found += [("sinks", _tensor(sinks, heads["query"]))] if sinks is not None else []
     found += [("seed", "torch.tensor(77, device=device)")] if spec.dropout_p else []
     return [*found, *((f"n{place}", str(hint(each))) for place, each in enumerate(sizes))]
 
 
-def _tensor(value: torch.Tensor) -> str:
-    """Random numbers; booleans of which most are true; integers that are an index of anything."""
-    shape = tuple(hint(size) for size in value.shape)
+def _sequences_and_groups(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """As many as are seen, or half of them, a quarter, ..."""
+    batch, groups = hint(query.shape[0]), int(key.shape[1])
+    of_group = int(query.shape[1]) // groups * hint(query.shape[2]) * hint(key.shape[2])
+    while batch > 1 and batch * groups * of_group > MOST_SCORES:
+        batch //= 2
+    while groups > 1 and batch * groups * of_group > MOST_SCORES:
+        groups //= 2
+    return batch, groups
+
+
+def _tensor(value: torch.Tensor, *first: int) -> str:
+    """Random numbers; booleans of which most are true; integers that are an index of anything.
+
+    Args:
+        first: the first sizes, where these are not the tensor's own.
+    """
+    shape = (*first, *(hint(size) for size in value.shape[len(first) :]))
     if value.dtype.is_floating_point:
         return f"torch.randn({shape}, device=device).to({value.dtype})"
     if value.dtype is torch.bool:

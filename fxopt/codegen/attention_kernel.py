@@ -12,7 +12,7 @@ from fxopt.codegen.attention_functions import extra_arguments, forward_functions
 from fxopt.codegen.attention_program import with_captured
 from fxopt.codegen.attention_reference import forward_reference, operand_names
 from fxopt.codegen.attention_spec import Spec, parts_of
-from fxopt.codegen.attention_tiles import forward_tiles, padded_width
+from fxopt.codegen.attention_tiles import Tiles, forward_tiles, padded_width
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.ir.target import Target
 
@@ -34,17 +34,45 @@ def template(name: str) -> str:
     return path.read_text().split(_MARK, 1)[1].strip("\n")
 
 
-def forward_kernel(spec: Spec, target: Target | None, example: str, about: About | None = None) -> KernelFile:
+def forward_kernel(
+    spec: Spec,
+    target: Target | None,
+    example: str,
+    about: About | None = None,
+    *,
+    described: bool = False,
+) -> KernelFile:
     """The forward: (query, key, value, captures, sinks, seed, sizes) -> (out, sums).
 
     Args:
         example: text of `example_inputs`.
+        described: load keys and values through tensor descriptors, which is for operands that
+            `fxopt.codegen.attention_descriptors.takes_descriptors` accepts.
 
     Raises:
         Unsupported: a formula has what Triton's text does not cover.
     """
     tiles = forward_tiles(spec, target)
     extra = extra_arguments(spec)
+    text = f"{forward_functions(spec)}\n\n{template('attention_forward')}"
+    return KernelFile(
+        name="attention_forward",
+        parameters=parameters(spec),
+        jit=with_captured(with_helpers(text), [one.name for one in extra]),
+        launches=(_launch(spec, tiles, extra, described),),
+        outputs=(
+            heads_last("out", "heads", "rows", spec.width_v, "query.dtype"),
+            Output("sums", ("2", "batch", "heads", "rows"), "torch.float32"),
+        ),
+        reference=forward_reference(spec),
+        example_inputs=example,
+        sizes=SIZES,
+        about=about_of(about or About(), spec, tiles.why),
+        modelled=False,
+    )
+
+
+def _launch(spec: Spec, tiles: Tiles, extra: Sequence[Argument], described: bool) -> Launch:
     operands = (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))
     arguments = (
         *(Argument(f"{short}_ptr", f"*{spec.triton_type}", name) for short, name in operands),
@@ -59,29 +87,15 @@ def forward_kernel(spec: Spec, target: Target | None, example: str, about: About
         ("BLOCK_N", tiles.columns),
         *walk_constants(spec, spec.columns),
         ("DEAD_ROWS", spec.dead_code),
+        ("DESCRIBED", described),
     )
-    launch = Launch(
+    return Launch(
         "_attention_forward_kernel",
         arguments,
         ("triton.cdiv(rows * GROUP, BLOCK_M) * groups * batch",),
         constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    )
-    text = f"{forward_functions(spec)}\n\n{template('attention_forward')}"
-    return KernelFile(
-        name="attention_forward",
-        parameters=parameters(spec),
-        jit=with_captured(with_helpers(text), [one.name for one in extra]),
-        launches=(launch,),
-        outputs=(
-            heads_last("out", "heads", "rows", spec.width_v, "query.dtype"),
-            Output("sums", ("2", "batch", "heads", "rows"), "torch.float32"),
-        ),
-        reference=forward_reference(spec),
-        example_inputs=example,
-        sizes=SIZES,
-        about=about_of(about or About(), spec, tiles.why),
     )
 
 

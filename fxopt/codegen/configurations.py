@@ -44,8 +44,10 @@ def proposals(kernel: KernelFile, target: Target, count: int = 6) -> list[Kernel
     first.
 
     The model does not tell apart what differs by less than a twentieth. Among those, 8 elements a thread are
-    preferred: accesses of 16 or 32 bytes.
+    preferred: accesses of 16 or 32 bytes. Of a kernel that it does not know there are the alternatives alone.
     """
+    if not kernel.modelled:
+        return [kernel, *kernel.alternatives][:count]
     moved = _moved(kernel)
     apart = [estimate(*one, target).seconds for one in zip(kernel.launches, moved, strict=True)]
     ranks: dict[KernelFile, tuple[int, tuple[float, ...], str]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -97,7 +97,7 @@ def emit_kernels(
         target = target_of(options)
     except UnsupportedTarget as error:
         return [], [Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, str(error))]
-    made, done = emit_semantic_ops(gm, options, call=call)
+    made, done = emit_semantic_ops(gm, options, call=call, decide=decide)
     if decide is None or options.kernels == "always":
         done += expand_quantized(gm, devices)
     left = choose_products(gm.graph, devices, target, options, decide)
@@ -123,19 +123,36 @@ def emit_kernels(
 
 
 def emit_semantic_ops(
-    gm: fx.GraphModule, options: Options, *, call: bool
+    gm: fx.GraphModule, options: Options, *, call: bool, decide: Decide | None = None
 ) -> tuple[list[KernelFile], list[Evidence]]:
-    """The kernels of semantic ops that are still whole behind autograd, and what was done."""
+    """The kernels of semantic ops that are still whole behind autograd, and what was done.
+
+    Args:
+        decide: which form of a kernel is used, of those that have alternatives. None: the first.
+    """
     register_ops()
     launched = functools.partial(as_op, cache=cache_of(options)) if call else None
     kernels, evidence = list[KernelFile](), list[Evidence]()
-    for emit in (emit_attention, emit_cached, emit_appends):
+    fastest = functools.partial(_fastest, decide=decide)
+    attention = functools.partial(emit_attention, fastest=fastest)
+    for emit in (attention, emit_cached, emit_appends):
         made, done = emit(gm.graph, target_of(options), launched)
         kernels += made
         evidence += done
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence
+
+
+def _fastest(kernel: KernelFile, decide: Decide | None) -> KernelFile:
+    """The kernel, or an alternative that was measured to be faster."""
+    if decide is None or not kernel.alternatives:
+        return kernel
+    (decision,) = decide([kernel])
+    found = decision.kernel or kernel
+    how = "by the copy engine" if found.describes else "by addresses"
+    why = (*kernel.about.configuration, f"tiles are loaded {how}, {decision.reason}")
+    return replace(found, about=replace(kernel.about, configuration=why), alternatives=())
 
 
 def _call_all(

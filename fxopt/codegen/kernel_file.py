@@ -153,6 +153,7 @@ class KernelFile:
         mutates: names of those tensor parameters that the kernel writes to.
         scratch: tensors that launches hand to each other, allocated by `launch` and not returned.
         alternatives: kernels that compute the same by other launches, to be tried beside this one.
+        modelled: `fxopt.codegen.configurations` knows what limits it, and proposes other launches by that.
     """
 
     name: str
@@ -167,6 +168,7 @@ class KernelFile:
     scratch: tuple[Output, ...] = ()
     about: About = field(default_factory=About)
     alternatives: tuple[KernelFile, ...] = ()
+    modelled: bool = True
 
     @property
     def digest(self) -> str:
@@ -177,6 +179,11 @@ class KernelFile:
     def asserts(self) -> bool:
         """Whether something is checked while the kernel runs, which Triton leaves out unless it is told."""
         return "tl.device_assert(" in self.jit
+
+    @property
+    def describes(self) -> bool:
+        """Whether it makes tensor descriptors on the device, for which Triton asks for memory at a launch."""
+        return any(dict(launch.constants).get("DESCRIBED") for launch in self.launches)
 
     @property
     def uses_bfloat16(self) -> bool:
@@ -279,10 +286,8 @@ def _outputs(kernel: KernelFile) -> str:
 
 
 def _allocated(output: Output, kernel: KernelFile) -> str:
-    device = next((one.name for one in kernel.parameters if one.kind == "Tensor"), None)
-    where = f"{device}.device" if device else '"cuda"'
     shape = _tuple(output.shape)
-    options = f"dtype={output.dtype}, device={where}"
+    options = f"dtype={output.dtype}, device={_device(kernel)}"
     if not output.shape:
         # Inductor fills a tensor without dimensions, by a launch; one of one element it only allocates.
         call = f"torch.empty((1,), {options}).view(())"
@@ -291,6 +296,11 @@ def _allocated(output: Output, kernel: KernelFile) -> str:
     else:
         call = f"torch.empty_strided({shape}, {_tuple(output.strides)}, {options})"
     return call if output.fill is None else f"{call}.fill_({output.fill})"
+
+
+def _device(kernel: KernelFile) -> str:
+    name = next((one.name for one in kernel.parameters if one.kind == "Tensor"), None)
+    return f"{name}.device" if name else '"cuda"'
 
 
 def _tuple(entries: tuple[str, ...]) -> str:
@@ -302,11 +312,20 @@ def _launch(kernel: KernelFile) -> str:
     lines = [f"{_results(kernel)} = outputs({names})"] if kernel.outputs else []
     lines += _sizes(kernel)
     lines += [f"{one.name} = {_allocated(one, kernel)}" for one in kernel.scratch]
+    lines += _allocator(kernel) if kernel.describes else []
     for launch in kernel.launches:
         lines += _one_launch(launch, kernel.asserts)
     if kernel.outputs:
         lines.append(f"return {_results(kernel)}")
     return f"def launch({_signature(kernel)}) -> {_returns(kernel)}:\n{_body(lines)}"
+
+
+def _allocator(kernel: KernelFile) -> Iterator[str]:
+    """Set for the thread that launches, at each launch. Triton keeps it, so it holds no tensor."""
+    yield f"device = {_device(kernel)}"
+    yield "triton.set_allocator("
+    yield "    lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)"
+    yield ")"
 
 
 def _one_launch(launch: Launch, asserts: bool) -> Iterator[str]:

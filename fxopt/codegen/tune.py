@@ -117,7 +117,8 @@ class Tuner:
         return [self._decision(kernel, known[key]) for key, kernel in zip(keys, kernels, strict=True)]
 
     def _key(self, kernel: KernelFile) -> Key:
-        sizes = [size for launch in kernel.launches for _, size in launch.adjustable]
+        sizes: Sequence[int] = [size for launch in kernel.launches for _, size in launch.adjustable]
+        sizes = sizes if kernel.modelled else kernel.about.seen
         shape = ",".join(str((size - 1).bit_length()) for size in sizes)
         versions = [version(name) for name in ("torch", "triton")]
         return ("tuning", FORMAT, identity(kernel), shape, self.timer.device, *versions)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -15,6 +16,8 @@ from fxopt.frontend.kv_edit import rows_outermost
 from fxopt.frontend.length_flow import is_symbolic
 from fxopt.ir import facts
 from fxopt.ir.facts import argument, val
+from fxopt.ir.formula import AXES, K, capture, real_capture
+from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.propagate import evaluate, fake_mode_of, propagate_from
 from fxopt.ir.writes import COUNTED_ROWS
 
@@ -71,6 +74,7 @@ class Edit:
         self.numbers.meta["val"] = self.numbers.meta["example_value"] = made
         self._read: dict[int, fx.Node] = {}
         self._live: dict[Any, fx.Node] = {}
+        self._wide: dict[fx.Node, fx.Node] = {}
 
     def finish(self) -> None:
         """Leave the graph in order."""
@@ -165,8 +169,35 @@ class Edit:
         others = {name: argument(node, name) for name in positional}
         others |= {name: arg for name, arg in node.kwargs.items() if name not in names}
         with self.graph.inserting_before(node):
-            node.kwargs = {**others, "attn_mask": self._masked(mask, node.args[1], place)}
+            made = {"attn_mask": self._masked(mask, node.args[1], place), **self._formulas(mask, place)}
+        node.kwargs = {**others, **made}
         node.args = node.args[:3]
+
+    def _formulas(self, mask: fx.Node | None, place: int) -> dict[str, Any]:
+        """What `_masked` makes of `mask`, as attributes of an attention: whoever reads keys by them reads as
+        many as the number says, of all that there is room for.
+        """
+        captures, live = [self._captured(self._number(place), 1)], sympy.Lt(K, capture("c0")(0))
+        found: dict[str, Any] = {"captures": captures}
+        if mask is not None:
+            whole = self._captured(mask, 4)
+            captures.append(whole)
+            sizes = facts.shape(whole)
+            at = [0 if facts.same_size(size, 1) else axis for axis, size in zip(AXES, sizes, strict=True)]
+            if facts.is_floating(mask):
+                found["bias"] = str(ScoreProgram(real_capture("c1")(*at)))
+            else:
+                live = sympy.And(live, sympy.Ne(capture("c1")(*at), 0))
+        return {**found, "mask": str(MaskProgram(live))}
+
+    def _captured(self, node: fx.Node, rank: int) -> fx.Node:
+        """`node` with leading dimensions of size 1, up to so many. Made once for all layers."""
+        if node not in self._wide:
+            made = node
+            for _ in range(rank - facts.rank(node)):
+                made = self._call(aten.unsqueeze.default, made, 0)
+            self._wide[node] = made
+        return self._wide[node]
 
     def _masked(self, mask: fx.Node | None, key: Any, place: int) -> fx.Node:
         """`mask`, without the keys that are not live. Made once for all layers."""

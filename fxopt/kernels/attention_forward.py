@@ -21,6 +21,8 @@ for its product, O is rounded once. A row without a live key gives 0, NaN or the
     captured               what the device functions of a mask and a score read
     FACTOR                 of scores before exp2, log2(e) in it; 0 where scores may be as large as float32's
                            lowest number, which is not to be multiplied
+    DESCRIBED              K and V are loaded through tensor descriptors, by the copy engine of GPUs of sm_90
+                           or later: heads begin, and rows follow each other, at multiples of 16 bytes
 """
 
 import triton
@@ -51,6 +53,32 @@ def load_rows(
         found = tl.load(pointers, mask=d < WIDTH, other=0.0)
     else:
         found = tl.load(pointers)
+    return found
+
+
+@triton.jit
+def rows_to_load(
+    base, extent, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` loads rows of a head from: a descriptor of tiles (ROWS, BLOCK), or a pointer."""
+    if DESCRIBED:
+        rows = tl.make_tensor_descriptor(base, [extent, WIDTH], [stride, 1], [ROWS, BLOCK])
+    else:
+        rows = base
+    return rows
+
+
+@triton.jit
+def load_tile(
+    rows, start, stride, extent, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    GUARD: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """`load_rows`; what a descriptor finds outside of the rows and their width is 0, too."""
+    if DESCRIBED:
+        found = rows.load([start, 0])
+    else:
+        found = load_rows(rows, start, stride, extent, ROWS, WIDTH, BLOCK, GUARD)
     return found
 
 
@@ -124,16 +152,19 @@ def rescaled(top, new_top, FACTOR: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, top, total, q_tile, k_base, v_base, k_stride_s, v_stride_s, start, end,
+    acc, top, total, q_tile, k_rows, v_rows, k_stride_s, v_stride_s, start, end,
     b, h, q, heads, rows, columns, captured,
     SCALE: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The keys ``[start, end)`` added to a tile of queries; with MASKED only those that are live."""
     for place in tl.range(start, end, BLOCK_N):
         keys = place + tl.arange(0, BLOCK_N)
         k = keys[None, :]
-        k_tile = load_rows(k_base, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MASKED)
+        k_tile = load_tile(
+            k_rows, place, k_stride_s, columns, BLOCK_N, WIDTH, BLOCK_D, MASKED, DESCRIBED
+        )  # fmt: skip
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if SCALE != 1.0:
             s *= SCALE
@@ -149,7 +180,9 @@ def attend(
         kept = rescaled(top, shift, FACTOR)
         total = total * kept + tl.sum(weights, 1)
         weights = dropped(weights, b, h, q, k, heads, rows, columns, captured)
-        v_tile = load_rows(v_base, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MASKED)
+        v_tile = load_tile(
+            v_rows, place, v_stride_s, columns, BLOCK_N, WIDTH_V, BLOCK_DV, MASKED, DESCRIBED
+        )  # fmt: skip
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * kept[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
@@ -214,7 +247,7 @@ def _attention_forward_kernel(
     SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr,
-    DEAD_ROWS: tl.constexpr,
+    DEAD_ROWS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of (query, head) pairs of one group of heads."""
     pairs, heads = rows * GROUP, groups * GROUP
@@ -222,6 +255,8 @@ def _attention_forward_kernel(
     h, q = heads_of[:, None], queries[:, None]
     q_base, k_base = head_of(q_ptr, b, b, q_stride_b, 0), head_of(k_ptr, b, group, k_stride_b, k_stride_h)
     v_base = head_of(v_ptr, b, group, v_stride_b, v_stride_h)
+    k_rows = rows_to_load(k_base, columns, k_stride_s, WIDTH, BLOCK_N, BLOCK_D, DESCRIBED)
+    v_rows = rows_to_load(v_base, columns, v_stride_s, WIDTH_V, BLOCK_N, BLOCK_DV, DESCRIBED)
     q_tile = load_pairs(q_base, begin, group, q_stride_h, q_stride_s, pairs, GROUP, BLOCK_M, WIDTH, BLOCK_D)
     acc, edge = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), 0
     top, total = initial_top(heads_of, captured), initial_total(heads_of, captured)
@@ -232,9 +267,9 @@ def _attention_forward_kernel(
         for part in tl.static_range(3):
             if (PARTS >> part) % 2 == 1:
                 acc, top, total = attend(
-                    acc, top, total, q_tile, k_base, v_base, k_stride_s, v_stride_s, bounds[part],
+                    acc, top, total, q_tile, k_rows, v_rows, k_stride_s, v_stride_s, bounds[part],
                     bounds[part + 1], b, h, q, heads, rows, columns, captured,
-                    SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, part != 1,
+                    SCALE, FACTOR, WIDTH, WIDTH_V, BLOCK_D, BLOCK_DV, BLOCK_N, part != 1, DESCRIBED,
                 )  # fmt: skip
         edge = bounds[3]
     dead = total == 0.0

@@ -127,6 +127,28 @@ def test_replayed_steps(step: Step, recorder: FakeRecorder) -> None:
     assert sum(each.replays for each in recorder.made) >= 2 * 40 - 8 * len(recorder.made) - 30
 
 
+LIVE = {
+    plain: ("k < c0[0]", "s"),
+    masked_by_position: ("c1[b, 0, 0, k] and k < c0[0]", "s"),
+    biased_by_distance: ("k < c0[0]", "s + c1[b, 0, 0, k]"),
+}
+
+
+@pytest.mark.parametrize("step", LIVE)
+def test_kernels_read_the_live_rows_of_all_the_room(step: Step) -> None:
+    """Their loops end where the tensor of numbers says, not with the room of the cache."""
+    mask, score = LIVE[step]
+    compiled = compile_fxopt(step, replay="always", target="sm_90")
+    cache = Cache()
+    with all_handled() as records, torch.no_grad():
+        for _ in range(3):
+            padding = torch.ones(2, cache.keys.shape[2] + 1, dtype=torch.int64)
+            compiled(cache, torch.randn(2, HEADS, 1, WIDTH), padding)
+    (kernel,) = (each for each in records[-1].kernels if each.name.endswith("_attention"))
+    assert kernel.about.configuration[:2] == (f"keys that take part: {mask}", f"scores: {score}")
+    assert "low0, high0 = 0, tl.minimum(extent, tl.load(c0_ptr))" in kernel.jit
+
+
 def test_several_rows_at_once(recorder: FakeRecorder) -> None:
     run(masked_by_position, new=3, count=20)
     assert recorder.made

@@ -100,17 +100,27 @@ PLAIN: dict[str, Program] = {
 }
 
 
-def programs() -> Iterator[tuple[str, Program]]:
-    """Name and program: of ragged and of round sizes, in every dtype."""
-    for rows, width, columns, dtype in (
-        (37, 33, 70, torch.bfloat16),
-        (130, 37, 19, torch.float16),
-        (64, 64, 32, torch.float32),
-        (17, 16, 1, torch.float32),
-    ):
-        for name, program in layers(rows, width, columns, dtype).items():
-            yield f"{name} {rows} {width} {columns} {dtype}", program
-    for rows, dtype in ((19, torch.bfloat16), (3, torch.float32), (1, torch.float16)):
-        for name, program in rotations(rows, 24, dtype).items():
-            yield f"{name} {rows} {dtype}", program
+SIZES = (
+    (37, 33, 70, torch.bfloat16),
+    (130, 37, 19, torch.float16),
+    (64, 64, 32, torch.float32),
+    (17, 16, 1, torch.float32),
+)
+ROTATED = ((19, torch.bfloat16), (3, torch.float32), (1, torch.float16))
+
+
+def programs(whole: bool) -> Iterator[tuple[str, Program]]:
+    """Name and program: of ragged and of round sizes, in every dtype.
+
+    Args:
+        whole: every layer in all sizes, not each in one of them.
+    """
+    for place, (rows, width, columns, dtype) in enumerate(SIZES):
+        for number, (name, program) in enumerate(layers(rows, width, columns, dtype).items()):
+            if whole or number % len(SIZES) == place:
+                yield f"{name} {rows} {width} {columns} {dtype}", program
+    for place, (rows, dtype) in enumerate(ROTATED):
+        for number, (name, program) in enumerate(rotations(rows, 24, dtype).items()):
+            if whole or number % len(ROTATED) == place:
+                yield f"{name} {rows} {dtype}", program
     yield from PLAIN.items()

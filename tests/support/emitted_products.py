@@ -121,14 +121,22 @@ PLAIN: dict[str, Program] = {
 }
 
 
-def programs() -> Iterator[tuple[str, Program]]:
-    """Name and program; those of a layer for one row, few rows and a full tile of them."""
-    for rows, width, columns, dtype in (
-        ((1, 1), 64, 32, torch.bfloat16),
-        ((1, 1), 37, 19, torch.float16),
-        ((2, 5), 33, 70, torch.bfloat16),
-        ((16, 1), 40, 1, torch.float32),
-    ):
-        for name, program in layers(rows, width, columns, dtype).items():
-            yield f"{name} {rows} {width} {columns} {dtype}", program
+SIZES = (
+    ((1, 1), 64, 32, torch.bfloat16),
+    ((1, 1), 37, 19, torch.float16),
+    ((2, 5), 33, 70, torch.bfloat16),
+    ((16, 1), 40, 1, torch.float32),
+)
+
+
+def programs(whole: bool) -> Iterator[tuple[str, Program]]:
+    """Name and program; those of a layer for one row, few rows and a full tile of them.
+
+    Args:
+        whole: every layer in all sizes, not each in one of them.
+    """
+    for place, (rows, width, columns, dtype) in enumerate(SIZES):
+        for number, (name, program) in enumerate(layers(rows, width, columns, dtype).items()):
+            if whole or number % len(SIZES) == place:
+                yield f"{name} {rows} {width} {columns} {dtype}", program
     yield from PLAIN.items()
