@@ -3,7 +3,7 @@
 A decoder of random weights, one token at a time, by the room of the cache and how much of it is filled. The
 mask is the one that `generate` passes: a tensor of bools over the whole room. With --sliding the room is the
 window of every layer, and full: each token drops the oldest one. With --latent the cache holds the latents of
-multi-head latent attention.
+multi-head latent attention. With --kv the rows of fxopt's cache have 8 bits, and nobody else's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import fxopt
 from benchmarks.decoding import Row, Step, compared, compile_all, run
 from benchmarks.latent_model import cached_sizes, latent_model
 from benchmarks.running import add_arguments, numbers
@@ -36,12 +37,17 @@ def measure(arguments: argparse.Namespace, batch: int, room: int, filled: int) -
     model = _model(arguments, room)
     config = model.config
     entries = [torch.randn(batch, *size) for size in cached_sizes(config, room)]
-    steps = {name: _step(call, config, entries, filled) for name, call in compile_all(model).items()}
+    steps = {
+        name: _step(call, config, entries, filled, arguments.kv if name == "fxopt" else "auto")
+        for name, call in compile_all(model).items()
+    }
     with torch.no_grad():
         logits = {name: step() for name, step in steps.items()}
         with float64_everywhere():
             exact = _step(copy.deepcopy(model).double(), config, entries, filled)()
-        _judge(logits, exact)
+        _judge(
+            {name: each for name, each in logits.items() if arguments.kv == "auto" or name != "fxopt"}, exact
+        )
         return compared(steps, arguments.seconds)
 
 
@@ -76,7 +82,7 @@ def _model(arguments: argparse.Namespace, room: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**shapes)).eval()
 
 
-def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> Step:
+def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int, kv: str = "auto") -> Step:
     """Decode the same token again and again: each call writes its key behind the filled part.
 
     `entries` are the keys and values of each layer, (B, Hkv, room, D) each.
@@ -89,8 +95,13 @@ def _step(call: Any, config: Any, entries: list[torch.Tensor], filled: int) -> S
     live = (torch.arange(room) <= filled).expand(batch, 1, 1, room).contiguous()
     how = {"attention_mask": live, "position_ids": torch.full((batch, 1), filled), "past_key_values": cache}
     entries = [each.to(torch.get_default_dtype()) for each in entries]
+    if kv != "auto":
+        cache = fxopt.StaticQuantizedCache(config, room, kv)
     for layer in cache.layers:
         layer.lazy_initialization(*(each[:, :, :1] for each in entries))
+        if kv != "auto":
+            layer.update(*entries)
+            continue
         layer.keys.copy_(entries[0])
         layer.values.copy_(entries[1])
 
@@ -113,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--latent", action="store_true", help="multi-head latent attention, as DeepSeek has it"
     )
+    parser.add_argument("--kv", choices=("auto", "int8", "fp8"), default="auto", help="rows of fxopt's cache")
     parser.add_argument("--sliding", action="store_true", help="windows of sliding layers, which are full")
     add_arguments(parser, seconds=6.0)
     return parser

@@ -39,6 +39,7 @@ DECISIVE = (
 )  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 REPLAY = ("auto", "never", "always")
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # in which Inductor, too, makes them
 QUANTIZE = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic", "none")
 
 
@@ -157,6 +158,12 @@ class Options:
         if self.tune_seconds is not None:
             return self.tune_seconds
         return math.inf if self.mode.startswith("max-autotune") else 0.0
+
+    def replays_on(self, kinds: Iterable[str]) -> bool:
+        """Whether steps are to be replayed whose inputs are on devices of these kinds."""
+        if self.replay != "auto":
+            return self.replay == "always"
+        return self.mode in _WITH_CUDA_GRAPHS and "cuda" in kinds
 
     @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:

@@ -48,6 +48,7 @@ from fxopt.runtime.frames import Frame
 from fxopt.runtime.kv_calls import Plan, with_growing_caches
 from fxopt.runtime.packed_weights import with_packed_weights
 from fxopt.runtime.quantized_linear import register_processor
+from fxopt.runtime.quantized_rows import register_rows
 
 # name, class, and why it stands where it stands
 PASSES: tuple[tuple[str, str], ...] = (
@@ -123,6 +124,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """
     register_ops()
     register_processor()
+    register_rows()
     with recorded(gm) as record:
         dump = Dump.open(options.dump, record)
         dump.write("dynamo", gm)

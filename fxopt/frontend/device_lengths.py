@@ -35,7 +35,7 @@ from fxopt.ir.ops.masking import MEAN
 from fxopt.ir.program import ScoreProgram
 from fxopt.ir.sizes import size_of
 from fxopt.runtime.device_lengths import DeviceLengths, Formulas, Grown, Window
-from fxopt.runtime.kv_growth import Append
+from fxopt.runtime.kv_growth import Append, Length
 from fxopt.runtime.kv_state import capacity_for
 
 aten = torch.ops.aten
@@ -80,8 +80,7 @@ class _Cache:
         self.write, self.slice = self._write()
         rows: Any = argument(self.slice, "start")
         self.rows, self.count = rows, hint(val(rows))
-        most = None if append.part is None else -append.part[0]
-        self.most = most if append.part is None or append.part[0] < 0 else 0
+        self.most = None if append.part is None else _most(append.part[0])
         self.is_window = self.most is not None and self.count + self.new > self.most
         if not self.is_window and not isinstance(val(rows), torch.SymInt):
             raise Refusal("wanted a length that is not known while compiling")
@@ -107,6 +106,13 @@ class _Cache:
                 if behind and is_call(user, aten.copy_.default) and user.args[0] is view and not user.users:
                     return user, view
         raise Refusal(f"wanted a write of new rows into {self.node.name}")
+
+
+def _most(start: Length) -> int:
+    """Rows of which a cache keeps the newest; 0 where it does not keep these."""
+    if start.place is not None:
+        raise Refusal("wanted a window whose size is known")
+    return max(-start.number, 0)
 
 
 # What is to be done once it is known that all of it can be.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -28,7 +29,7 @@ from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.facts import argument, is_call, location, val
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.linear import Unsupported
-from fxopt.ir.sizes import input_of
+from fxopt.ir.sizes import input_of, newest_of
 from fxopt.runtime.kv_calls import Plan
 from fxopt.runtime.kv_growth import Append, Begin, Length
 
@@ -80,7 +81,7 @@ def _note(cat: fx.Node, reason: str, status: Status = Status.APPLIED) -> Evidenc
 
 def _joined(result: Any) -> fx.Node | None:
     """The concatenation of two tensors that `result` is, or is a slice of."""
-    while is_call(result, aten.slice.Tensor):
+    while is_call(result, aten.slice.Tensor, aten.alias.default):  # an alias is a slice of everything
         result = result.args[0]
     return result if is_call(result, aten.cat.default) and len(_operands(result)) == 2 else None
 
@@ -125,7 +126,8 @@ class _Search:
             _Refusal: it is to stay what it is.
         """
         self._check_value(cat)
-        return Begin(place, _dim(cat), bounded=result is not cat)
+        dim = _dim(cat)
+        return Begin(place, dim, bounded=result is not cat, part=self._part(result, cat, dim))
 
     def append(self, place: int, result: fx.Node, cat: fx.Node) -> Append:
         """The output at `place`: rows of a cache with new ones behind them. As `begin`."""
@@ -145,9 +147,8 @@ class _Search:
                 raise _Refusal(f"wanted one output, saw others that share memory with {value.name}")
         self.row_count(past, dim)
         return Append(
-            output=place, dim=dim, bounded=result is not cat, source=source,
-            new=self._length(facts.shape(new)[dim]), part=_part(result, cat, dim),
-            measured=self._is_measured(source),
+            output=place, dim=dim, bounded=result is not cat, part=self._part(result, cat, dim),
+            source=source, new=self._length(facts.shape(new)[dim]), measured=self._is_measured(source),
         )  # fmt: skip
 
     def _is_measured(self, place: int) -> bool:
@@ -183,6 +184,41 @@ class _Search:
         node, dim = found
         return Length(0, self.placeholders.index(node), dim)
 
+    def _part(self, result: fx.Node, cat: fx.Node, dim: int) -> tuple[Length, Length] | None:
+        """The slice of the concatenation along `dim` that the cache keeps; None for all of it."""
+        part = None
+        while result is not cat:
+            source: Any = result.args[0]
+            if not facts.same_shape(val(source).shape, val(result).shape):
+                along = int(argument(result, "dim", 0)) % facts.rank(result)
+                rows, step = facts.shape(source)[dim], argument(result, "step")
+                start = self._bound(argument(result, "start"), 0, rows)
+                end = self._bound(argument(result, "end"), _END, rows)
+                if part is not None or along != dim or step != 1 or start is None or end is None:
+                    raise _Refusal("wanted one slice of the rows with known bounds")
+                part = start, end
+            result = source
+        return part
+
+    def _bound(self, bound: Any, default: int, rows: int | torch.SymInt) -> Length | None:
+        """How to find where a slice of so many rows begins or ends, when the graph is called."""
+        number = val(bound) if isinstance(bound, fx.Node) else default if bound is None else bound
+        if not isinstance(number, torch.SymInt):
+            return Length(number)
+        most = newest_of(number, rows)
+        return self._affine(number.node.expr if most is None else -most)
+
+    def _affine(self, size: sympy.Expr) -> Length | None:
+        """A number, and an input that is added to it, or taken from it."""
+        number, rest = size.as_coeff_Add()
+        factor, symbol = rest.as_coeff_Mul()
+        if not rest.free_symbols:
+            return Length(int(size))
+        found = input_of(symbol, self.gm.graph)
+        if found is None or abs(factor) != 1:
+            return None
+        return Length(int(number), self.placeholders.index(found[0]), found[1], int(factor))
+
     def row_count(self, past: fx.Node, dim: int) -> fx.Node | int:
         """Where the number of rows of `past` can be read."""
         rows = facts.shape(past)[dim]
@@ -198,6 +234,11 @@ class _Search:
         """Carry out the plan; what turns out impossible leaves it. Returns why, by concatenation."""
         if not plan:
             return {}
+        whole = {begin.output: _joined(self.outputs[begin.output]) for begin in plan.begins if begin.part}
+        sliced = [self.outputs[place] for place in whole]
+        self.outputs = [whole.get(place, result) for place, result in enumerate(self.outputs)]
+        self.gm.graph.output_node().args = (tuple(self.outputs),)
+        erase_unused(sliced)
         layout = output_layout(self.gm.graph)
         refused: dict[fx.Node, str] = {}
         for append in list(plan.appends):
@@ -215,18 +256,3 @@ class _Search:
         keep_output_layout(self.gm, [layout[place] for place in kept])
         self.gm.recompile()
         return refused
-
-
-def _part(result: fx.Node, cat: fx.Node, dim: int) -> tuple[int, int] | None:
-    """The slice of the concatenation along `dim` that the cache keeps; None for all of it."""
-    part = None
-    while result is not cat:
-        source, along = result.args[0], int(argument(result, "dim", 0)) % facts.rank(result)
-        start, end, step = (argument(result, name) for name in ("start", "end", "step"))
-        if not facts.same_shape(val(source).shape, val(result).shape):
-            numbers = (0 if start is None else start, _END if end is None else end)
-            if part is not None or along != dim or step != 1 or not all(isinstance(n, int) for n in numbers):
-                raise _Refusal("wanted one slice of the rows with known bounds")
-            part = numbers
-        result = source  # type: ignore[assignment]
-    return part

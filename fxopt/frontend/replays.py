@@ -25,8 +25,6 @@ from fxopt.runtime.kv_calls import Plan
 NAME = "replay"
 # Another function for a call with such inputs, or None.
 Instead = Callable[[Sequence[Any]], Callable[..., Any] | None]
-# In which Inductor, too, makes CUDA graphs.
-_MODES = ("reduce-overhead", "max-autotune")
 # An input that is larger than this is read where it is, whatever it is: copying it would take microseconds.
 _MOST_COPIED = 2**22
 
@@ -59,9 +57,7 @@ class Step:
 
 def is_wanted(gm: fx.GraphModule, options: Options) -> bool:
     """Whether steps on the devices of the inputs of `gm` are to be replayed."""
-    if options.replay != "auto":
-        return options.replay == "always"
-    return options.mode in _MODES and any(device.type == "cuda" for device in _devices(gm))
+    return options.replays_on({device.type for device in _devices(gm)})
 
 
 def find_step(gm: fx.GraphModule, growing: Plan, options: Options) -> tuple[Step | None, list[Evidence]]:

@@ -5,13 +5,16 @@ Uses private torch APIs, listed in docs/torch_apis.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -26,7 +29,28 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def traced(run: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     """The pre-dispatch ATen ops that `run` calls on these inputs."""
     # Nobody reads which Python function each op came from, and noting it takes a tenth of the trace.
-    return make_fx(run, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*inputs)
+    with _without_tensor_meta():
+        return make_fx(run, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*inputs)
+
+
+@contextmanager
+def _without_tensor_meta() -> Iterator[None]:
+    """In this thread, values that are recorded get no `tensor_meta`.
+
+    It says whether a tensor is contiguous, and where that depends on a size, asking adds a guard: one that
+    tells a window of keys which is full from one which fills.
+    """
+    module: Any = proxy_tensor
+    original, own = module._extract_tensor_metadata, threading.get_ident()
+
+    def extract(*args: Any, **kwargs: Any) -> Any:
+        return None if threading.get_ident() == own else original(*args, **kwargs)
+
+    module._extract_tensor_metadata = extract
+    try:
+        yield
+    finally:
+        module._extract_tensor_metadata = original
 
 
 class CannotNormalize(Exception):  # noqa: N818 - a typed refusal, not an error: it becomes evidence

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ _MOST_GRAPHS = 64
 _called: ContextVar[list[bool] | None] = ContextVar("fxopt_called", default=None)
 # How the model is called within the current `generate`, by the compiled module.
 _paths: ContextVar[dict[int, DecodePath] | None] = ContextVar("fxopt_paths", default=None)
+# The layers of the cache of the current `generate` that keep a window.
+_windows: ContextVar[list[Any] | None] = ContextVar("fxopt_windows", default=None)
 _classes: weakref.WeakKeyDictionary[Any, type] = weakref.WeakKeyDictionary()
 
 
@@ -115,7 +117,12 @@ def _compiled(compiled: Any, found: Any) -> Any:
         token = _called.set(called)
         paths = _paths.set({id(compiled): DecodePath(compiled)} if options.fast_decode else None)
         try:
-            with expected_length(_longest(model, args, kwargs)), reading(), _room_for_graphs():
+            with (
+                expected_length(_longest(model, args, kwargs)),
+                reading(),
+                _room_for_graphs(),
+                _windows_held(),
+            ):
                 result = found.__func__(_stand_in(compiled, model, options), *args, **kwargs)
         finally:
             _called.reset(token)
@@ -125,6 +132,29 @@ def _compiled(compiled: Any, found: Any) -> Any:
         return result
 
     return generate
+
+
+@contextmanager
+def _windows_held() -> Iterator[None]:
+    """Layers of caches that are held inside become transformers' own again."""
+    held: list[Any] = []
+    token = _windows.set(held)
+    try:
+        yield
+    finally:
+        _windows.reset(token)
+        if held:
+            from fxopt.integrations.window_layers import release_windows
+
+            release_windows(held)
+
+
+def _hold_windows(cache: Any) -> None:
+    from fxopt.integrations.window_layers import hold_windows
+
+    held = _windows.get()
+    if held is not None:
+        held += hold_windows(cache)
 
 
 def _room_for_graphs() -> AbstractContextManager[Any]:
@@ -199,11 +229,16 @@ def _stand_in_class(compiled: Callable[[], Any], kind: Any, options: Options) ->
     def prepare_cache(self: Any, config: Any, model_kwargs: dict[str, Any], *args: Any, **given: Any) -> Any:
         passed = model_kwargs.get("past_key_values")
         result = kind._prepare_cache_for_generation(self, config, model_kwargs, *args, **given)
-        _quantize(model_kwargs.get("past_key_values"), passed is not None, options.kv_cache_dtype)
+        cache = model_kwargs.get("past_key_values")
+        if options.kv_cache_dtype != "auto":
+            _quantize(cache, passed is not None, options.kv_cache_dtype)
+        # Where steps are replayed, one over a full window is another one than one over a window that fills.
+        if not options.replays_on({self.device.type}):
+            _hold_windows(cache)
         return result
 
     body: dict[str, Any] = {"__call__": call, "get_compiled_call": get_compiled_call}
-    if options.kv_cache_dtype != "auto":
+    if hasattr(kind, "_prepare_cache_for_generation"):
         body["_prepare_cache_for_generation"] = prepare_cache
     body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), body)

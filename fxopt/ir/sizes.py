@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max
 
 aten = torch.ops.aten
 
@@ -52,6 +52,18 @@ def _follows(relation: sympy.Eq, difference: sympy.Expr) -> bool:
     """Where `relation` holds, `difference` is zero: the two sides differ by a positive multiple of it."""
     factor = sympy.cancel((relation.lhs - relation.rhs) / difference)
     return bool(factor.is_positive or factor.is_negative)
+
+
+def newest_of(start: torch.SymInt, rows: Size) -> sympy.Expr | None:
+    """How many of `rows` rows there are from `start` on, at most: n, where that is ``max(rows - n, 0)``.
+
+    None where it is another expression, and where n may be less than 1.
+    """
+    first = start.node.expr
+    if not isinstance(first, (Max, sympy.Max)) or len(first.args) != 2 or sympy.S.Zero not in first.args:
+        return None
+    most = sympy.expand(size_of(rows) - sum(first.args))
+    return most if start.node.shape_env.bound_sympy(most).lower >= 1 else None
 
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {

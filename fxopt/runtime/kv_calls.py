@@ -94,15 +94,18 @@ class GrowingCall:
         if self._in_order is None:
             self._in_order = _merged([each.output for each in self.appends], len(results))
         outputs = self._in_order([*handed_out(), *results])
-        if not self._begins or not will_grow():
+        if not self._begins:
             return outputs
-        begun = list(outputs)
+        begun, grows = list(outputs), will_grow()
         del results, outputs  # so that each tensor that was copied goes before the next one is
         for each, share in self._begins:
-            rows = STATE.begin(begun[each.output], each.dim, share, bounded=each.bounded)
+            rows = begun[each.output] = each.kept_of(begun[each.output], given)
+            if not grows:
+                continue
+            rows = STATE.begin(rows, each.dim, share, bounded=each.bounded)
             is_any_length(rows, each.dim)  # the step behind the prompt is compiled for all lengths at once
             begun[each.output] = rows
-        for output, dim in self._complete:
+        for output, dim in self._complete if grows else ():
             has_been_read(begun[output], dim)
         return tuple(begun)
 

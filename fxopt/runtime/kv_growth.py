@@ -28,17 +28,18 @@ _is_view = torch.Tensor._is_view
 
 @dataclass(frozen=True)
 class Length:
-    """A number of rows: `number`, or the input at `place`, or one of its sizes."""
+    """A number of rows: `number`, and `factor` times the input at `place`, or times one of its sizes."""
 
     number: int
     place: int | None = None
     dim: int | None = None
+    factor: int = 1
 
     def of(self, inputs: Sequence[Any]) -> int:
         if self.place is None:
             return self.number
         given = inputs[self.place]
-        return int(given) if self.dim is None else int(given.shape[self.dim])
+        return self.number + self.factor * int(given if self.dim is None else given.shape[self.dim])
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,29 @@ class Begin:
         output: position among the outputs that the caller gets.
         dim: the dimension that is going to grow.
         bounded: the cache keeps only the newest rows, so that its length is known to end somewhere.
+        part: the slice of the rows that the cache keeps, where the graph gives out all: start and end, as
+            Python's slices have them.
     """
 
     output: int
     dim: int
     bounded: bool
+    part: tuple[Length, Length] | None
+
+    def kept(self, rows: int, inputs: Sequence[Any]) -> tuple[int, int]:
+        """Of so many rows: the first that the cache keeps, and how many."""
+        if self.part is None:
+            return 0, rows
+        start, end, _ = slice(*(bound.of(inputs) for bound in self.part)).indices(rows)
+        return start, end - start
+
+    def kept_of(self, tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
+        """The rows of a tensor that the cache keeps, in its memory."""
+        if self.part is None:
+            return tensor
+        start, rows = self.kept(tensor.shape[self.dim], inputs)
+        sizes, strides = _sizes(tensor.shape, self.dim, rows), tensor.stride()
+        return alias(tensor, sizes, strides, start * strides[self.dim])
 
 
 @dataclass(frozen=True)
@@ -64,14 +83,12 @@ class Append(Begin):
         source: position of the input.
         new: how many rows.
         measured: a size, stride or offset of the input is an input, too.
-        part: the slice of the rows that the cache keeps, where it does not keep all.
         total: rows of the memory that the graph takes, where it takes all of it.
     """
 
     source: int
     new: Length
     measured: bool
-    part: tuple[int, int] | None
     total: int | None = None
 
 
@@ -102,14 +119,6 @@ class Form:
     def sizes(self, rows: int) -> tuple[int, ...]:
         """With so many rows."""
         return _sizes(self.shape, self.append.dim, rows)
-
-    def kept(self, new: int) -> tuple[int, int]:
-        """With new rows: the first that the cache keeps, and how many."""
-        rows = self.rows + new
-        if self.append.part is None:
-            return 0, rows
-        start, end, _ = slice(*self.append.part).indices(rows)
-        return start, end - start
 
 
 def _sizes(shape: Sequence[int], dim: int, rows: int) -> tuple[int, ...]:
@@ -148,7 +157,7 @@ class Tip:
         return loops.are_alone(pasts, self._pointers, sizes, when_alone(loops, False))
 
     def extended(
-        self, pasts: Sequence[torch.Tensor], new: int
+        self, pasts: Sequence[torch.Tensor], new: int, inputs: Sequence[Any]
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
         """For each of these, the tensor with room for new rows, and what the cache holds afterwards.
 
@@ -157,7 +166,7 @@ class Tip:
         """
         if not self._fits(pasts, new):
             return None
-        aliases, kept = CURRENT.loops.aliases, [form.kept(new) for form in self._forms]
+        aliases, kept = CURRENT.loops.aliases, self.kept(new, inputs)
         strides = self._of_each([form.strides for form in self._forms])
         whole = self._of_each([form.sizes(form.rows + new) for form in self._forms])
         grown = handed_out = aliases(pasts, whole, strides, [0] * len(pasts))
@@ -168,10 +177,14 @@ class Tip:
         self._note(new, kept, self._moved(kept))
         return grown, handed_out
 
-    def resized(self, pasts: Sequence[torch.Tensor], new: int) -> Resized | None:
+    def resized(self, pasts: Sequence[torch.Tensor], new: int, inputs: Sequence[Any]) -> Resized | None:
         """The same, but the caches' own tensors get the new rows: nobody else may hold these objects."""
         alike = len(self._dims) == 1 and self._fits(pasts, new)
-        return Resized(self, pasts, new) if alike else None
+        return Resized(self, pasts, new, self.kept(new, inputs)) if alike else None
+
+    def kept(self, new: int, inputs: Sequence[Any]) -> list[tuple[int, int]]:
+        """`Append.kept` of each form, with new rows."""
+        return [form.append.kept(form.rows + new, inputs) for form in self._forms]
 
     def _fits(self, pasts: Sequence[torch.Tensor], new: int) -> bool:
         return (
@@ -205,8 +218,11 @@ class Resized:
         grown: with room for the new rows.
     """
 
-    def __init__(self, tip: Tip, pasts: Sequence[torch.Tensor], new: int) -> None:
-        self._tip, self._pasts, self._new = tip, pasts, new
+    def __init__(
+        self, tip: Tip, pasts: Sequence[torch.Tensor], new: int, kept: Sequence[tuple[int, int]]
+    ) -> None:
+        """Args: kept: see `Tip.kept`."""
+        self._tip, self._pasts, self._new, self._kept = tip, pasts, new, kept
         (self._dim,) = tip._dims
         self._pointers, self._rows = tip._pointers, [form.rows for form in tip._forms]
         self.grown: Sequence[torch.Tensor] = ()
@@ -222,7 +238,7 @@ class Resized:
     def handed_out(self) -> Sequence[torch.Tensor]:
         """What the cache holds from now on; to be called when the step has run."""
         tip = self._tip
-        kept = [form.kept(self._new) for form in tip._forms]
+        kept = self._kept
         pointers = tip._moved(kept)
         if pointers is not self._pointers:
             self.grown = self._resize(self.grown, [rows for _, rows in kept], pointers)
@@ -281,7 +297,7 @@ class Growth:
                 pasts, self.appends, self.shares, held, allowed, strict=True
             )
         ]  # fmt: skip
-        handed_out = [_part(tensor, each) for tensor, each in zip(grown, self.appends, strict=True)]
+        handed_out = [each.kept_of(tensor, inputs) for each, tensor in zip(self.appends, grown, strict=True)]
         if self._as_many:
             self._remember(handed_out)
         return grown, handed_out
@@ -295,7 +311,7 @@ class Growth:
             pasts: the caches, that nobody else holds. inputs: of the call.
         """
         tip = self._tip(pasts)
-        found = None if tip is None else tip.extended(pasts, self.appends[0].new.of(inputs))
+        found = None if tip is None else tip.extended(pasts, self.appends[0].new.of(inputs), inputs)
         if found is not None:
             STATE.in_place += len(pasts)
         return found
@@ -303,7 +319,7 @@ class Growth:
     def resized(self, pasts: Sequence[torch.Tensor], inputs: Sequence[Any]) -> Resized | None:
         """Likewise, as `Tip.resized`."""
         tip = self._tip(pasts)
-        found = None if tip is None else tip.resized(pasts, self.appends[0].new.of(inputs))
+        found = None if tip is None else tip.resized(pasts, self.appends[0].new.of(inputs), inputs)
         if found is not None:
             STATE.in_place += len(pasts)
         return found
@@ -327,12 +343,3 @@ class Growth:
 def shares(count: int, together: bool) -> list[float]:
     """`share` of `capacity_for`, for each of the tensors of one graph."""
     return [1.0 if together else number / max(count - 1, 1) for number in range(count)]
-
-
-def _part(tensor: torch.Tensor, each: Append) -> torch.Tensor:
-    if each.part is None:
-        return tensor
-    start, end, _ = slice(*each.part).indices(tensor.shape[each.dim])
-    sizes, strides = list(tensor.shape), tensor.stride()
-    sizes[each.dim] = end - start
-    return alias(tensor, sizes, strides, start * strides[each.dim])

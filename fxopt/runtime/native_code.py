@@ -14,8 +14,8 @@ import torch
 def library_of(source: Path) -> Path:
     """The compiled form of a file, made now unless it is in the cache.
 
-    It may use torch's headers and any instruction of this processor. The key of the cache is made of the
-    text, the versions of torch and Python, and the processor.
+    It may use torch's headers, those beside it, and any instruction of this processor. The key of the cache
+    is made of the text, that of the headers beside it, the versions of torch and Python, and the processor.
 
     Raises:
         Exception: whatever Inductor's builder raises where there is no compiler.
@@ -24,7 +24,8 @@ def library_of(source: Path) -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     abi, processor = torch._C._GLIBCXX_USE_CXX11_ABI, torch.backends.cpu.get_cpu_capability()
-    key = (source.read_text(), torch.__version__, sys.version, abi, processor, _features())
+    texts = [each.read_text() for each in (source, *sorted(source.parent.glob("*.h")))]
+    key = (*texts, torch.__version__, sys.version, abi, processor, _features())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = Path(cache_dir(), "fxopt", f"{source.stem}-{name}.so")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,12 +80,19 @@ def keeps_a_window(layer: Layer, new: torch.Tensor) -> torch.Tensor:
     return whole.amax(-2)
 
 
+def keeps_at_most(layer: Layer, new: torch.Tensor) -> torch.Tensor:
+    """One expression for a window that fills and for one that is full."""
+    whole = torch.cat([layer.keys, new], -2)
+    layer.keys = whole[:, :, max(whole.shape[-2] - 8, 0) :]
+    return whole.amax(-2)
+
+
 def along_the_first(layer: Layer, new: torch.Tensor) -> torch.Tensor:
     layer.keys = torch.cat([layer.keys, new.expand(-1, -1, 5, -1)])
     return layer.keys.amax(0)
 
 
-@pytest.mark.parametrize("function", [attend, reads_old_rows, keeps_a_window, along_the_first])
+@pytest.mark.parametrize("function", [attend, reads_old_rows, keeps_a_window, keeps_at_most, along_the_first])
 def test_appends(function: Callable[..., Any]) -> None:
     appended(function, Layer())
 
@@ -93,6 +100,90 @@ def test_appends(function: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_several_rows(rows: int) -> None:
     appended(attend, Layer(), rows=rows)
+
+
+def for_all_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = {"host": "eager", "strict": True}
+    return torch.compile(function, backend="fxopt", dynamic=True, options=options)
+
+
+class Window(Layer):
+    """It knows how many rows it keeps."""
+
+    most = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 6
+
+
+def keeps_its_newest(layer: Window, new: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([layer.keys, new], -2)
+    layer.keys = whole[:, :, -layer.most :]
+    return whole.amax(-2)
+
+
+def keeps_its_newest_at_most(layer: Window, new: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([layer.keys, new], -2)
+    if layer.most > 0:
+        layer.keys = whole[:, :, max(whole.shape[-2] - layer.most, 0) :]
+    return whole.amax(-2)
+
+
+@pytest.mark.parametrize(
+    "function", [keeps_a_window, keeps_at_most, keeps_its_newest, keeps_its_newest_at_most]
+)
+def test_windows_whose_size_is_an_input(function: Callable[..., Any]) -> None:
+    """With `dynamic=True`; also where it changes from one step to the next."""
+    torch.compiler.reset()
+    layer, compiled = Window(), for_all_sizes(function)
+    twin, before = copy.deepcopy(layer), STATE.in_place
+    with all_handled() as records, torch.no_grad():
+        for most in (6, 6, 6, 6, 4, 9, 9, 9, 9, 9, 3, 3):
+            layer.most = twin.most = most
+            new = new_rows()
+            assert torch.equal(compiled(layer, new), function(twin, new))
+            assert torch.equal(layer.keys, twin.keys)
+    assert all(entry.status is Status.APPLIED for entry in found(records)), found(records)
+    assert STATE.in_place >= before + 6
+
+
+def test_one_graph_for_a_window_that_fills_and_is_full() -> None:
+    records = steps(keeps_at_most, Layer(2), count=12)
+    assert len(records) == 3, "of known length, as the user's code has it, and in a buffer"
+
+
+def every_second(layer: Window, new: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([layer.keys, new], -2)
+    layer.keys = whole[:, :, max(whole.shape[-2] - 2 * layer.most, 0) :]
+    return whole.amax(-2)
+
+
+def at_least_one(layer: Window, new: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([layer.keys, new], -2)
+    layer.keys = whole[:, :, max(whole.shape[-2] - 6, 1) :]
+    return whole.amax(-2)
+
+
+def none_perhaps(layer: Window, new: torch.Tensor) -> torch.Tensor:
+    """Where n is 2, all rows are cut off; as a slice from ``-0`` on it would be none."""
+    whole = torch.cat([layer.keys, new], -2)
+    layer.keys = whole[:, :, max(whole.shape[-2] - layer.most + 2, 0) :]
+    return whole.amax(-2)
+
+
+@pytest.mark.parametrize("function", [every_second, at_least_one, none_perhaps])
+def test_other_slices_stay(function: Callable[..., Any]) -> None:
+    torch.compiler.reset()
+    layer, compiled = Window(), for_all_sizes(function)
+    twin = copy.deepcopy(layer)
+    with all_handled() as records, torch.no_grad():
+        for _ in range(5):
+            new = new_rows()
+            assert torch.equal(compiled(layer, new), function(twin, new))
+            assert torch.equal(layer.keys, twin.keys)
+    assert found(records)
+    assert all(entry.status is Status.ILLEGAL and "bounds" in entry.reason for entry in found(records))
 
 
 def test_numbers_of_rows_that_change() -> None:

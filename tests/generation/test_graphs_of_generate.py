@@ -3,6 +3,8 @@ other kinds."""
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,12 +13,18 @@ from generation.test_growing_cache import SMALL, generated, llama, prompt
 from torch._dynamo.utils import counters
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from fxopt.integrations.window_layers import WindowLayer
 from fxopt.report.record import collect
 from support.compiled import all_handled, compile_fxopt
 
@@ -33,6 +41,90 @@ def test_one_graph_for_the_prompt_and_one_for_all_further_tokens() -> None:
             generated(compiled, prompt(1, length), 20)
             graphs.append(len(records))
     assert graphs == [2, 3, 3, 3]
+
+
+SLIDING: dict[str, Any] = {"sliding_window": 12}
+MIXED = {**SLIDING, "head_dim": 6, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def mistral() -> Any:
+    return MistralForCausalLM(MistralConfig(**SMALL, **SLIDING))
+
+
+def gemma2() -> Any:
+    """Its masks are tensors, also where they exclude nothing."""
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **MIXED, attn_implementation="eager"))
+
+
+def gemma3() -> Any:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **MIXED))
+
+
+# Graphs after prompts of 5, 9, 20 and 14 tokens, each of which writes 20.
+WINDOWS = [(mistral, [3, 4, 5, 5]), (gemma2, [2, 3, 3, 3]), (gemma3, [3, 4, 5, 5])]
+
+
+@pytest.mark.parametrize(("build", "wanted"), WINDOWS)
+def test_a_window_that_fills_is_one_step_more_where_masks_come_with_it(build: Any, wanted: list[int]) -> None:
+    torch.manual_seed(0)
+    model, graphs = build().eval(), []
+    twin, compiled = copy.deepcopy(model), compile_fxopt(model)
+    with all_handled() as records:
+        for length in (5, 9, 20, 14):
+            ids = prompt(1, length)
+            assert torch.equal(generated(compiled, ids, 20), generated(twin, ids, 20))
+            graphs.append(len(records))
+    assert graphs == wanted
+
+
+@pytest.mark.parametrize("build", [mistral, gemma3])
+def test_padded_prompts_have_one_step_for_all_lengths(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    twin, compiled = copy.deepcopy(model), compile_fxopt(model)
+    graphs = []
+    with all_handled() as records:
+        for length in (5, 9, 20):
+            how = {"input_ids": prompt(2, length), "max_new_tokens": 20, "do_sample": False}
+            how["attention_mask"] = (torch.arange(length) >= torch.tensor([[0], [2]])).long()
+            assert torch.equal(compiled.generate(**how), twin.generate(**how))
+            graphs.append(len(records))
+    assert graphs == [2, 3, 3]
+
+
+class Stop(Exception):  # noqa: N818 - what a user raises
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_layers_of_a_cache_are_transformers_own_again(fails: bool) -> None:
+    model = mistral().eval()
+    cache, kinds = DynamicCache(config=model.config), set()
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        kinds.update(map(type, cache.layers))
+        if fails:
+            raise Stop
+        return scores
+
+    with pytest.raises(Stop) if fails else nullcontext():
+        generated(compile_fxopt(model), prompt(1, 5), 4, past_key_values=cache, logits_processor=[look])
+    assert kinds == {WindowLayer}
+    assert {type(layer) for layer in cache.layers} == {DynamicSlidingWindowLayer}
+
+
+def test_layers_stay_where_steps_are_replayed() -> None:
+    """A step over a full window has all of its memory, at sizes that are known."""
+    model, kinds = mistral().eval(), set()
+    cache = DynamicCache(config=model.config)
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        kinds.update(map(type, cache.layers))
+        return scores
+
+    compiled = compile_fxopt(model, replay="always")
+    generated(compiled, prompt(1, 5), 4, past_key_values=cache, logits_processor=[look])
+    assert kinds == {DynamicSlidingWindowLayer}
 
 
 def test_a_window_that_is_full_from_the_prompt_on_needs_no_step_of_its_own() -> None:

@@ -11,16 +11,20 @@ import torch
 from fxopt.ir.ops import register_ops, row_attention
 from fxopt.ir.ops.masking import MEAN, NAN, NONE, ZERO
 from fxopt.ir.ops.quantized_attention import in_rows, quantized_attention
+from fxopt.runtime import quantized_rows
 from support.numerics import assert_closer
 
 B, HQ, HKV, S, D = 2, 6, 2, 45, 8
 
 
-@pytest.fixture(autouse=True)
-def _in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 rows, the last of them not full."""
+@pytest.fixture(autouse=True, params=["torch", "c++"])
+def _in_small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's, blocks of 16 rows, the last of them not full."""
     register_ops()
+    quantized_rows.register_rows()
     monkeypatch.setattr(row_attention, "BLOCK_NUMBERS", 1)
+    if request.param == "torch":
+        monkeypatch.setattr(quantized_rows, "native", lambda: None)
 
 
 def operands(
@@ -145,6 +149,7 @@ def test_every_float8() -> None:
 
 
 def test_the_keys_are_not_all_widened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_rows, "native", lambda: None)
     seen: list[int] = []
     widen = row_attention.widen
     monkeypatch.setattr(
@@ -171,3 +176,75 @@ def test_keys_that_no_query_sees_are_not_read(count: int) -> None:
 
 def test_no_key_that_any_query_sees() -> None:
     check(operands(), torch.zeros(B, 1, 1, S, dtype=torch.bool), dead_rows=ZERO)
+
+
+@pytest.mark.parametrize("rows", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 6), (6, 2), (12, 2), (7, 1)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_blocks_of_the_library(rows: torch.dtype, heads: int, groups: int, count: int) -> None:
+    """Several blocks of 64 keys and a part of one; widths that fill no vector, one and several."""
+    for width, keys in ((5, 1), (16, 64), (40, 65), (64, 200), (80, 191), (128, 130)):
+        given = [torch.randn(B, heads, count, width)]
+        for _ in range(2):
+            given.append(torch.randint(-100, 100, (B, groups, keys, width)).to(torch.int8).to(rows))
+            given.append(torch.rand(B, groups, keys, 1) / 60)
+        check(given)
+        live = torch.rand(B, heads, count, keys) < 0.5
+        live[..., 0] = True
+        check(given, live)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_parts_of_the_keys(threads: int) -> None:
+    """One group, whose keys are cut into as many parts as there are threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for keys in (1, 63, 300):
+            given = [torch.randn(1, 4, 1, 64)]
+            for _ in range(2):
+                given.append(torch.randint(-100, 100, (1, 1, keys, 64)).to(torch.int8))
+                given.append(torch.rand(1, 1, keys, 1) / 60)
+            check(given)
+            live = torch.arange(keys) >= keys // 3
+            check(given, live[None, None, None])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scores_far_apart() -> None:
+    """Weights that vanish, and a maximum that comes late."""
+    given = operands(2)
+    given[2] = given[2] * torch.linspace(0, 400, S)[:, None]
+    check(given)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_not_a_number(place: int) -> None:
+    given = operands(1)
+    if given[place].dtype is torch.int8:
+        given[place] = given[place].float().to(torch.float8_e4m3fn)
+        given[place].view(torch.uint8)[0, 0, 3] = 0x7F
+    else:
+        given[place][0, 0, 0] = math.nan
+    wanted, found = quantized_attention(*given, enable_gqa=True), in_rows(*given, enable_gqa=True)
+    assert wanted.isnan().any()
+    assert torch.equal(found.isnan(), wanted.isnan())
+
+
+def test_what_the_library_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes it: a scale for each channel, capped scores, float64, other rows, transposed ones."""
+    seen: list[int] = []
+    monkeypatch.setattr(quantized_rows, "row_attention", lambda *_, **__: seen.append(1) or torch.zeros(1))
+    how: dict[str, Any] = {"enable_gqa": True}
+    cases: list[tuple[list[Any], dict[str, Any]]] = [
+        (operands(), {"score": "5*tanh(s/5)"}),
+        (operands(dtype=torch.float64), {}),
+        (operands(rows=torch.uint8), {}),
+    ]
+    channels, turned = operands(), operands()
+    channels[2] = torch.rand(1, HKV, 1, D)
+    turned[1] = turned[1].mT.contiguous().mT
+    for given, more in (*cases, (channels, {}), (turned, {})):
+        in_rows(*given, **how, **more)
+    assert len(seen) == 5

@@ -14,11 +14,11 @@ from fxopt.runtime.kv_state import STATE
 from fxopt.runtime.step_loops import PythonLoops
 
 # (B, H, S, D) of keys and of values, and a cache of rows without heads; the last keeps its newest 6 rows.
-FORMS: dict[str, list[tuple[tuple[int, ...], int, tuple[int, int] | None]]] = {
+FORMS: dict[str, list[tuple[tuple[int, ...], int, int | None]]] = {
     "one width": [((2, 2, 6, 4), 2, None)] * 3,
     "two widths": [((2, 1, 6, 12), 2, None), ((2, 1, 6, 4), 2, None)] * 2,
     "two ranks": [((2, 2, 6, 4), 2, None), ((2, 6, 3), 1, None)],
-    "a window": [((2, 2, 6, 4), 2, None), ((2, 2, 6, 5), 2, (-6, 2**63 - 1))],
+    "a window": [((2, 2, 6, 4), 2, None), ((2, 2, 6, 5), 2, 6)],
 }
 
 
@@ -28,13 +28,18 @@ def _loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(step_loops.CURRENT, "loops", loops)
 
 
+def newest(rows: int | None) -> tuple[Length, Length] | None:
+    """The slice of so many rows at the end."""
+    return None if rows is None else (Length(-rows), Length(2**63 - 1))
+
+
 class Rows:
     """Caches that grow as compiled graphs have them grow, and what eager gives."""
 
     def __init__(self, form: str) -> None:
         self.appends = [
-            Append(place, dim, part is not None, place, Length(1), False, part)
-            for place, (_, dim, part) in enumerate(FORMS[form])
+            Append(place, dim, window is not None, newest(window), place, Length(1), False)
+            for place, (_, dim, window) in enumerate(FORMS[form])
         ]
         self.growth = Growth(self.appends)
         self.wanted = [torch.randn(shape) for shape, *_ in FORMS[form]]
@@ -63,7 +68,7 @@ class Rows:
             new = torch.randn_like(tensor.narrow(each.dim, 0, 1))
             tensor.narrow(each.dim, -1, 1).copy_(new)
             whole = torch.cat([self.wanted[each.output], new], each.dim)
-            first = 0 if each.part is None else whole.shape[each.dim] + each.part[0]
+            first = 0 if each.part is None else whole.shape[each.dim] + each.part[0].number
             self.wanted[each.output] = whole.narrow(each.dim, first, whole.shape[each.dim] - first)
 
 
@@ -140,7 +145,7 @@ def test_another_number_of_rows_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     rows.step()
     tip = next(iter(rows.growth._tips.values()))
     left = tip.left
-    assert tip.extended(rows.caches, left + 1) is None
-    grown, _ = tip.extended(rows.caches, left) or ((), ())
+    assert tip.extended(rows.caches, left + 1, rows.caches) is None
+    grown, _ = tip.extended(rows.caches, left, rows.caches) or ((), ())
     assert [tensor.shape[2] for tensor in grown] == [7 + left] * 3
     assert tip.left == 0

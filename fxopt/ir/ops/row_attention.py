@@ -57,9 +57,7 @@ def row_attention(
     given = Attributes(**others)
     packed = per_group(query.to(computed_in(query.dtype)) * scale, groups)
     operands = (packed, key, key_scale, value, value_scale)
-    selects = mask is None or (mask.dtype is torch.bool and given.dead_rows == ZERO)
-    plain = not given.score and given.sinks is None and key.shape[-1] == value.shape[-1]
-    if selects and plain and not is_causal:
+    if is_plain(mask, is_causal, given) and key.shape[-1] == value.shape[-1]:
         grouped = None
         if mask is not None:
             rows, mask = _seen((key, key_scale, value, value_scale), mask)
@@ -70,6 +68,12 @@ def row_attention(
         out = _by_scores(*operands, mask, heads, is_causal, half_scores, given)
     out = per_head(out, heads).to(query.dtype)
     return out if count == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def is_plain(mask: torch.Tensor | None, is_causal: bool, given: Attributes) -> bool:
+    """Scores are scaled, and keys excluded; rows without a key are zeros."""
+    selects = mask is None or (mask.dtype is torch.bool and given.dead_rows == ZERO)
+    return selects and not given.score and given.sinks is None and not is_causal
 
 
 _Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -198,4 +202,4 @@ def _fake(
 
 def register(library: torch.library.Library) -> None:
     """Make the op known to torch's dispatcher."""
-    define_op(library, SCHEMA, row_attention, _fake, "CPU")
+    define_op(library, SCHEMA, row_attention, _fake)
