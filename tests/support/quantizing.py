@@ -22,11 +22,12 @@ from fxopt.report.record import collect
 from .golden import render
 
 NAME = "substitute-qlinear"
+NAMES = (NAME, "substitute-expert-products")
 
 
 @dataclass
 class Quantized:
-    """The compiled function, and the evidence of the pass, one list a graph."""
+    """The compiled function, and the evidence of the passes, one list a graph."""
 
     call: Callable[..., Any]
     evidence: list[list[Evidence]] = field(default_factory=list)
@@ -60,7 +61,7 @@ def quantizing(
         with collect(private=True) as records:
             compiled = compile_graph(gm, inputs, options)
         assert not records[0].failures and not records[0].refusals
-        found.evidence.append([each for each in records[0].evidence if each.rewrite == NAME])
+        found.evidence.append([each for each in records[0].evidence if each.rewrite in NAMES])
         return compiled
 
     found.call = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)
