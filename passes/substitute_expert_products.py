@@ -70,7 +70,7 @@ class SubstituteExpertProducts:
             return call(EXPERT_LINEAR.overload, (match["x"], experts, *parts), kinds)
         x = call(aten.transpose.int, (match["x"], 1, 2)) if match["is_left"] else match["x"]
         rows = call(aten.reshape.default, (x, [-1, sizes[0 if match["transposed"] else 1]]))
-        experts = _experts_of_batch(graph, x, match["experts"], facts.val(match.anchor), weight)
+        experts = _experts_of_batch(graph, x, match, facts.val(match.anchor).device)
         out = call(EXPERT_LINEAR.overload, (rows, experts, *parts), kinds)
         shape = _batch_shape(match)
         wide = call(aten.reshape.default, (out, [*shape, sizes[1 if match["transposed"] else 0]]))
@@ -150,22 +150,26 @@ def _experts_of_rows(graph: fx.Graph, x: fx.Node, ends: fx.Node) -> fx.Node:
     return graph.call_function(aten.searchsorted.Tensor, (ends, numbers))
 
 
-def _experts_of_batch(
-    graph: fx.Graph, x: fx.Node, picked: fx.Node | None, value: torch.Tensor, weight: fx.Node
-) -> fx.Node:
+def _experts_of_batch(graph: fx.Graph, x: fx.Node, match: Match, device: torch.device) -> fx.Node:
     """The expert of each row of x (B, T, K): that which is picked for its batch, or of the same number."""
-    call = graph.call_function
-    if picked is None:
-        of_batch = call(aten.arange.default, (facts.shape(weight)[0],), {"device": value.device})
-    else:
-        of_batch = picked
+    call, of_batch = graph.call_function, match["experts"]
+    batch, tokens = _sizes(match)
+    if of_batch is None:
+        of_batch = call(aten.arange.default, (batch,), {"device": device})
+    elif facts.same_size(tokens, 1):
+        return of_batch  # type: ignore[no-any-return]
     first = call(aten.select.int, (x, 2, 0))
     zeros = call(aten.zeros_like.default, (first,), {"dtype": torch.int64})
     each = call(aten.add.Tensor, (zeros, call(aten.unsqueeze.default, (of_batch, 1))))
     return call(aten.reshape.default, (each, [-1]))
 
 
+def _sizes(match: Match) -> tuple[Any, Any]:
+    """B and T of x."""
+    return facts.shape(match["x"])[0], facts.shape(match["x"])[1 + match["is_left"]]
+
+
 def _batch_shape(match: Match) -> list[Any]:
     """(B, T) of the result, the one that is not known as -1."""
-    batch, tokens = facts.shape(match["x"])[0], facts.shape(match["x"])[1 + match["is_left"]]
+    batch, tokens = _sizes(match)
     return [batch, -1] if isinstance(batch, int) else [-1, tokens]

@@ -12,7 +12,8 @@ import transformers.integrations.moe  # noqa: F401 - registers its op
 from torch import nn
 
 from fxopt.ir.quantize import quantize_parameter
-from support.quantizing import quantizing
+from support.golden import assert_golden
+from support.quantizing import quantizing, texts
 
 E, N, K, S = 4, 512, 384, 7
 IDS = torch.tensor([2, 0, 2, 3, 1, 1, 0])
@@ -136,6 +137,14 @@ def test_fires_in_inductor() -> None:
     found = quantizing(model, host="inductor")
     assert close(found.call(x), expected(model, shape)(x))
     assert len(found.applied) == 1, found.refused
+
+
+@pytest.mark.parametrize("spelling", ["picked", "grouped"])
+def test_fires_golden(spelling: str) -> None:
+    run, shape = SPELLINGS[spelling]
+    before, after = texts(Stack(run, *shape), [torch.randn(S, K)], name="substitute-expert-products")
+    assert_golden(before, "substitute_expert_products", f"{spelling}_before")
+    assert_golden(after, "substitute_expert_products", f"{spelling}_after")
 
 
 def test_rows_behind_the_last_group_are_zero() -> None:

@@ -68,8 +68,10 @@ def quantizing(
     return found
 
 
-def texts(fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8") -> tuple[str, str]:
-    """The graph of `fn`, before and after the pass."""
+def texts(
+    fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8", name: str = NAME
+) -> tuple[str, str]:
+    """The graph of `fn`, before and after the pass of this name."""
     register_ops()
     seen: list[str] = []
 
@@ -77,7 +79,7 @@ def texts(fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8") -> 
         normal = normalize(gm, inputs)
         seen.append(render(normal))
         show_parameters(normal, inputs)
-        (one,) = (each for each in load_passes() if each.name == NAME)
+        (one,) = (each for each in load_passes() if each.name == name)
         run_pass(one, normal, Options.parse(options={"quantize": scheme, "strict": True}))
         hide_parameters(normal)
         seen.append(render(normal))
