@@ -85,6 +85,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fold-kv-scales", "fxopt.passes.fold_kv_scales:FoldKvScales"),
     # likewise for linear layers, which the loss and latent attention have taken theirs of
     ("substitute-qlinear", "fxopt.passes.substitute_qlinear:SubstituteQlinear"),
+    # the same of what is no linear layer: products with a stack of matrices
+    ("substitute-expert-products", "fxopt.passes.substitute_expert_products:SubstituteExpertProducts"),
     # behind all others and behind `find_step`, which look at writes into caches and at attention one by one
     ("fuse-append-attention", "fxopt.passes.fuse_append_attention:FuseAppendAttention"),
 )

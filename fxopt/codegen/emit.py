@@ -18,7 +18,7 @@ from fxopt.codegen.decode_emit import emit_cached
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted
-from fxopt.codegen.quantized_products import expand_quantized
+from fxopt.codegen.quantized_products import OF_CALLS, expand_quantized
 from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
 from fxopt.codegen.regions import Partition, partition
 from fxopt.errors import UnsupportedTarget
@@ -98,8 +98,9 @@ def emit_kernels(
     except UnsupportedTarget as error:
         return [], [Evidence(EMIT_KERNELS, "graph", "-", Status.DISABLED, str(error))]
     made, done = emit_semantic_ops(gm, options, call=call, decide=decide)
-    if decide is None or options.kernels == "always":
-        done += expand_quantized(gm, devices)
+    measured = decide is not None and options.kernels != "always"
+    slower = slower_quantized(gm, devices, target, options, decide) if measured else {}
+    done += expand_quantized(gm, devices, slower)
     left = choose_products(gm.graph, devices, target, options, decide)
     emitted, found = kernels_for(gm.graph, devices, target, options.split_k)
     usable, evidence = _usable(emitted, gm.graph)
@@ -153,6 +154,34 @@ def _fastest(kernel: KernelFile, decide: Decide | None) -> KernelFile:
     how = "by the copy engine" if found.describes else "by addresses"
     why = (*kernel.about.configuration, f"tiles are loaded {how}, {decision.reason}")
     return replace(found, about=replace(kernel.about, configuration=why), alternatives=())
+
+
+def slower_quantized(
+    gm: fx.GraphModule,
+    devices: frozenset[str],
+    target: Target | None,
+    options: Options,
+    decide: Decide | None,
+) -> dict[str, str]:
+    """The quantized linears of `gm` whose kernels are not measured to be faster than what the host makes of
+    the same operations, by their names, and why. Such a call stays one op: taken apart and without a kernel,
+    it would be no faster.
+    """
+    trial = fx.GraphModule(gm, copy_of(gm.graph))
+    applied = [one for one in expand_quantized(trial, devices) if one.status is Status.APPLIED]
+    if not applied:
+        return {}
+    choose_products(trial.graph, devices, target, options, decide)
+    usable, _ = _usable(kernels_for(trial.graph, devices, target, options.split_k)[0], trial.graph)
+    slower = dict.fromkeys((one.anchor for one in applied), "no kernel has its codes")
+    faster: set[str] = set()
+    for one, decision in zip(usable, _decisions(usable, decide), strict=True):
+        calls = {name for node in one.region.members for name in node.meta.get(OF_CALLS, ())}
+        if decision.kernel is None:
+            slower |= dict.fromkeys(calls, decision.reason)
+        else:
+            faster |= calls
+    return {name: reason for name, reason in slower.items() if name not in faster}
 
 
 def _call_all(

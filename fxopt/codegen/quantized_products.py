@@ -12,6 +12,8 @@ multiplies faster (`fxopt.codegen.choose_products`) leaves a kernel that writes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,13 +34,21 @@ from fxopt.ir.weight_formats import FORMATS, Format
 aten, prims = torch.ops.aten, torch.ops.prims
 
 NAME = "emit-quantized-linears"
+# On a node that multiplies or widens codes: the names of the calls that it is of.
+OF_CALLS = "fxopt_quantized_calls"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CALLS = ("packed_product", "packed_linear")
 _OPERANDS = ("x", "codes", "scales", "offsets", "columns", "bias")
 
 
-def expand_quantized(gm: fx.GraphModule, devices: frozenset[str]) -> list[Evidence]:
-    """Take apart the calls on `devices` that kernels can compute; which, and why not others."""
+def expand_quantized(
+    gm: fx.GraphModule, devices: frozenset[str], leave: Mapping[str, str] = MappingProxyType({})
+) -> list[Evidence]:
+    """Take apart the calls on `devices` that kernels can compute; which, and why not others.
+
+    Args:
+        leave: calls that stay as they are, by their names, and why.
+    """
     register_ops()
     mode = fake_mode_of(gm.graph)
     calls = [node for node in gm.graph.nodes if any(is_op(node.target, name) for name in _CALLS)]
@@ -49,7 +59,9 @@ def expand_quantized(gm: fx.GraphModule, devices: frozenset[str]) -> list[Eviden
     for node in own:
         reason = _obstacle(node)
         status = Status.MISS if reason else Status.APPLIED
-        if not reason:
+        if not reason and node.name in leave:
+            status, reason = Status.UNPROFITABLE, leave[node.name]
+        elif not reason:
             reason = _replace(writer, node)
         evidence.append(Evidence(NAME, node.name, location(node), status, reason))
     gm.graph.eliminate_dead_code()
@@ -198,6 +210,8 @@ class _Writer:
             made.meta["val"] = evaluate(made, self.mode)
             made.meta["stack_trace"] = self.place.meta.get("stack_trace")
             self._made[key] = made
+        if is_op(target, CODES) or is_op(target, PRODUCT):
+            self._made[key].meta.setdefault(OF_CALLS, set()).add(self.place.name)
         return self._made[key]
 
     def to(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:

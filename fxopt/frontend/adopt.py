@@ -79,6 +79,7 @@ class Adopted:
         return choose
 
 
+_TO = aten.to.dtype
 _EMPTY = torch.empty(0)
 _CHANGED = (
     "Quantized weights are not what they were when they were compiled. Calls run uncompiled. "
@@ -228,31 +229,40 @@ class _Adoption:
         values = [self.values.value(each) for each in site.weights]
         with torch.no_grad():
             name = str(site.root.target)
-            return faster_rival(name, lambda x: rival(values, x), found, site.x.meta["val"].dtype)
+            given = site.computed or site.x.meta["val"].dtype
+            return faster_rival(name, lambda x: rival(values, x), found, given)
 
     def _replace(self, site: Site, found: Found) -> None:
         graph, weight = self.gm.graph, found.weight
+        kinds: dict[str, Any] = {"format": weight.format.name, "group_size": weight.group_size}
         with graph.inserting_before(site.root):
             parts = [
                 self._attribute(each)
                 for each in (weight.codes, weight.scales, weight.offsets, weight.columns)
             ]
-            new = graph.call_function(
+            first = site.x if site.computed is None else graph.call_function(_TO, (site.x, site.computed))
+            product = graph.call_function(
                 torch.ops.fxopt.qlinear.default,
-                (site.x, *parts, site.bias),
-                {
-                    "format": weight.format.name,
-                    "group_size": weight.group_size,
-                    "activation": found.activation,
-                },
+                (first, *parts, site.bias),
+                kinds | {"activation": found.activation},
             )
-        new.meta.update({key: value for key, value in site.root.meta.items() if key != "val"})
-        if self._mode is not None:
-            new.meta["val"] = evaluate(new, self._mode)
+            new = product if site.finish is None else site.finish(graph, product)
+        self._complete(site.root, first if first is not site.x else product, new)
         read = list(site.root.all_input_nodes)
         site.root.replace_all_uses_with(new)
         graph.erase_node(site.root)
         self._erase(read)
+
+    def _complete(self, root: fx.Node, first: fx.Node, last: fx.Node) -> None:
+        """Metadata of the nodes that were inserted, from `first` to `last`."""
+        node = first
+        while True:
+            node.meta.update({key: value for key, value in root.meta.items() if key != "val"})
+            if self._mode is not None:
+                node.meta["val"] = evaluate(node, self._mode)
+            if node is last:
+                return
+            node = node.next
 
     def _erase(self, read: list[fx.Node]) -> None:
         """What only the old product read: also temporaries with the writes to them."""

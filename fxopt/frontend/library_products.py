@@ -14,6 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.frontend.linear_site import Site
+from fxopt.frontend.scaled_products import scaled_site
 from fxopt.ir.facts import argument, is_cast, shape
 from fxopt.ir.sources import CannotConvert, affine, bitsandbytes, quanto
 from fxopt.ir.sources.found import Found
@@ -166,5 +167,7 @@ _KNOWN: dict[str, Callable[[fx.Node], Site]] = {
     "aten::_weight_int4pack_mm": _int4pack,
     "aten::_weight_int4pack_mm_for_cpu": _int4pack,
     "aten::_weight_int8pack_mm": _int8pack,
+    "aten::_scaled_mm": scaled_site,
+    "aten::_scaled_mm_v2": scaled_site,
     "quanto::qbytes_mm": _qbytes_mm,
 }

@@ -12,57 +12,94 @@ from torch import fx
 from fxopt.ir.contract import Evidence, Status
 from fxopt.ir.cost import numel
 from fxopt.ir.facts import is_call, val
-from fxopt.ir.layer_names import layer_name
+from fxopt.ir.layer_names import layer_name, parameter_name
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
+from fxopt.ir.ops.expert_linear import EXPERT_LINEAR
 from fxopt.ir.ops.qlinear import QLINEAR
 from fxopt.report.record import GraphRecord
 from fxopt.runtime.packed_weights import HELD_KEY, PACKED_KEY, STORE
 
-NAME = "substitute-qlinear"
+NAMES = ("substitute-qlinear", "substitute-expert-products")
 
 
 def linear_notes(gm: fx.GraphModule, evidence: Iterable[Evidence]) -> LinearNotes:
     """Layers with quantized weights, and those that were left; empty where nothing was to be quantized.
 
-    What computes a layer is known after lowering only: until then it is the name of the node.
+    What computes a layer is known after lowering only: until then it is the op, and the name of the node.
     """
-    found = LinearNotes(_quantized(gm, node) for node in gm.graph.nodes if is_call(node, QLINEAR.overload))
-    left = [entry for entry in evidence if entry.rewrite == NAME and entry.status is not Status.APPLIED]
+    calls = [node for node in gm.graph.nodes if is_call(node, QLINEAR.overload, EXPERT_LINEAR.overload)]
+    # Products with single matrices of a stack are one layer.
+    first = {_codes(node) if _is_picked(node) else node: node for node in reversed(calls)}
+    found = LinearNotes(_quantized(gm, node) for node in reversed(first.values()))
+    left = [entry for entry in evidence if entry.rewrite in NAMES and entry.status is not Status.APPLIED]
     nodes = {node.name: node for node in gm.graph.nodes}
     for entry in left:
         weight = _weight_of(nodes.get(entry.anchor))
         if weight is not None:
             found.append(_dense(weight, "a parameter", entry.reason))
     if found:
-        found += [_dense(node, "a stack of matrices", "it is no linear layer") for node in _stacks(gm)]
+        told = {note.name for note in found}
+        stacks = [node for node in _stacks(gm) if parameter_name(node) not in told]
+        found += [_dense(node, "a parameter", "no product that fxopt knows reads it") for node in stacks]
     return found
 
 
 def note_routes(record: GraphRecord) -> None:
     """Complete the record's notes by the providers that lowering has chosen."""
     record.linears = LinearNotes(
-        replace(note, route=f"fxopt::qlinear ({record.chosen[note.route]})") if note.is_quantized else note
-        for note in record.linears
+        replace(note, route=_route(note, record)) if note.is_quantized else note for note in record.linears
     )
 
 
+def _route(note: LinearNote, record: GraphRecord) -> str:
+    op, node = note.route.split()
+    return f"fxopt::{op} ({record.chosen[node]})"
+
+
+def _parts(node: fx.Node) -> list[fx.Node | None]:
+    """Codes, scales, offsets and columns of a product's weight, as the graph is given them."""
+    return [_input(each) for each in node.args[2 if is_call(node, EXPERT_LINEAR.overload) else 1 : 5]]
+
+
+def _input(part: Any) -> fx.Node | None:
+    """Behind views, as bytes that are seen as float8, and picks from a stack."""
+    while isinstance(part, fx.Node) and part.op == "call_function":
+        part = part.args[0]
+    return part if isinstance(part, fx.Node) else None
+
+
+def _codes(node: fx.Node) -> fx.Node:
+    found = _parts(node)[0]
+    assert found is not None
+    return found
+
+
+def _is_picked(node: fx.Node) -> bool:
+    """Whether the weight of a linear layer is one of a stack."""
+    return val(_codes(node)).shape[0] != val(node).shape[-1] and is_call(node, QLINEAR.overload)
+
+
 def _quantized(gm: fx.GraphModule, node: fx.Node) -> LinearNote:
-    x, codes, *others = node.args[:5]
-    while isinstance(codes, fx.Node) and codes.op == "call_function":  # bytes, seen as float8
-        codes = codes.args[0]
-    assert isinstance(codes, fx.Node)
+    x, codes, parts = node.args[0], _codes(node), _parts(node)
     group, kinds = node.kwargs["group_size"], node.kwargs
+    op = EXPERT_LINEAR if is_call(node, EXPERT_LINEAR.overload) else QLINEAR
+    route = f"{op.name} {node.name}"
     form = f"{kinds['format']} of groups of {group}" if group != val(x).shape[-1] else str(kinds["format"])
     if kinds["activation"]:
         form += f", {kinds['activation']} activations"
-    after = sum(_bytes(each) for each in (codes, *others) if isinstance(each, fx.Node))
+    after = sum(_bytes(each) for each in parts if each is not None)
     if PACKED_KEY not in codes.meta:
-        dense = int(val(node.args[1]).shape[0]) * int(val(x).shape[-1]) * val(x).dtype.itemsize
-        return LinearNote(layer_name(codes), form, "QuantizedLinear", node.name, dense, after, None, "")
+        dense = int(val(codes).shape[0]) * int(val(x).shape[-1]) * val(x).dtype.itemsize
+        return LinearNote(layer_name(codes), form, "QuantizedLinear", route, dense, after, None, "")
     packed = codes.meta[PACKED_KEY][0]
     source = gm.graph.find_nodes(op="placeholder")[packed.source]
     decibels = STORE.form(source.meta[HELD_KEY], packed.spec).decibels
-    return LinearNote(layer_name(source), form, "a parameter", node.name, _bytes(source), after, decibels, "")
+    return LinearNote(_name(source), form, "a parameter", route, _bytes(source), after, decibels, "")
+
+
+def _name(weight: fx.Node) -> str:
+    """Of a linear layer, or of a stack of matrices: a module may have several."""
+    return parameter_name(weight) if val(weight).dim() == 3 else layer_name(weight)
 
 
 def _weight_of(node: fx.Node | None) -> fx.Node | None:
@@ -82,7 +119,7 @@ def _stacks(gm: fx.GraphModule) -> Iterator[fx.Node]:
 
 def _dense(weight: fx.Node, source: str, reason: str) -> LinearNote:
     size = _bytes(weight)
-    return LinearNote(layer_name(weight), "", source, "the host", size, size, None, reason)
+    return LinearNote(_name(weight), "", source, "the host", size, size, None, reason)
 
 
 def _bytes(node: fx.Node) -> int:

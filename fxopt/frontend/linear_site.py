@@ -21,6 +21,8 @@ class Site:
         convert: their values -> the weight.
         key: names `convert` and what else decides its result.
         rival: the library's own product, of the weights' values and x, where it may be the faster one.
+        computed: what x is cast to; None for its own dtype.
+        finish: adds to a graph, of fxopt's product, what gives the value of the root; None: it is that.
     """
 
     root: fx.Node
@@ -30,3 +32,5 @@ class Site:
     convert: Callable[[Sequence[torch.Tensor]], Found]
     key: object
     rival: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor] | None = None
+    computed: torch.dtype | None = None
+    finish: Callable[[fx.Graph, fx.Node], fx.Node] | None = None

@@ -40,7 +40,7 @@ class PackedInputs:
 
 
 def packed_inputs(gm: fx.GraphModule) -> PackedInputs | None:
-    """Those that `substitute-qlinear` has added, or None."""
+    """Those that passes have added, or None."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     marked = [place for place, node in enumerate(placeholders) if PACKED_KEY in node.meta]
     if not marked:

@@ -5,6 +5,7 @@ Imports transformers; imported on first use only, and by a hook when transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from fxopt.integrations.checkpoint_names import bias_of, own_name, without_converters
 from fxopt.integrations.linear_modules import is_linear, matrix_of
 from fxopt.integrations.prepare import NOTES, quantize_in_place, replace
 from fxopt.integrations.quantization_config import METHOD, FxoptConfig
-from fxopt.integrations.quantize_layer import LayerFacts, dense_note, stack_notes
+from fxopt.integrations.quantize_layer import LayerFacts, dense_note, other_notes, quantized_stack
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
 from fxopt.ir.quantization_policy import Scheme
@@ -63,19 +65,27 @@ class FxoptQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         if self.pre_quantized:
-            for name, layout in self.quantization_config.descriptions().items():
-                old: Any = model.get_submodule(name)
-                replace(model, name, QuantizedLinear.on_meta(layout, old.bias))
+            for saved, layout in self.quantization_config.descriptions().items():
+                name = own_name(model, saved)
+                if name is not None:  # else it is part of a head that this model does not have
+                    replace(model, name, QuantizedLinear.on_meta(layout, bias_of(model, name)))
             return
         about, options = LayerFacts(model), self.quantization_config.options()
         for name, module in model.named_modules():
+            self._choose(about.stack_schemes(name, module, options), module)
+        for name, module in model.named_modules():
             if not is_linear(module):
                 continue
-            chosen = about.scheme(name, module, options)
-            if isinstance(chosen, Scheme):
-                self.schemes[name] = chosen
+            self._choose({name: about.scheme(name, module, options)}, module)
+
+    def _choose(self, chosen: Mapping[str, Scheme | str], module: Any) -> None:
+        """Note how a linear layer, or the stacks of a module of experts, are quantized, or why not."""
+        for name, each in chosen.items():
+            if isinstance(each, Scheme):
+                self.schemes[name] = each
             else:
-                self.notes[name] = dense_note(name, type(module).__name__, matrix_of(module), chosen)
+                weight = matrix_of(module) if is_linear(module) else getattr(module, name.rpartition(".")[2])
+                self.notes[name] = dense_note(name, type(module).__name__, weight, each)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Whether `quantize` is to take this parameter."""
@@ -99,10 +109,14 @@ class FxoptQuantizer(HfQuantizer):
 
     def quantize(self, model: nn.Module, param_name: str, weight: torch.Tensor) -> bool:
         """Replace the layer whose weight this is; False where it has to stay dense."""
-        name = param_name.rpartition(".")[0]
-        module: Any = model.get_submodule(name)
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        self.notes[name] = quantize_in_place(model, name, self.schemes[name])
+        name = param_name.removesuffix(".weight")
+        dense = nn.Parameter(weight, requires_grad=False)
+        if name == param_name:
+            self._quantize_stack(model, name, dense)
+        else:
+            module: Any = model.get_submodule(name)
+            module.weight = dense
+            self.notes[name] = quantize_in_place(model, name, self.schemes[name])
         made = model.get_submodule(name)
         if not isinstance(made, QuantizedLinear):
             del self.schemes[name]  # it is loaded as any other parameter
@@ -111,13 +125,28 @@ class FxoptQuantizer(HfQuantizer):
             setattr(each, _LOADED, True)
         return True
 
+    def _quantize_stack(self, model: nn.Module, name: str, dense: nn.Parameter) -> None:
+        """A stack of experts. Entries that are not finite make NaN: the other may be replaced already."""
+        parent, _, own = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, own, dense)
+        made, self.notes[name] = quantized_stack(name, module, self.schemes[name], checked=False)
+        replace(model, name, made)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """What a checkpoint's tensors become: those of a prepared model are whole already."""
+        if not self.pre_quantized:
+            found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+            return found
+        return without_converters(weight_conversions)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, QuantizedLinear) and module.bias is not None:
                 module.bias.requires_grad_(False)
         if not self.pre_quantized:
             self.quantization_config.describe(model)
-            setattr(model, NOTES, LinearNotes([*self.notes.values(), *stack_notes(model)]))
+            setattr(model, NOTES, LinearNotes([*self.notes.values(), *other_notes(model, self.notes)]))
         return model
 
     def is_serializable(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fxopt.integrations.checkpoint_names import own_names
 from fxopt.integrations.prepare import replace
 from fxopt.integrations.quantized_module import MEANING, QuantizedLinear
 
@@ -25,7 +26,7 @@ def load_quantized(model: Model, state: Mapping[str, torch.Tensor] | str | Path)
     Raises:
         RuntimeError: there is no state, or the rest of it does not fit the model.
     """
-    given = dict(state) if isinstance(state, Mapping) else _read(Path(state))
+    given = dict(state) if isinstance(state, Mapping) else own_names(model, _read(Path(state)))
     for key in [key for key in given if key.endswith(f".{MEANING}")]:
         prefix = key.removesuffix(MEANING)
         replace(model, prefix.removesuffix("."), QuantizedLinear.described(given, prefix))

@@ -12,7 +12,14 @@ from torch import nn
 from fxopt.integrations.adopt_modules import KEPT, adopt_modules
 from fxopt.integrations.calibrate import Calibration
 from fxopt.integrations.linear_modules import is_linear
-from fxopt.integrations.quantize_layer import LayerFacts, dense_note, quantized_layer, stack_notes
+from fxopt.integrations.quantize_layer import (
+    LayerFacts,
+    dense_note,
+    other_notes,
+    quantized_layer,
+    quantized_stack,
+)
+from fxopt.integrations.quantized_experts import QuantizedExperts, QuantizedStack, put_stack
 from fxopt.ir.linear_notes import LinearNote
 from fxopt.ir.quantization_policy import Scheme
 from fxopt.ir.quantize import NotFinite
@@ -62,7 +69,10 @@ def prepare(
             notes.append(quantize_in_place(model, name, chosen, calibration))
         else:
             notes.append(dense_note(name, type(module).__name__, module.weight, chosen))
-    notes.extend(stack_notes(model))
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedExperts):
+            notes.extend(_quantize_experts(name, module, about.stack_schemes(name, module, options)))
+    notes.extend(other_notes(model, (note.name for note in notes)))
     setattr(model, NOTES, notes)
     _describe(model)
     return model
@@ -79,6 +89,27 @@ def quantize_in_place(
         return dense_note(name, type(module).__name__, module.weight, str(error))
     replace(model, name, made)
     return note
+
+
+def _quantize_experts(name: str, module: Any, chosen: Mapping[str, Scheme | str]) -> list[LinearNote]:
+    """Replace the stacks of a module of experts, all or none."""
+    kind = type(module).__name__
+    reasons: dict[str, str] = {one: each for one, each in chosen.items() if isinstance(each, str)}
+    made: dict[str, tuple[QuantizedStack, LinearNote]] = {}
+    for one, scheme in chosen.items():
+        if reasons or not isinstance(scheme, Scheme):
+            break
+        try:
+            made[one] = quantized_stack(one, module, scheme)
+        except NotFinite as error:
+            reasons = dict.fromkeys(chosen, f"{one.rpartition('.')[2]}: {error}")
+    if reasons:
+        return [
+            dense_note(one, kind, getattr(module, one.rpartition(".")[2]), reasons[one]) for one in chosen
+        ]
+    for one, (stack, _) in made.items():
+        put_stack(module, one.rpartition(".")[2], stack)
+    return [note for _, note in made.values()]
 
 
 def _describe(model: nn.Module) -> None:
@@ -101,7 +132,10 @@ def _describe(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, name: str, made: nn.Module) -> None:
-    """Put `made` in the place of the sub-module `name`."""
+    """Put `made` in the place of the sub-module `name`, or of the stack of that name."""
     parent, _, own = name.rpartition(".")
     made.train(model.training)
-    setattr(model.get_submodule(parent), own, made)
+    if isinstance(made, QuantizedStack):
+        put_stack(model.get_submodule(parent), own, made)
+    else:
+        setattr(model.get_submodule(parent), own, made)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fxopt.integrations.checkpoint_names import keep_whole
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.options import Options
 
@@ -61,7 +62,8 @@ class FxoptConfig(QuantizationConfigMixin):
         return {name: kind["layout"] for kind in self.layers for name in kind["names"]}
 
     def describe(self, model: nn.Module) -> None:
-        """Have `layers` say what the quantized layers of `model` are."""
+        """Have `layers` say what the quantized layers of `model` are, and these saved as they are."""
+        keep_whole(model)
         self.layers = []
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module, QuantizedLinear):

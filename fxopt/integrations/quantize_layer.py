@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import nn
 
 from fxopt.integrations.calibrate import Calibration
 from fxopt.integrations.linear_modules import is_linear, matrix_of
+from fxopt.integrations.quantized_experts import QuantizedStack, stack_names
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.calibrated_quantize import quantize_calibrated
 from fxopt.ir.linear_notes import LinearNote
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
-from fxopt.ir.quantize import NotFinite
+from fxopt.ir.quantize import NotFinite, decibels, quantize_parameter
 from fxopt.ir.quantize import quantize as round_to_nearest
-from fxopt.ir.quantized_weight import signal_to_noise
 from fxopt.options import Options
 
 
@@ -26,13 +27,31 @@ def dense_note(name: str, source: str, weight: torch.Tensor, reason: str) -> Lin
     return LinearNote(name, "", source, "dense", size, size, None, reason)
 
 
-def stack_notes(model: nn.Module) -> list[LinearNote]:
-    """Weights of three dimensions, as those of experts: what of a model is not in its linear layers."""
+def other_notes(model: nn.Module, known: Iterable[str]) -> list[LinearNote]:
+    """Weights of three dimensions that are no experts' which fxopt knows: what else is large in a model."""
+    told = set(known)
     return [
-        dense_note(name, "a stack of matrices", parameter, "it is no linear layer")
+        dense_note(name, "a parameter", parameter, "no linear layer, and no module of experts, holds it")
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3
+        if parameter.dim() == 3 and name not in told
     ]
+
+
+def quantized_stack(
+    name: str, module: Any, scheme: Scheme, *, checked: bool = True
+) -> tuple[QuantizedStack, LinearNote]:
+    """What takes the place of a parameter `name` of a module of experts, and what became of it.
+
+    Raises:
+        NotFinite: the weight has an infinity or NaN, and `checked`. Else products with it are NaN.
+    """
+    dense, turned = getattr(module, name.rpartition(".")[2]).detach(), module.is_transposed
+    format, group = scheme.format, scheme.group_size
+    weight = quantize_parameter(dense, format, group, transposed=turned, checked=checked)
+    size, lost = dense.numel() * dense.element_size(), decibels(dense, weight, transposed=turned)
+    route, kind = "fxopt::expert_linear", type(module).__name__
+    note = LinearNote(name, str(scheme), kind, route, size, weight.nbytes, lost, "")
+    return QuantizedStack(weight, scheme.activation, dense.shape[0]), note
 
 
 def quantized_layer(
@@ -57,8 +76,8 @@ def quantized_layer(
         else str(scheme)
     )
     size = dense.numel() * dense.element_size()
-    decibels = signal_to_noise(dense, weight.dequantize())
-    note = LinearNote(name, how, type(module).__name__, "fxopt::qlinear", size, weight.nbytes, decibels, "")
+    kept, lost = weight.nbytes, decibels(dense, weight)
+    note = LinearNote(name, how, type(module).__name__, "fxopt::qlinear", size, kept, lost, "")
     return QuantizedLinear(weight, scheme.activation, module.bias), note
 
 
@@ -89,3 +108,23 @@ class LayerFacts:
         wide = wide or (self.narrow and module.weight.dtype is torch.float32)
         tied, is_head = "".join(others[:1]) or self.tied.get(name, ""), module is self.head
         return scheme_of(Layer(name, (rows, columns), tied, wide, is_head), options)
+
+    def stack_schemes(self, name: str, module: Any, options: Options) -> dict[str, Scheme | str]:
+        """How to quantize the stacks of a module of experts, by the names of the parameters, or why not.
+
+        It computes with quantized stacks alone: where one is to be left as it is, so are all.
+        """
+        found: dict[str, Scheme | str] = {}
+        for own in stack_names(module):
+            weight = getattr(module, own)
+            rows, columns = weight.shape[:0:-1] if module.is_transposed else weight.shape[1:]
+            wide = not self.wide.isdisjoint(f"{name}.{own}".split("."))
+            wide = wide or (self.narrow and weight.dtype is torch.float32)
+            layer = Layer(f"{name}.{own}", (rows, columns), kept_wide=wide)
+            found[f"{name}.{own}"] = scheme_of(layer, options)
+        dense = [(one, reason) for one, reason in found.items() if isinstance(reason, str)]
+        if not dense or len(dense) == len(found):
+            return found
+        other, why = dense[0]
+        reason = f"{other.rpartition('.')[2]} is not: {why}"
+        return {one: each if isinstance(each, str) else reason for one, each in found.items()}

@@ -53,10 +53,13 @@ class QuantizedLinear(nn.Module):
         self.register_buffer(MEANING, torch.frombuffer(bytearray(self._meaning()), dtype=torch.uint8))
 
     def _meaning(self) -> bytes:
+        return json.dumps(self._kept()).encode()
+
+    def _kept(self) -> dict[str, Any]:
         names = ("format", "activation", "group_size", "in_features", "threshold")
         kept = {name: getattr(self, name) for name in names}
         kept["compute_dtype"] = "" if self.compute_dtype is None else str(self.compute_dtype)
-        return json.dumps(kept).encode()
+        return kept
 
     def description(self) -> dict[str, Any]:
         """All but the numbers: JSON that `on_meta` makes a module of the same layout of."""
@@ -83,6 +86,10 @@ class QuantizedLinear(nn.Module):
     @staticmethod
     def _made(weight: QuantizedWeight, bias: torch.Tensor | None, meaning: dict[str, Any]) -> QuantizedLinear:
         told = meaning.get("compute_dtype", "")
+        if "experts" in meaning:
+            from fxopt.integrations.quantized_experts import QuantizedStack
+
+            return QuantizedStack(weight, meaning["activation"], meaning["experts"])
         return QuantizedLinear(
             weight,
             meaning["activation"],
@@ -118,18 +125,30 @@ class QuantizedLinear(nn.Module):
         parts = (self.codes.view(kind.storage), self.scales, self.offsets, self.columns)
         return QuantizedWeight(kind, self.in_features, self.group_size, *parts)
 
+    @property
+    def typed_codes(self) -> torch.Tensor:
+        """The codes in the dtype of their format."""
+        return self.codes.view(torch.float8_e4m3fn) if self.format == "fp8_e4m3" else self.codes
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Those of the op, besides tensors."""
+        return {"format": self.format, "group_size": self.group_size, "activation": self.activation}
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the dtype that the product is computed in: that of autocast, if any."""
+        return _computed(x) if self.compute_dtype is None else x.to(self.compute_dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes = self.codes.view(torch.float8_e4m3fn) if self.format == "fp8_e4m3" else self.codes
-        kinds = {"format": self.format, "group_size": self.group_size, "activation": self.activation}
+        codes, given = self.typed_codes, self.computed(x)
         parts = (codes, self.scales, self.offsets, self.columns)
-        given = _computed(x) if self.compute_dtype is None else x.to(self.compute_dtype)
         out: torch.Tensor
         if self.threshold:
             out = torch.ops.fxopt.outlier_linear(
                 given, codes, self.scales, self.bias, threshold=self.threshold
             )
         else:
-            out = torch.ops.fxopt.qlinear(given, *parts, self.bias, **kinds)
+            out = torch.ops.fxopt.qlinear(given, *parts, self.bias, **self.attributes)
         return out if self.compute_dtype is None else out.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,16 @@ from torch import fx
 
 def layer_name(placeholder: fx.Node) -> str:
     """The name of the module that holds a parameter or buffer, with dots; or the input's own name."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    text = getattr(source, "name", "")
-    text = text() if callable(text) else text
-    return ".".join(re.findall(r"_modules\['([^']+)'\]", text)) or placeholder.name
+    return ".".join(re.findall(r"_modules\['([^']+)'\]", _source(placeholder))) or placeholder.name
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """The name of a parameter itself, as `named_parameters` has it; or the input's own name."""
+    own = re.findall(r"_parameters\['([^']+)'\]", _source(placeholder))
+    module = re.findall(r"_modules\['([^']+)'\]", _source(placeholder))
+    return ".".join([*module, *own]) or placeholder.name
+
+
+def _source(placeholder: fx.Node) -> str:
+    name = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)

@@ -6,6 +6,8 @@ that dtype compute with exactly the weight that is stored; those of 8-bit format
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fxopt.ir.quantized_weight import QuantizedWeight, ceil_div, pack_nibbles
@@ -52,6 +54,46 @@ def quantize(
     codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     found = [part[2] for part in parts if part[2] is not None]
     return QuantizedWeight(kind, dense.shape[1], group, codes, scales, torch.cat(found) if found else None)
+
+
+def quantize_parameter(
+    dense: torch.Tensor, name: str, group_size: int | None = None, *, transposed: bool, checked: bool = True
+) -> QuantizedWeight:
+    """Round a matrix, or each of a stack of matrices as those of experts.
+
+    Args:
+        dense: (N, K), or (E, N, K): E matrices below each other. transposed: (K, N), or (E, K, N).
+        name, group_size, checked: as above.
+
+    Returns:
+        a weight (N, K), or (E N, K).
+    """
+    parts = [quantize(each, name, group_size, checked=checked) for each in matrices(dense, transposed)]
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {
+        field: torch.cat([part.tensors[field] for part in parts]) for field in parts[0].tensors
+    }
+    return parts[0].replaced(**joined)
+
+
+def matrices(dense: torch.Tensor, transposed: bool) -> tuple[torch.Tensor, ...]:
+    """The matrices (N, K) that a parameter is made of; views."""
+    turned = dense.detach().mT if transposed else dense.detach()
+    return (turned,) if turned.dim() == 2 else turned.unbind()
+
+
+def decibels(dense: torch.Tensor, weight: QuantizedWeight, *, transposed: bool = False) -> float:
+    """`signal_to_noise` of a parameter and what it was rounded to, of some rows at a time."""
+    step = max(1, _NUMBERS_AT_ONCE // max(1, weight.in_features))
+    signal = noise = torch.zeros((), dtype=torch.float64, device=weight.device)
+    start = 0
+    for matrix in matrices(dense, transposed):
+        for rows in matrix.split(step):
+            wide, kept = rows.double(), weight.rows(start, start + rows.shape[0]).dequantize().double()
+            signal, noise = signal + wide.square().sum(), noise + (wide - kept).square().sum()
+            start += rows.shape[0]
+    return float(10 * torch.log10(signal / noise))
 
 
 def _rounded(

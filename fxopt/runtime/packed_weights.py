@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fxopt.ir.quantize import quantize
-from fxopt.ir.quantized_weight import QuantizedWeight, signal_to_noise
+from fxopt.ir.quantize import decibels, quantize_parameter
+from fxopt.ir.quantized_weight import QuantizedWeight
 
 # On a placeholder: the tensor that is its input, while passes run for a graph of which anything is quantized.
 HELD_KEY = "fxopt_held"
@@ -31,7 +31,7 @@ _LOOKED_AT = 64
 
 @dataclass(frozen=True)
 class Spec:
-    """What a parameter becomes. `transposed`: it is (K, N), as in GPT-2's Conv1D."""
+    """What a parameter becomes. `transposed`: it is (K, N), as in GPT-2's Conv1D, or a stack of such."""
 
     format: str
     group_size: int
@@ -78,9 +78,11 @@ class Store:
     def _make(self, dense: torch.Tensor, spec: Spec, checked: bool) -> Form:
         with self._lock:
             before = stamp(dense)
-            matrix = dense.detach().t() if spec.transposed else dense.detach()
-            weight = quantize(matrix, spec.format, spec.group_size, checked=checked)
-            made = Form(weight, signal_to_noise(matrix, weight.dequantize()), before)
+            turned = spec.transposed
+            weight = quantize_parameter(
+                dense, spec.format, spec.group_size, transposed=turned, checked=checked
+            )
+            made = Form(weight, decibels(dense, weight, transposed=turned), before)
             forms = self._forms.get(id(dense))
             if forms is None or forms.owner() is not dense:
                 key = id(dense)

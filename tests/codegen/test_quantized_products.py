@@ -121,6 +121,16 @@ def test_with_many_rows_the_dense_weight_is_a_kernel_of_its_own() -> None:
     assert isinstance(fused.body, MatmulBody)
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_the_order_of_columns_moves_tokens_and_not_the_weight(scheme: str) -> None:
+    """Codes are read once, as they are stored; what is put in order is a row of x."""
+    weight = packed(1024, 1024, scheme).replaced(columns=torch.randperm(1024))
+    gm, evidence = expanded(linear(weight, scheme), torch.empty(1, 1, 1024), weight.tensors)
+    assert [one.status.value for one in evidence] == ["applied"]
+    (region,) = [one for one in regions(gm) if isinstance(one.body, MatmulBody)]
+    assert int(region.fused.bytes) <= 1.02 * weight.nbytes + 4 * 3 * 1024
+
+
 # What must not
 
 
@@ -236,6 +246,12 @@ def test_layers_are_right(directory: str) -> None:
 
 def test_groups_of_any_length_are_right(directory: str) -> None:
     within_limits(findings("support.emitted_quantized", directory, "groups")["groups"])
+
+
+def test_columns_in_an_order_of_their_own_are_right(directory: str) -> None:
+    found = findings("support.emitted_quantized", directory, "orders")["orders"]
+    within_limits(found)
+    assert all("registers" in told or "chosen" in told for one in found.values() for told in one["told"])
 
 
 def test_pieces_of_the_depth_are_right(directory: str) -> None:

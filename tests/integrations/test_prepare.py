@@ -12,8 +12,6 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -174,16 +172,6 @@ def test_layers_that_a_model_keeps_in_float32() -> None:
     assert found["encoder.block.0.layer.1.DenseReluDense.wo"].reason == "the model keeps it in float32"
     assert not found["encoder.block.0.layer.1.DenseReluDense.wi"].reason
     model(ids())
-
-
-def test_stacks_of_experts_are_reported() -> None:
-    sizes = {"hidden_size": 384, "intermediate_size": 384, "vocab_size": 640, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "num_local_experts": 2}
-    model = fxopt.prepare(MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval(), "int8")
-    stacks = [note for note in model.fxopt_linears if note.source == "a stack of matrices"]
-    size = sum(each.numel() * 4 for each in model.parameters() if each.dim() == 3)
-    assert size and sum(note.bytes_before for note in stacks) == size
-    assert all(note.reason == "it is no linear layer" for note in stacks)
 
 
 class Subclass(nn.Linear):

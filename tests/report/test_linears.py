@@ -46,13 +46,14 @@ def test_notes(report: Any) -> None:
     assert up.bytes_after == N * K // 2 + 2 * 2 * N * K // 32
     assert 20 < up.decibels < 26
     assert notes["lm_head"].reason == "it makes the logits"
-    stacks = [note for note in notes.values() if note.source == "a stack of matrices"]
-    assert [note.bytes_before for note in stacks] == [2 * N * N * 4]
+    experts = notes["experts"]
+    assert (experts.bytes_before, experts.reason) == (2 * N * N * 4, "")
+    assert experts.route == "fxopt::expert_linear (product of experts)"
 
 
 def test_text(report: Any) -> None:
     text = str(report)
-    assert "2 of 4 linear layers quantized, 4.5 -> 3.1 MB" in text
+    assert "3 of 4 linear layers quantized, 4.5 -> 1.4 MB" in text
     assert "int4 of groups of 32 by fxopt::qlinear" in text
     assert "dense: it makes the logits" in text
     assert "  up: int4 of groups of 32, a parameter by fxopt::qlinear" not in text

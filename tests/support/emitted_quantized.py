@@ -68,10 +68,14 @@ def emitted(
 
 
 def one_layer(
-    scheme: str, shape: Any, directory: str, group: int | None = None, **more: Any
+    scheme: str, shape: Any, directory: str, group: int | None = None, *, turned: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """One layer: its error, its kernels, and what their checks find."""
+    """One layer: its error, its kernels, and what their checks find. `turned`: its columns are in an order of
+    their own, as those of GPTQ's are under act-order."""
     x, weight, bias = given(scheme, shape, group)
+    if turned:
+        order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(2))
+        weight = weight.replaced(columns=order)
     names, call = list(weight.tensors), linear(weight, scheme)
 
     def function(x: Value, *rest: Value) -> Value:
@@ -190,6 +194,14 @@ def groups(directory: str) -> dict[str, Any]:
     }
 
 
+def orders(directory: str) -> dict[str, Any]:
+    return {
+        f"{scheme} {rows}": one_layer(scheme, (rows, 21, 96, torch.float32, True), directory, turned=True)
+        for scheme in SCHEMES
+        for rows in (1, 3, 18)
+    }
+
+
 def pieces(directory: str) -> dict[str, Any]:
     """Of a depth that is cut, as where there are too few columns for all SMs."""
 
@@ -214,7 +226,7 @@ def models(directory: str) -> dict[str, Any]:
     return {scheme: decodes(scheme, directory) for scheme in ("int4",)}
 
 
-PARTS = (layers, groups, pieces, whole_numbers, blocks, models)
+PARTS = (layers, groups, orders, pieces, whole_numbers, blocks, models)
 
 
 def main() -> None:

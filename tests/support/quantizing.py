@@ -22,11 +22,12 @@ from fxopt.report.record import collect
 from .golden import render
 
 NAME = "substitute-qlinear"
+NAMES = (NAME, "substitute-expert-products")
 
 
 @dataclass
 class Quantized:
-    """The compiled function, and the evidence of the pass, one list a graph."""
+    """The compiled function, and the evidence of the passes, one list a graph."""
 
     call: Callable[..., Any]
     evidence: list[list[Evidence]] = field(default_factory=list)
@@ -60,15 +61,17 @@ def quantizing(
         with collect(private=True) as records:
             compiled = compile_graph(gm, inputs, options)
         assert not records[0].failures and not records[0].refusals
-        found.evidence.append([each for each in records[0].evidence if each.rewrite == NAME])
+        found.evidence.append([each for each in records[0].evidence if each.rewrite in NAMES])
         return compiled
 
     found.call = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)
     return found
 
 
-def texts(fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8") -> tuple[str, str]:
-    """The graph of `fn`, before and after the pass."""
+def texts(
+    fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8", name: str = NAME
+) -> tuple[str, str]:
+    """The graph of `fn`, before and after the pass of this name."""
     register_ops()
     seen: list[str] = []
 
@@ -76,7 +79,7 @@ def texts(fn: Callable[..., Any], args: Sequence[Any], scheme: str = "int8") -> 
         normal = normalize(gm, inputs)
         seen.append(render(normal))
         show_parameters(normal, inputs)
-        (one,) = (each for each in load_passes() if each.name == NAME)
+        (one,) = (each for each in load_passes() if each.name == name)
         run_pass(one, normal, Options.parse(options={"quantize": scheme, "strict": True}))
         hide_parameters(normal)
         seen.append(render(normal))

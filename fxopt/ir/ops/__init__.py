@@ -13,6 +13,7 @@ from fxopt.ir.ops import (
     cached_attention,
     code_products,
     decode_attention,
+    expert_linear,
     linear_cross_entropy,
     outlier_linear,
     packed_linear,
@@ -23,6 +24,7 @@ from fxopt.ir.ops import (
 )
 from fxopt.ir.ops.append_attention import APPEND_ATTENTION
 from fxopt.ir.ops.attention import ATTENTION
+from fxopt.ir.ops.expert_linear import EXPERT_LINEAR
 from fxopt.ir.ops.layer_norm import LAYER_NORM
 from fxopt.ir.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp
@@ -39,6 +41,7 @@ OPS: tuple[SemanticOp, ...] = (
     LAYER_NORM,
     LINEAR_CROSS_ENTROPY,
     QLINEAR,
+    EXPERT_LINEAR,
 )
 
 _lock = threading.Lock()
@@ -61,6 +64,7 @@ def register_ops() -> None:
         row_attention.register(library)
         linear_cross_entropy.register(library)
         packed_linear.register(library)
+        expert_linear.register(library)
         code_products.register(library)
         outlier_linear.register(library)
         shift_window.register(library)
