@@ -92,9 +92,10 @@ class Watched:
         )
 
     def content(self, sites: Sequence[Site]) -> list[list[tuple[Any, int]]]:
-        """What the dicts hold, without what is stored at `sites`; for comparing two steps."""
+        """What dicts and lists hold, without what is stored at `sites`; for comparing two steps."""
         excepted = {(id(held), name) for held, name in sites}
-        return [
+        named = [
             [(key, id(value)) for key, value in held.items() if (id(held), key) not in excepted]
             for held in self.dicts
         ]
+        return named + [[(place, id(value)) for place, value in enumerate(held)] for _, held in self.lists]

@@ -236,6 +236,41 @@ def test_other_arguments(world: World) -> None:
         assert not world.step(**how)
 
 
+class Holder:
+    """A state that each step replaces, held in an attribute, a dict or a list."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: Any = torch.zeros(1, 1, 3)
+        self.named: dict[str, Any] = {"state": torch.zeros(1, 1, 3)}
+        self.listed: list[Any] = [None, torch.zeros(1, 1, 3)]
+
+
+class Recurrent(Decoder):
+    """Attention of some layers and a running sum of others, as hybrid decoders have them."""
+
+    def forward(self, x: torch.Tensor, cache: Cache, held: Holder) -> dict[str, Any]:  # type: ignore[override]
+        if held.kind == "attribute":
+            held.state = state = held.state * 0.5 + x
+        elif held.kind == "dict":
+            held.named["state"] = state = held.named["state"] * 0.5 + x
+        else:
+            held.listed[1] = state = held.listed[1] * 0.5 + x
+        return super().forward(x + state, cache)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "dict", "list"])
+def test_a_state_that_each_step_replaces(kind: str) -> None:
+    compiled = torch.compile(Recurrent().eval(), backend="fxopt", options={"host": "eager"})
+    path, twin = DecodePath(compiled), compiled._orig_mod
+    caches, holders = (Cache(), Cache()), (Holder(kind), Holder(kind))
+    for step in range(10):
+        x = torch.linspace(-1, 1, 3).view(1, 1, 3) / (step + 1)
+        for call, cache, held in zip((path, twin), caches, holders, strict=True):
+            call(x=x.clone(), cache=cache, held=held)
+        assert torch.equal(caches[0].layers[1].keys, caches[1].layers[1].keys), step
+
+
 def test_positional_arguments(world: World) -> None:
     world.learned()
     before, x = DecodePath.taken, torch.ones(1, 1, 3)
