@@ -18,7 +18,7 @@ from fxopt.frontend.constants import restore_constants
 from fxopt.frontend.dead_code import erase_unused
 from fxopt.frontend.outputs import keep_output_layout, output_layout, with_strides
 from fxopt.frontend.restore_writes import restore_writes
-from fxopt.frontend.retrace import traced
+from fxopt.frontend.retrace import fresh, traced
 from fxopt.ir.graph_facts import Facts, Kernels
 from fxopt.ir.ops import Provider, SemanticOp, semantic_op
 from fxopt.ir.propagate import equivalent, evaluate, fake_mode_of, propagate_from, signature
@@ -94,8 +94,11 @@ def _trace(
 
     if mode is None:
         raise ValueError(f"{node.name}: a semantic op in a graph without tensors")
+    # Nodes may share one value, as copies of one trace do, and an argument may be given twice here and not in
+    # a call that shares the trace: by the same object tracing would take two inputs for one.
+    inputs = [fresh(arg.meta["val"], mode) for arg in nodes]
     with mode, torch.no_grad():
-        traces[key] = traced(call, *[arg.meta["val"] for arg in nodes])
+        traces[key] = traced(call, *inputs)
     return traces[key]
 
 

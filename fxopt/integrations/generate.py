@@ -101,11 +101,11 @@ def compile_config(**given: Any) -> CompileConfig:
 def _compiled(compiled: Any, found: Any) -> Any:
     """`found`, the `generate` of the original model, bound to a stand-in where fxopt is the backend."""
     model = compiled._orig_mod
-    if not isinstance(found, MethodType) or found.__self__ is not model:
-        return found
     options = _options(getattr(compiled.dynamo_ctx, "callback", None))
-    if options is None or not options.generate:
+    if options is None or not options.generate or not callable(found):
         return found
+    if not isinstance(found, MethodType) or found.__self__ is not model:
+        return _with_warning(found, _NOT_A_METHOD.format(name=type(model).__name__))
 
     @functools.wraps(found.__func__)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -157,6 +157,15 @@ def _hold_windows(cache: Any) -> None:
         held += hold_windows(cache)
 
 
+def _with_warning(found: Callable[..., Any], message: str) -> Callable[..., Any]:
+    @functools.wraps(found)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(message, stacklevel=2)
+        return found(*args, **kwargs)
+
+    return generate
+
+
 def _room_for_graphs() -> AbstractContextManager[Any]:
     """Dynamo's limit of graphs for a function raised, in this thread, where the user has not set one."""
     config: Any = torch._dynamo.config
@@ -182,6 +191,13 @@ def _longest(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 _NOT_CALLED = (
     "fxopt: generate of {name} did not call the model itself, so nothing of it ran compiled. "
     'Compile the module that it calls instead: module.compile(backend="fxopt").'
+)
+
+
+_NOT_A_METHOD = (
+    "fxopt: generate of {name} was replaced by what is no method of it, and cannot be handed the compiled "
+    'model, so nothing of it runs compiled. Use model.compile(backend="fxopt"), or replace it by '
+    "types.MethodType(function, model)."
 )
 
 

@@ -123,6 +123,33 @@ def test_equal_calls_are_traced_once(
     torch.testing.assert_close(got, function(X))
 
 
+def scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1) @ v
+
+
+def normed_queries_and_keys(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The norms share a trace, so that queries and keys are copies of one node of it."""
+    return scores(norm(x), norm(y), y * x)
+
+
+def attention_to_itself_first(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The trace of a call with one argument three times is that of the call with three."""
+    return scores(x, x, x) + scores(x, y, y * x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [normed_queries_and_keys, attention_to_itself_first])
+def test_arguments_of_one_form_are_not_taken_for_one(function: Function, dynamic: bool) -> None:
+    inputs = [X.clone().requires_grad_(), X.flip(-1).sin().requires_grad_()]
+    with all_handled():
+        got = torch.compile(function, dynamic=dynamic, **FXOPT)(*inputs)
+    want = function(*inputs)
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(one.square().sum(), inputs) for one in (got, want))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_calls_that_differ_in_dtype_or_shape_are_traced_apart() -> None:
     def function(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return norm(x), norm(y), norm(z)

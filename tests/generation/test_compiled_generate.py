@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 import warnings
 from typing import Any
 
@@ -217,3 +218,16 @@ def test_warns_when_generate_does_not_call_the_model() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(Writer(whole=True)).generate(x, steps=1)
+
+
+def test_a_generate_that_was_replaced_on_the_model() -> None:
+    """A method is handed the compiled model; of anything else it is said that it cannot be."""
+    model, x = Writer(whole=True), torch.randn(2, 4)
+    wanted, original = model.generate(x, steps=2), model.generate
+    model.generate = lambda x, steps: original(x, steps=steps)  # type: ignore[method-assign,misc]
+    with pytest.warns(UserWarning, match=r"generate of Writer was replaced.*model\.compile"):
+        assert torch.equal(compiled(model).generate(x, steps=2), wanted)
+    model.generate = types.MethodType(Writer.generate, model)  # type: ignore[method-assign]
+    with all_handled(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fxopt")
+        torch.testing.assert_close(compiled(model).generate(x, steps=2), wanted)
