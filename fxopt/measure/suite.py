@@ -54,8 +54,15 @@ SUITE: dict[str, dict[str, Any]] = {
     "wav2vec2": _NO_SKIPPED_LAYERS,
 }
 
-# At the size that is quick, what compiles for minutes else: two stages of the pyramid, three convolutions.
+# At the size that is quick, what compiles for minutes else: two stages of the pyramid, three convolutions,
+# one layer of what is unrolled over time, one on each side of what encodes and decodes.
+_ONE_ON_EACH_SIDE = {"encoder_layers": 1, "decoder_layers": 1}
 _THIN: dict[str, dict[str, Any]] = {
+    "mamba": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1, "num_decoder_layers": 1},
+    "bart": _ONE_ON_EACH_SIDE,
+    "m2m_100": _ONE_ON_EACH_SIDE,
+    "whisper": _ONE_ON_EACH_SIDE,
     "swin": {"depths": [2, 2], "num_heads": [3, 6], "num_layers": 2, "hidden_size": 96, "image_size": 56},
     "wav2vec2": {
         "conv_dim": [64] * 3,
