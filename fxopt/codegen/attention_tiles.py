@@ -44,7 +44,7 @@ _FORWARD = {
 }
 # With a matrix that is read: its entries and their addresses are in registers, too.
 _FORWARD_MATRIX = {
-    80: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
     90: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
     100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
 }
@@ -58,6 +58,7 @@ _QUERIES_DEAD = {
     90: _QUERIES[90],
     100: (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
+_QUERIES_DEAD_MATRIX = _QUERIES_DEAD | {80: (Tiles(32, 32, 4, 2), Tiles(64, 32, 8, 2))}
 _QUERIES_MATRIX = {
     80: _QUERIES[80],
     90: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
@@ -84,8 +85,8 @@ def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dQ."""
-    table = _QUERIES_DEAD if spec.dead_code else _QUERIES_MATRIX if spec.reads_matrix else _QUERIES
-    return _chosen(table, spec, target, _WIDE)
+    tables = (_QUERIES_DEAD, _QUERIES_DEAD_MATRIX) if spec.dead_code else (_QUERIES, _QUERIES_MATRIX)
+    return _chosen(tables[spec.reads_matrix], spec, target, _WIDE)
 
 
 def key_tiles(spec: Spec, target: Target | None) -> Tiles:
