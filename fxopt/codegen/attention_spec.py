@@ -96,6 +96,13 @@ class Spec:
         return bool(accesses) and not any({Q, K} <= each.free_symbols for each in accesses)
 
     @property
+    def reads_matrix(self) -> bool:
+        """Scores, or whether they count, depend on a captured number for each query and key: all of a tile's
+        are in registers at once."""
+        accesses = self.score.result.atoms(AppliedUndef) | self.mask.live.atoms(AppliedUndef)
+        return any({Q, K} <= set(each.args) for each in accesses)
+
+    @property
     def may_be_dead(self) -> bool:
         """A row may have no live key, and give something else than 0."""
         certain = self.mask.live == sympy.true or self.sinks is not None

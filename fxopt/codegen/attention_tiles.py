@@ -42,6 +42,12 @@ _FORWARD = {
     80: (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     90: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
 }
+# With a matrix that is read: its entries and their addresses are in registers, too.
+_FORWARD_MATRIX = {
+    80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    90: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+}
 _QUERIES = {
     80: (Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)),
     90: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
@@ -51,6 +57,12 @@ _QUERIES_DEAD = {
     80: (Tiles(32, 32, 4, 2), Tiles(64, 64, 8, 2)),
     90: _QUERIES[90],
     100: (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
+}
+_QUERIES_DEAD_MATRIX = _QUERIES_DEAD | {80: (Tiles(32, 32, 4, 2), Tiles(64, 32, 8, 2))}
+_QUERIES_MATRIX = {
+    80: _QUERIES[80],
+    90: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
 }
 _KEYS = {
     80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2)),
@@ -67,12 +79,14 @@ _FLOAT32 = Tiles(32, 32, 4, 1)
 
 def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the forward."""
-    return _chosen(_FORWARD, spec, target, Tiles(64, 32, 4, 2))
+    table = _FORWARD_MATRIX if spec.reads_matrix else _FORWARD
+    return _chosen(table, spec, target, Tiles(64, 32, 4, 2))
 
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dQ."""
-    return _chosen(_QUERIES_DEAD if spec.dead_code else _QUERIES, spec, target, _WIDE)
+    tables = (_QUERIES_DEAD, _QUERIES_DEAD_MATRIX) if spec.dead_code else (_QUERIES, _QUERIES_MATRIX)
+    return _chosen(tables[spec.reads_matrix], spec, target, _WIDE)
 
 
 def key_tiles(spec: Spec, target: Target | None) -> Tiles:

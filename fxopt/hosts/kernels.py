@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.hosts.group_norm import native_group_norm
 from fxopt.hosts.host import Notes
 from fxopt.options import EMIT_KERNELS, Options
 
@@ -86,7 +87,7 @@ def compile_with_kernels(
         fw_compiler=compile_part,
         bw_compiler=compile_part,
         partition_fn=partition_fn,
-        decompositions=select_decomp_table(),
+        decompositions=select_decomp_table() | {torch.ops.aten.native_group_norm.default: native_group_norm},
     )
     return compiled
 

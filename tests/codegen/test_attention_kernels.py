@@ -13,9 +13,10 @@ from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
 from fxopt.codegen.compile import compile_launches
 from fxopt.ir.target import Target
-from support.attention_kernels import CASES, Case, spec_of
+from support.attention_kernels import BATCH, CASES, COLUMNS, HEADS, ROWS, Case, spec_of
 from support.programs import findings
 
+BIAS = torch.zeros(BATCH, HEADS, ROWS, COLUMNS, dtype=torch.bfloat16)
 GPU_CASES = {
     "window": Case("k <= q and k > q - 1024", group=4),
     "soft cap": Case("k <= q and k > q - 1024", "50*tanh(s/50)", group=4),
@@ -23,6 +24,8 @@ GPU_CASES = {
     "table": replace(CASES["learned table"], group=4),
     "indices": replace(CASES["learned table of indices"], group=4),
     "bias": replace(CASES["learned bias"], group=4),
+    "opaque mask": replace(CASES["opaque mask"], group=1),
+    "bias of windows": Case("True", "s + c0[b, h, q, k]", (BIAS,), group=1),
 }
 
 
@@ -90,7 +93,7 @@ def test_a_window_compiles_for_hopper_without_spills() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [8, 64, 128])
 @pytest.mark.parametrize("case", sorted(GPU_CASES))
 def test_kernels_compile_without_spills(case: str, width: int, arch: str) -> None:
     assert problems(GPU_CASES[case], width, arch) == []
