@@ -14,6 +14,7 @@ from fxopt.codegen.attention_backward import backward_kernel
 from fxopt.codegen.attention_descriptors import with_descriptors
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
+from fxopt.codegen.attention_learned import check_extents
 from fxopt.codegen.attention_program import Capture
 from fxopt.codegen.attention_spec import Spec
 from fxopt.codegen.elementwise import TRITON_TYPES
@@ -75,11 +76,14 @@ def _spec_serves(node: fx.Node, facts: Facts) -> Verdict:
         assert mode is not None
         with mode, torch.no_grad():
             given, attributes = kernel_arguments(*args, **kwargs)
-            spec = spec_of(*block_arguments(*given, **attributes))
+            operands, attributes = block_arguments(*given, **attributes)
+        spec = spec_of(operands, attributes)
         example = example_text(spec, ())
         forward_kernel(spec, None, example)
         if facts.differentiates(node):
-            backward_kernel(spec, _learned_places(node, spec), None, example)
+            places = _learned_places(node, spec)
+            check_extents(spec, places, operands[0], operands[1], operands[5])
+            backward_kernel(spec, places, None, example)
     except Unsupported as refusal:
         return Verdict.no(f"no kernel has {refusal}")
     return Verdict.yes(f"mask {spec.mask}, score {spec.score}: no fused kernel of torch has code for it")

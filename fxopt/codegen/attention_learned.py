@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 
 from fxopt.codegen.attention_kernel import counts, shape_constants, strides
@@ -21,6 +22,7 @@ from fxopt.codegen.kernel_file import Argument, Launch, Output
 from fxopt.codegen.tile_sizes import sms_of
 from fxopt.ir.formula import B, H, K, Q
 from fxopt.ir.linear import Unsupported
+from fxopt.ir.sizes import same_size
 from fxopt.ir.target import Target
 
 ROWS = 128  # of a program that reads every row once
@@ -115,6 +117,21 @@ def _learned(spec: Spec, place: int) -> Learned:
     if len(rest) > 1 and not found.is_matrix:
         raise Unsupported(f"the gradient of {access}, which has {len(rest)} indices that are formulas")
     return found
+
+
+def check_extents(
+    spec: Spec, places: Sequence[int], query: torch.Tensor, key: torch.Tensor, captures: Sequence[Any]
+) -> None:
+    """That kernels visit all entries along b, h, q and k, so that none of a gradient stays unwritten.
+
+    Raises:
+        Unsupported: a captured tensor may have more than there are sequences, heads, queries or keys.
+    """
+    extents = dict(zip((B, H, Q, K), (*query.shape[:3], key.shape[2]), strict=True))
+    for each in learned_entries(spec, places):
+        for index, size in zip(each.access.args, captures[each.place].shape, strict=True):
+            if index in extents and not same_size(size, extents[index]):
+                raise Unsupported(f"the gradient of {each.access}, which has {size} entries along {index}")
 
 
 def number_of(learned: Sequence[Learned]) -> Learned | None:

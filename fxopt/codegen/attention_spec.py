@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -93,14 +95,12 @@ class Spec:
     def crops(self) -> bool:
         """Vectors that are captured (padding, documents) decide on keys: where none is live is looked up."""
         accesses = [each for each in self.mask.live.atoms(AppliedUndef) if not is_uniform(each)]
-        return bool(accesses) and not any({Q, K} <= each.free_symbols for each in accesses)
+        return bool(accesses) and not _of_pairs(accesses)
 
     @property
-    def reads_matrix(self) -> bool:
-        """Scores, or whether they count, depend on a captured number for each query and key: all of a tile's
-        are in registers at once."""
-        accesses = self.score.result.atoms(AppliedUndef) | self.mask.live.atoms(AppliedUndef)
-        return any({Q, K} <= set(each.args) for each in accesses)
+    def reads_pairs(self) -> bool:
+        """A captured tensor is read by query and key: each score of a tile has an address."""
+        return _of_pairs(self.mask.live.atoms(AppliedUndef) | self.score.result.atoms(AppliedUndef))
 
     @property
     def may_be_dead(self) -> bool:
@@ -114,6 +114,10 @@ class Spec:
         if not self.may_be_dead:
             return 0
         return 1 if self.dead_rows == MEAN else 2
+
+
+def _of_pairs(accesses: Iterable[Any]) -> bool:
+    return any({Q, K} <= each.free_symbols for each in accesses)
 
 
 def parts_of(found: tuple[Span, ...]) -> int:

@@ -42,11 +42,10 @@ _FORWARD = {
     80: (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     90: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
 }
-# With a matrix that is read: its entries and their addresses are in registers, too.
-_FORWARD_MATRIX = {
-    80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    90: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+# Where each score has an address of its own, of an entry of a matrix or a table.
+_FORWARD_PAIRS = {
+    80: (_FORWARD[80][0], Tiles(64, 32, 8, 2)),
+    90: (_FORWARD[90][0], Tiles(64, 32, 8, 3)),
 }
 _QUERIES = {
     80: (Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)),
@@ -58,11 +57,10 @@ _QUERIES_DEAD = {
     90: _QUERIES[90],
     100: (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
 }
-_QUERIES_DEAD_MATRIX = _QUERIES_DEAD | {80: (Tiles(32, 32, 4, 2), Tiles(64, 32, 8, 2))}
-_QUERIES_MATRIX = {
-    80: _QUERIES[80],
-    90: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    100: (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+_QUERIES_PAIRS = {
+    80: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    90: (_QUERIES[90][0], Tiles(64, 32, 8, 2)),
+    100: (_QUERIES_DEAD[100][0], Tiles(64, 32, 8, 2)),
 }
 _KEYS = {
     80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2)),
@@ -79,14 +77,14 @@ _FLOAT32 = Tiles(32, 32, 4, 1)
 
 def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the forward."""
-    table = _FORWARD_MATRIX if spec.reads_matrix else _FORWARD
+    table = _FORWARD_PAIRS if spec.reads_pairs else _FORWARD
     return _chosen(table, spec, target, Tiles(64, 32, 4, 2))
 
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dQ."""
-    tables = (_QUERIES_DEAD, _QUERIES_DEAD_MATRIX) if spec.dead_code else (_QUERIES, _QUERIES_MATRIX)
-    return _chosen(tables[spec.reads_matrix], spec, target, _WIDE)
+    plain = _QUERIES_DEAD if spec.dead_code else _QUERIES
+    return _chosen(_QUERIES_PAIRS if spec.reads_pairs else plain, spec, target, _WIDE)
 
 
 def key_tiles(spec: Spec, target: Target | None) -> Tiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from fxopt.codegen.attention_backward import backward_kernel
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
+from fxopt.codegen.attention_learned import check_extents
 from fxopt.codegen.compile import compile_launches
+from fxopt.ir.linear import Unsupported
 from fxopt.ir.target import Target
-from support.attention_kernels import BATCH, CASES, COLUMNS, HEADS, ROWS, Case, spec_of
+from support.attention_kernels import BATCH, CASES, COLUMNS, HEADS, ROWS, Case, operands_of, spec_of
 from support.programs import findings
 
 BIAS = torch.zeros(BATCH, HEADS, ROWS, COLUMNS, dtype=torch.bfloat16)
@@ -24,6 +27,7 @@ GPU_CASES = {
     "table": replace(CASES["learned table"], group=4),
     "indices": replace(CASES["learned table of indices"], group=4),
     "bias": replace(CASES["learned bias"], group=4),
+    "mask": replace(CASES["opaque mask"], group=4),
     "opaque mask": replace(CASES["opaque mask"], group=1),
     "bias of windows": Case("True", "s + c0[b, h, q, k]", (BIAS,), group=1),
 }
@@ -48,7 +52,17 @@ def test_faults_are_seen(found: dict[str, Any]) -> None:
     assert [name for name, problem in found["faults"].items() if not problem] == []
 
 
-def test_programs_are_in_the_file(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("lines", "served"), [(6, True), (8, False)])
+def test_all_entries_of_a_gradient_are_written(lines: int, served: bool) -> None:
+    """A table with more lines than there are heads would have some that no program sums."""
+    case = replace(CASES["learned table"], captures=(torch.zeros(lines, 320),))
+    query, key, _ = operands_of(case, torch.float32)
+    refused = contextlib.nullcontext() if served else pytest.raises(Unsupported, match="8 entries along h")
+    with refused:
+        check_extents(spec_of(case, torch.float32), case.learned, query, key, case.captures)
+
+
+def test_programs_are_in_the_file() -> None:
     """A formula of the mask is an expression of the kernel, and no argument of it is a mask."""
     kernel = forward_kernel(spec_of(CASES["window"], torch.bfloat16), None, "")
     assert "return (k <= q) & (k > q + (-7))" in kernel.jit

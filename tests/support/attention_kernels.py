@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
     # Read on both sides of the 256th entry: programs have so many.
     "learned table": Case(score="s + c0[h, k - q + 266]", captures=(random(HEADS, 320),), learned=(0,)),
     "short learned table": Case(
-        score="s + c0[h, k - q + 250]", captures=(random(HEADS, 300),), learned=(0,), rows=9, group=1
+        score="s + c0[h, k - q + 250]", captures=(random(GROUPS, 300),), learned=(0,), rows=9, group=1
     ),
     "learned table, padding": Case(
         "k <= q and c1[b, k]", "s + c0[h, k - q + 36]", (random(HEADS, 77), LEFT), learned=(0,), dead="mean"
