@@ -145,9 +145,17 @@ class FxoptQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear) and module.bias is not None:
                 module.bias.requires_grad_(False)
         if not self.pre_quantized:
+            self._note_unread(model)
             self.quantization_config.describe(model)
             setattr(model, NOTES, LinearNotes([*self.notes.values(), *other_notes(model, self.notes)]))
         return model
+
+    def _note_unread(self, model: nn.Module) -> None:
+        """Linear layers that were to be quantized, and of which the checkpoint has no weight: tied ones."""
+        for name, module in model.named_modules():
+            if name in self.schemes and name not in self.notes:
+                reason = "the checkpoint has it under another name: fxopt.prepare quantizes it"
+                self.notes[name] = dense_note(name, type(module).__name__, matrix_of(module), reason)
 
     def is_serializable(self) -> bool:
         return True

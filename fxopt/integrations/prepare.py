@@ -139,3 +139,7 @@ def replace(model: nn.Module, name: str, made: nn.Module) -> None:
         put_stack(model.get_submodule(parent), own, made)
     else:
         setattr(model.get_submodule(parent), own, made)
+    # What was tied to an embedding is a weight of its own now: transformers would tie it again.
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    for target in [one for one, source in tied.items() if f"{name}.weight" in (one, source)]:
+        del tied[target]

@@ -266,6 +266,11 @@ float quantize_token(const Product& p, int64_t token, int64_t padded, uint8_t* c
   return scale;
 }
 
+// `_mm512_dpbusd_epi32` in place: of the intrinsic, GCC 12 copies half of the sums to memory and back.
+inline void add_products(__m512i& sum, __m512i of_unsigned, __m512i of_signed) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_unsigned), "v"(of_signed));
+}
+
 // Sums of kRows rows of weights with T tokens, to sums[t][0 to kRows); 128 times the sum of a row is in them.
 template <int T, bool kSumRows>
 void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* const* rows,
@@ -287,11 +292,11 @@ void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* co
     for (int t = 0; t < T; ++t) {
       const __m512i here = _mm512_loadu_si512(x + t * padded + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) total[r][t] = _mm512_dpbusd_epi32(total[r][t], here, weights[r]);
+      for (int r = 0; r < kRows; ++r) add_products(total[r][t], here, weights[r]);
     }
     if (kSumRows) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) alone[r] = _mm512_dpbusd_epi32(alone[r], ones, weights[r]);
+      for (int r = 0; r < kRows; ++r) add_products(alone[r], ones, weights[r]);
     }
   }
 #pragma GCC unroll 4
@@ -302,6 +307,39 @@ void integer_rows(int64_t K, int64_t padded, const uint8_t* x, const uint8_t* co
   if (kSumRows) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(of_rows), sums_of(alone[0], alone[1], alone[2], alone[3]));
   }
+}
+
+// Sums of kRows rows with one token, row after row: memory is read from its beginning to its end. One core of
+// a Zen 4, 8192 x 2048 from memory: 0.46x of the time of four rows side by side, whose streams are too short for
+// it to foresee. Four steps of a row have sums of their own, so that none waits for another.
+void rows_in_turn(int64_t K, const uint8_t* x, const uint8_t* const* rows, int32_t (*sums)[kBlock],
+                  int32_t* of_rows) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i total[kRows], alone[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    __m512i part[4], plain[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) part[i] = plain[i] = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + 256 <= K; k += 256) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i weights = _mm512_loadu_si512(rows[r] + k + 64 * i);
+        add_products(part[i], _mm512_loadu_si512(x + k + 64 * i), weights);
+        add_products(plain[i], ones, weights);
+      }
+    }
+    for (; k < K; k += 64) {
+      const __mmask64 live = K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1;
+      const __m512i weights = _mm512_maskz_loadu_epi8(live, rows[r] + k);
+      add_products(part[0], _mm512_loadu_si512(x + k), weights);
+      add_products(plain[0], ones, weights);
+    }
+    total[r] = _mm512_add_epi32(_mm512_add_epi32(part[0], part[1]), _mm512_add_epi32(part[2], part[3]));
+    alone[r] = _mm512_add_epi32(_mm512_add_epi32(plain[0], plain[1]), _mm512_add_epi32(plain[2], plain[3]));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[0]), sums_of(total[0], total[1], total[2], total[3]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(of_rows), sums_of(alone[0], alone[1], alone[2], alone[3]));
 }
 
 // Sums of kRows rows with all tokens, to sums[token][0 to kRows); they stay in the first cache meanwhile.
@@ -316,7 +354,7 @@ void integer_sums(const Product& p, int64_t padded, const uint8_t* x, int64_t ro
       integer_rows<4, false>(p.K, padded, x + token * padded, rows, sums + token, of_rows);
     }
   } else {
-    integer_rows<1, true>(p.K, padded, x, rows, sums, of_rows);
+    rows_in_turn(p.K, x, rows, sums, of_rows);
     token = 1;
   }
   for (; token + 2 <= p.M; token += 2) {
@@ -389,11 +427,6 @@ void pack_panel(const Product& p, int64_t row, int64_t start, int64_t depth, uin
       }
     }
   }
-}
-
-// `_mm512_dpbusd_epi32` in place: of the intrinsic, GCC 12 copies half of the sums to memory and back.
-inline void add_products(__m512i& sum, __m512i of_unsigned, __m512i of_signed) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_unsigned), "v"(of_signed));
 }
 
 // Adds the products of a panel with T tokens to their sums.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -144,6 +145,74 @@ def test_quantized_while_loading(make: Any, auto: Any, tmp_path: Path) -> None:
     }
     found.save_pretrained(tmp_path / "small")
     same(auto.from_pretrained(tmp_path / "small"), wanted)
+
+
+def hidden(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(ids()).last_hidden_state
+    return out
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral, lambda: llama(tie_word_embeddings=True)])
+def test_without_the_head_and_with_one(make: Any, tmp_path: Path) -> None:
+    """A checkpoint names modules as the model that it is of does, which may be one inside of another."""
+    whole = fxopt.prepare(make(), "int8")
+    part = getattr(whole, whole.base_model_prefix)
+    wanted = hidden(part)
+    whole.save_pretrained(tmp_path / "whole")
+    loaded, report = AutoModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"lm_head.weight"}
+    assert torch.equal(hidden(loaded), wanted)
+    same(loaded, part)
+    plain = type(part)(part.config)
+    assert torch.equal(hidden(fxopt.load_quantized(plain.eval(), tmp_path / "whole")), wanted)
+    loaded.save_pretrained(tmp_path / "part")
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "part", output_loading_info=True)
+    assert set(report["missing_keys"]) <= {"lm_head.weight"} and not report["unexpected_keys"]
+    same(getattr(again, again.base_model_prefix), part)
+
+
+def test_a_quantized_head_is_not_tied_again(tmp_path: Path) -> None:
+    model = fxopt.prepare(llama(tie_word_embeddings=True), {"lm_head": "int8", "*": "int4"})
+    wanted = model(ids()).logits
+    assert isinstance(model.lm_head, QuantizedLinear)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(ids()).logits, wanted)
+    fresh = llama(tie_word_embeddings=True)
+    assert torch.equal(fxopt.load_quantized(fresh, tmp_path)(ids()).logits, wanted)
+
+
+def test_a_tied_head_is_not_quantized_while_loading(tmp_path: Path) -> None:
+    """It is not read: the checkpoint has the embedding alone."""
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    config = fxopt.FxoptConfig({"lm_head": "int8", "*": "int4"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    (note,) = [each for each in model.fxopt_linears if each.name == "lm_head"]
+    assert note.reason == "the checkpoint has it under another name: fxopt.prepare quantizes it"
+
+
+def test_names_that_the_user_maps(tmp_path: Path) -> None:
+    """As for any checkpoint: here of one whose layers are called blocks."""
+    model = fxopt.prepare(llama(), "int4")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    renamed = {name.replace(".layers.", ".blocks."): each for name, each in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    mapping = {r"\.blocks\.": ".layers."}
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, key_mapping=mapping, output_loading_info=True
+    )
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same(loaded, model)
+
+
+def test_another_head_is_not_taken_for_part_of_the_model(tmp_path: Path) -> None:
+    fxopt.prepare(llama(), "int8").save_pretrained(tmp_path)
+    other = GPT2LMHeadModel(GPT2Config(n_embd=384, n_head=6, n_layer=1, vocab_size=640))
+    with pytest.raises((RuntimeError, AttributeError)):
+        fxopt.load_quantized(other, tmp_path)
 
 
 def test_options_of_the_config(tmp_path: Path) -> None:
