@@ -26,9 +26,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.traceback import preserve_node_meta
 
-from fxopt.frontend.retrace import CannotNormalize, Retrace, fresh, is_subclass, traced
+from fxopt.frontend.retrace import DATA_KEY, CannotNormalize, Retrace, fresh, is_subclass, traced
 from fxopt.frontend.subgraphs import PLAIN_CALLS
 from fxopt.frontend.vmap import fold_vmap
+from fxopt.ir.facts import is_write, location
+from fxopt.ir.views import views_of
 
 ALIAS_KEY = "fxopt_alias"
 NEEDS_GRAD_KEY = "fxopt_needs_grad"
@@ -85,6 +87,7 @@ def _normalize(gm: fx.GraphModule, inputs: list[Any], mode: FakeTensorMode) -> f
     with preserve_node_meta(), mode:
         new = traced(_named(retrace.run, len(inputs)), *inputs)
     _check_constants(new)
+    _check_data(new)
     new.graph.eliminate_dead_code(_must_stay)
     _carry_over(gm, new)
     return new
@@ -103,6 +106,15 @@ def _check_constants(new: fx.GraphModule) -> None:
         value = getattr(new, str(node.target), None)
         if isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or _is_batched(value)):
             raise CannotNormalize(f"{node.name} stands for a value that could not be traced, as under vmap")
+
+
+def _check_data(new: fx.GraphModule) -> None:
+    """A write through ``x.data`` is not one that autograd sees, as this graph would say: refuse."""
+    for node in new.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        users = [user for view in views_of(node) for user in view.users] if DATA_KEY in node.meta else []
+        write = next((user for user in users if is_write(user)), None)
+        if write is not None:
+            raise CannotNormalize(f"{write.name} ({location(write)}) writes to the .data of a tensor")
 
 
 def _is_batched(value: torch.Tensor) -> bool:

@@ -114,6 +114,8 @@ class Retrace(fx.Interpreter):
             return self._enter_autocast(args)
         if target is torch.amp.autocast_mode._exit_autocast:
             return self._exits.pop()()
+        if target is _DATA:
+            return _detached(*args)
         _refuse_call(target)
         result = self._traced(
             lambda: super(Retrace, self).call_function(target, args, kwargs), target, args, kwargs
@@ -171,6 +173,20 @@ class Retrace(fx.Interpreter):
         if target not in self._attributes:
             self._attributes[target] = _record_attribute(target, value, self.fake_mode)
         return self._attributes[target]
+
+
+_DATA = getattr(torch._C._autograd, "_get_data_attr", object())  # how Dynamo spells ``x.data``
+DATA_KEY = "fxopt_data"
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """``x.data``, which would leave no trace.
+
+    It is ``x.detach()``, but for writes through it, which autograd does not notice.
+    """
+    result = tensor.detach()
+    _tracer().unwrap_proxy(result).node.meta[DATA_KEY] = True
+    return result
 
 
 # They trace autograd inside the graph, and need inputs that require grad; ours do not.

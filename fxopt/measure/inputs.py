@@ -28,6 +28,8 @@ def candidates(model: Any, scale: Scale) -> Iterator[Inputs]:
     others = [name for name in _MAKERS if name in parameters and name not in plain]
     for name in others:
         yield plain | {name: make(name, model.config, scale)}
+    for other in _INSTEAD.get(main, ()):
+        yield plain | {main: other(model.config, scale)}
     if "input_ids" in parameters and main != "input_ids":
         yield {"input_ids": make("input_ids", model.config, scale)}
 
@@ -107,10 +109,40 @@ def _features(config: Any, scale: Scale) -> torch.Tensor:
     return torch.randn(scale.batch, 4 * scale.seq, bins)
 
 
+def _samples(config: Any, scale: Scale) -> torch.Tensor:
+    """Raw audio, for convolutions whose strides the configuration does not name."""
+    return torch.randn(scale.batch, 512 * scale.seq)
+
+
+def _frames(config: Any, scale: Scale) -> torch.Tensor:
+    """Features frame by frame: [batch, frames, bins]."""
+    bins = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", default=80)
+    return torch.randn(scale.batch, 4 * scale.seq, bins)
+
+
+def _boxes(config: Any, scale: Scale) -> torch.Tensor:
+    """Where each token stands on a page of 1000 x 1000: left, top, right, bottom."""
+    corner = torch.randint(0, 500, (scale.batch, scale.seq, 2))
+    return torch.cat([corner, corner + torch.randint(1, 500, corner.shape)], -1)
+
+
+def _series(config: Any, scale: Scale) -> torch.Tensor:
+    """[batch, time], with channels where the model has them."""
+    length = _find(config, "context_length", default=scale.seq)
+    channels = _find(config, "num_input_channels", default=None)
+    shape = (scale.batch, length) if channels is None else (scale.batch, length, channels)
+    return torch.randn(*shape)
+
+
 _MAKERS = {
     "input_ids": _tokens,
     "decoder_input_ids": _target_tokens,
     "pixel_values": _pixels,
     "input_values": _waveform,
     "input_features": _features,
+    "bbox": _boxes,
+    "past_values": _series,
+    "inputs": _tokens,
 }
+# What else a main input may be, where the first is not accepted.
+_INSTEAD = {"input_values": (_samples,), "input_features": (_frames,)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,15 @@ _HEADS = (
     "CTC",
     "IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
     "PRETRAINING",
 )
+_SPECIAL_TOKENS = ("cls_token_id", "pad_token_id", "eos_token_id", "bos_token_id", "mask_token_id")
+# Those of what has no model without a head.
+_OTHER_HEADS = (
+    "DEPTH_ESTIMATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "UNIVERSAL_SEGMENTATION",
+    "TIME_SERIES_PREDICTION", "TEXT_TO_WAVEFORM", "IMAGE_TO_IMAGE", "KEYPOINT_DETECTION",
+)  # fmt: skip
 
 
 class CannotBuild(UserError):
@@ -144,7 +152,23 @@ def build(
             setattr(config, name, value)
     except Exception as error:
         raise CannotBuild(name=model_type, reason=_short(error)) from error
-    return from_config(config, scale, attention=attention, dtype=dtype, training=training, seed=seed)
+    how: dict[str, Any] = {"attention": attention, "dtype": dtype, "training": training, "seed": seed}
+    try:
+        return from_config(config, scale, **how)
+    except CannotBuild:
+        if not _set_tokens(config):
+            raise
+        with suppress(CannotBuild):
+            return from_config(config, scale, **how)
+        raise
+
+
+def _set_tokens(config: Any) -> bool:
+    """Give special tokens to a class that leaves them to its checkpoints (ESM). False: it has all of them."""
+    unset = [name for name in _SPECIAL_TOKENS if getattr(config, name, 0) is None]
+    for name in unset:
+        setattr(config, name, _SPECIAL_TOKENS.index(name))
+    return bool(unset)
 
 
 def from_config(
@@ -208,8 +232,11 @@ def model_class(config: Any) -> Any:
     named = (config.architectures or [None])[0]
     if named is not None and hasattr(transformers, named):
         return getattr(transformers, named)
-    tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {}) for head in _HEADS]
-    for table in (*tables, modeling_auto.MODEL_MAPPING_NAMES):
+    first, last = (
+        [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {}) for head in heads]
+        for heads in (_HEADS, _OTHER_HEADS)
+    )
+    for table in (*first, modeling_auto.MODEL_MAPPING_NAMES, *last):
         found = table.get(config.model_type)
         if found is not None:
             return getattr(transformers, found if isinstance(found, str) else found[0])

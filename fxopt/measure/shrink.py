@@ -65,18 +65,19 @@ def _at_most(pick: Callable[[Scale], int]) -> Rule:
 _RULES: tuple[tuple[str, Rule], ...] = (
     (
         r"num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers|num_(encoder|decoder)_layers"
-        r"|depth|num_(block|encoder_block)s_?|conv_layers|num_hidden_groups",
+        r"|(encoder|decoder)_num_hidden_layers|depth|num_(block|encoder_block)s_?|conv_layers|num_hidden_groups",
         _at_most(lambda s: s.layers),
     ),
     (
         r"num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|attention_heads"
-        r"|num_(encoder|decoder)_attention_heads|num_cross_attention_heads|num_self_attention_heads",
+        r"|num_(encoder|decoder)_attention_heads|(encoder|decoder)_num_attention_heads"
+        r"|num_cross_attention_heads|num_self_attention_heads",
         _same(lambda s: s.heads),
     ),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|d_embed|model_dim|width|text_embed_dim|word_embed_proj_dim"
         r"|(encoder|decoder)_hidden_size|(encoder|decoder)_hidden_dim|embedding_size|out_hidden_size"
-        r"|hidden_dim|text_hidden_size|projection_dim|cross_attention_hidden_size|output_hidden_size",
+        r"|d_latents|hidden_dim|text_hidden_size|projection_dim|cross_attention_hidden_size|output_hidden_size",
         _same(lambda s: s.hidden),
     ),
     (
@@ -98,7 +99,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"vocab_size|text_vocab_size|vocab_size_per_layer_input", _at_most(lambda s: s.vocab)),
     (
         r"max_position_embeddings|n_positions|max_sequence_length|max_seq_len|n_ctx|max_source_positions"
-        r"|max_target_positions|original_max_position_embeddings",
+        r"|max_target_positions|original_max_position_embeddings|num_latents",
         _at_most(lambda s: s.positions),
     ),
     (r"image_size|img_size|input_size", _at_most(lambda s: s.image)),
@@ -114,7 +115,7 @@ _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _IMAGE = ("image_size", "img_size", "input_size")
 # Without these numbers the model cannot be built, and some classes leave them unset.
-_NEEDED = re.compile(r"vocab_size|num_key_value_heads|num_experts_per_tok")
+_NEEDED = re.compile(r"vocab_size|num_key_value_heads|num_experts_per_tok|head_dim")
 _UNSET = 1 << 30
 _SPECIAL_TOKEN = re.compile(r".*_token_(id|index)")
 
@@ -155,7 +156,7 @@ def _small(name: str, value: Any, config: Any, scale: Scale) -> Any:
     if isinstance(value, list | tuple):
         return _small_list(name, list(value), config, scale)
     if isinstance(value, dict):
-        return _small_sections(value, scale)
+        return _small_sections(value, config, scale)
     if value is None:
         value = _UNSET if _NEEDED.fullmatch(name) else None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -166,6 +167,8 @@ def _small(name: str, value: Any, config: Any, scale: Scale) -> Any:
         return None if value < scale.vocab else scale.vocab - 1
     if name in _IMAGE and hasattr(config, "depths"):
         return None  # every stage of a pyramid halves it, down to one window
+    if name == "num_heads" and isinstance(getattr(config, "expand", None), int):
+        return config.expand * scale.hidden // scale.head_dim  # of a state space, as wide as it is expanded
     if name == "embed_dim" and isinstance(_heads(config), list | tuple):
         return _first_stage_width(value, _heads(config), scale)
     for pattern, rule in _COMPILED:
@@ -206,10 +209,17 @@ def _small_list(name: str, value: list[Any], config: Any, scale: Scale) -> list[
     return (first + value)[: scale.layers] if len(kinds) > 1 else value[: scale.layers]
 
 
-def _small_sections(value: dict[str, Any], scale: Scale) -> dict[str, Any] | None:
+def _small_sections(value: dict[str, Any], config: Any, scale: Scale) -> dict[str, Any] | None:
     """Rotary angles divided among time, height and width add up to half a head."""
     sections = value.get("mrope_section")
+    if sections is None and "rope_type" in value and "mrope_section" in _keys_of_rope(config):
+        sections = [1 << 30] * 3  # the model has its own, for its published size
     if not isinstance(sections, list) or sum(sections) <= scale.head_dim // 2:
         return None
     rest = [max(1, entry * (scale.head_dim // 2) // sum(sections)) for entry in sections[1:]]
     return value | {"mrope_section": [scale.head_dim // 2 - sum(rest), *rest]}
+
+
+def _keys_of_rope(config: Any) -> set[str]:
+    """What the class allows among its rotary parameters, besides what all have."""
+    return set(getattr(config, "ignore_keys_at_rope_validation", None) or ())

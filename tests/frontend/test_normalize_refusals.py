@@ -14,6 +14,7 @@ from fxopt.frontend.normalize import normalize
 from fxopt.frontend.retrace import CannotNormalize
 from fxopt.hosts.host import Host
 from fxopt.report.record import collect
+from support.compiled import all_handled, compile_fxopt
 
 EAGER = {"host": "eager"}
 
@@ -191,3 +192,35 @@ def test_a_custom_op_with_fake_implementation_stays_a_call() -> None:
         got = torch.compile(lambda x: with_fake(x) * 1.0 + 1.0, backend="fxopt", options=EAGER)(torch.ones(2))
     assert records[0].normalized
     torch.testing.assert_close(got, torch.ones(2).sin() + 1.0)
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    """Attention to what is left of x without its mean, which gets no gradient."""
+    return attend(x) * (x - x.data.mean(1, keepdim=True))
+
+
+def test_data_of_a_tensor_is_read() -> None:
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with all_handled() as records:
+        found = compile_fxopt(centred)(x)
+    assert len(records[0].applied("rewrite-attention")) == 1
+    wanted = centred(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), x), torch.autograd.grad(wanted.square().sum(), x)
+    )
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_write_to_the_data_of_a_tensor_is_refused(view: bool) -> None:
+    def write(x: torch.Tensor) -> torch.Tensor:
+        data = x.data.view(-1)[:4] if view else x.data
+        data.mul_(2.0)
+        return x * 3
+
+    given, other = torch.ones(3, 4), torch.ones(3, 4)
+    with collect() as records:
+        found = compile_fxopt(write)(given)
+    assert "writes to the .data of a tensor" in records[0].refusals[0][1]
+    assert torch.equal(found, write(other))
+    assert torch.equal(given, other)

@@ -82,6 +82,35 @@ def test_parts_are_shrunk() -> None:
     assert config.text_config.hidden_size == config.vision_config.hidden_size == TINY.hidden
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("qwen2_5_vl", ["input_ids"]),  # angles in sections that the model names, not its configuration
+        ("hunyuan_v1_dense", ["input_ids"]),  # heads whose width is left to checkpoints
+        ("esm", ["input_ids"]),  # special tokens likewise
+        ("mamba2", ["input_ids"]),  # heads as many as an expanded width has
+        ("moonshine", ["input_values", "decoder_input_ids"]),  # samples, by strides that are not named
+        ("wav2vec2-bert", ["input_features"]),  # features frame by frame
+        ("bros", ["input_ids", "bbox"]),
+        ("patchtst", ["past_values"]),
+        ("perceiver", ["inputs"]),
+        ("videomae", ["pixel_values"]),
+    ],
+)
+def test_what_a_class_leaves_open_is_chosen(name: str, inputs: list[str]) -> None:
+    subject = build(name, TINY)
+    assert list(subject.kwargs) == inputs
+    assert sum(parameter.numel() for parameter in subject.model.parameters()) < 6_000_000
+    subject.step(subject.model)()
+
+
+def test_sections_of_angles_add_up_to_half_a_head() -> None:
+    for config in (transformers.Qwen2_5_VLConfig(), transformers.Qwen3VLConfig()):
+        text = shrink(config, TINY).text_config
+        assert sum(text.rope_parameters["mrope_section"]) == TINY.head_dim // 2
+    assert "mrope_section" not in shrink(transformers.LlamaConfig(), TINY).rope_parameters
+
+
 def test_a_size_that_is_already_smaller_is_kept() -> None:
     config = shrink(transformers.BertConfig(), Scale(layers=50, vocab=100_000))
     assert (config.num_hidden_layers, config.vocab_size) == (12, 30522)
