@@ -286,7 +286,7 @@ def _checked(name: str, value: Any, said: str) -> Any:
     if name == "quantize":
         return _rules(value, said)
     if name == "skip":
-        return (value,) if isinstance(value, str) else tuple(value)
+        return _strings(value, said, "patterns")
     if name == "group_size" and value is not None and (value < 0 or value % 16):
         raise OptionValueError(name=said, value=value, nearest="", valid="multiples of 16 from 0 on, or None")
     if name == "target" and value is not None:
@@ -319,7 +319,12 @@ def _rules(value: Any, said: str) -> tuple[tuple[str, str], ...]:
         return ()
     if isinstance(value, str):
         value = {"*": value}
-    rules = [(pattern, "none" if kind is None else kind) for pattern, kind in dict(value).items()]
+    pairs = list(value.items() if isinstance(value, Mapping) else value)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise OptionTypeError(
+            name=said, wanted="pairs of a pattern and a format", value=value, kind=type(value).__name__
+        )
+    rules = [(pattern, "none" if kind is None else kind) for pattern, kind in pairs]
     for pattern, kind in rules:
         if not isinstance(pattern, str) or not isinstance(kind, str):
             raise OptionTypeError(name=said, wanted="names", value=value, kind=type(value).__name__)
@@ -330,11 +335,16 @@ def _rules(value: Any, said: str) -> tuple[tuple[str, str], ...]:
 
 
 def _names(value: Any, said: str) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise OptionTypeError(name=said, wanted="pass names", value=name, kind=type(name).__name__)
-    return tuple(name.replace("_", "-") for name in names)
+    return tuple(name.replace("_", "-") for name in _strings(value, said, "pass names"))
+
+
+def _strings(value: Any, said: str, wanted: str) -> tuple[str, ...]:
+    """`value`, one string or several; `wanted` is what they are, for the message."""
+    strings = (value,) if isinstance(value, str) else tuple(value)
+    for each in strings:
+        if not isinstance(each, str):
+            raise OptionTypeError(name=said, wanted=wanted, value=each, kind=type(each).__name__)
+    return strings
 
 
 def _check_disable(names: tuple[str, ...], known: tuple[str, ...], said: str) -> None:

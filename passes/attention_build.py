@@ -12,12 +12,12 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxopt.ir import facts
-from fxopt.ir.facts import is_call, val
+from fxopt.ir.facts import val
 from fxopt.ir.sizes import size_node
 
 from .attention_layout import Layout, Lead, Steps
 from .attention_parts import Factor, Mask, Multiplier
-from .attention_products import Operand
+from .attention_products import Operand, swap, transposition
 from .attention_site import Site
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ class SiteBuilder:
 
     def _operand(self, operand: Operand, steps: Steps | None) -> fx.Node:
         node, order = operand.node, operand.order
-        swapped = _transposed(node) if order == _swap(len(order)) else None
+        swapped = transposition(node) if order == swap(len(order)) else None
         if swapped is not None:
             node, order = swapped, tuple(range(len(order)))
         if facts.dtype(node) != self.dtype:
@@ -74,7 +74,7 @@ class SiteBuilder:
 
     def _ordered(self, node: fx.Node, order: tuple[int | None, ...]) -> fx.Node:
         own = [dim for dim in order if dim is not None]
-        if own == list(_swap(len(own))):
+        if own == list(swap(len(own))):
             node = self._call(aten.transpose.int, node, -2, -1)
         elif own != sorted(own):
             node = self._call(aten.permute.default, node, own)
@@ -215,21 +215,3 @@ class SiteBuilder:
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
-
-
-def _swap(rank: int) -> tuple[int, ...]:
-    return (*range(rank - 2), rank - 1, rank - 2)
-
-
-def _transposed(node: fx.Node) -> fx.Node | None:
-    """The source of a transposition of the last two dimensions."""
-    rank = val(node).dim()
-    if is_call(node, aten.transpose.int):
-        dims = {int(dim) % rank for dim in node.args[1:3]}  # type: ignore[arg-type]
-        return node.args[0] if dims == {rank - 2, rank - 1} else None  # type: ignore[return-value]
-    if is_call(node, aten.permute.default):
-        order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-        return node.args[0] if order == [*_swap(rank)] else None  # type: ignore[return-value]
-    if is_call(node, aten.mT.default, aten.adjoint.default):
-        return node.args[0]  # type: ignore[return-value]
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +96,10 @@ def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | Miss:
     tensors: Any = node.args[1]
     if len(tensors) != 2 or not all(facts.is_tensor(each) for each in tensors):
         return Miss("a product of two tensors", equation)
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, _, output = _without_ellipsis(equation, [val(each).dim() for each in tensors]).partition("->")
     left, _, right = inputs.partition(",")
     repeated = any(len(set(each)) < len(each) for each in (left, right, output))
-    if not output or "." in equation or repeated:
+    if not output or "." in output or repeated:
         return Miss("an equation with an output, each label once in a tensor", equation)
     summed = [label for label in left if label in right and label not in output]
     rows = [label for label in output if label in left and label not in right]
@@ -109,6 +110,22 @@ def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | Miss:
     known = [own[-2] for node, own in zip(tensors, (left, right), strict=True) if node is weights]
     row, column = (_chosen(each, known or list(output[-2:])) for each in (rows, columns))
     return _labelled(tensors, (left, right, output), summed[0], row, column)
+
+
+def _without_ellipsis(equation: str, ranks: list[int]) -> str:
+    """With labels in the place of `...`, whose dimensions broadcast from the last one on."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    own = inputs.split(",")
+    counts = [
+        rank - len(each.replace("...", "")) if "..." in each else 0
+        for rank, each in zip(ranks, own, strict=True)
+    ]
+    unused = [letter for letter in string.ascii_letters if letter not in equation]
+    labels = "".join(unused[: max(counts)])
+    named = [
+        each.replace("...", labels[len(labels) - count :]) for count, each in zip(counts, own, strict=True)
+    ]
+    return ",".join(named) + arrow + output.replace("...", labels)
 
 
 def _chosen(labels: list[str], wanted: list[str]) -> str:
@@ -126,3 +143,22 @@ def _labelled(
         operands.append(Operand(node, order))
     places = (*lead, row, column)
     return Product(operands[0], operands[1], tuple(places.index(label) for label in output))
+
+
+def swap(rank: int) -> tuple[int, ...]:
+    """The order of dimensions with the last two exchanged."""
+    return (*range(rank - 2), rank - 1, rank - 2)
+
+
+def transposition(node: fx.Node) -> fx.Node | None:
+    """The source of a transposition of the last two dimensions."""
+    rank = val(node).dim()
+    if is_call(node, aten.transpose.int):
+        dims = {int(dim) % rank for dim in node.args[1:3]}  # type: ignore[arg-type]
+        return node.args[0] if dims == {rank - 2, rank - 1} else None  # type: ignore[return-value]
+    if is_call(node, aten.permute.default):
+        order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return node.args[0] if order == [*swap(rank)] else None  # type: ignore[return-value]
+    if is_call(node, aten.mT.default, aten.t.default, aten.adjoint.default):
+        return node.args[0]  # type: ignore[return-value]
+    return None

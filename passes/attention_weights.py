@@ -16,7 +16,7 @@ from fxopt.ir.facts import argument, is_call, val
 
 from .attention_layout import Lead
 from .attention_parts import keeps_rows, readers, seen
-from .attention_products import PRODUCTS, Operand, Product, read_product
+from .attention_products import PRODUCTS, Operand, Product, read_product, swap, transposition
 from .attention_steps import VIEWS, read_fill
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ class Zeroed:
 def read_weighted(softmax: fx.Node) -> Weighted | Miss:
     """Follow the probabilities down to their product with V; nobody else may read them."""
     node, dropout, sliced, zeroed, guarded = softmax, 0.0, False, None, False
+    turned = False  # the probabilities have keys as rows
     while True:
         guard = _without_nan(node)
         if guard is not None:
@@ -61,17 +62,19 @@ def read_weighted(softmax: fx.Node) -> Weighted | Miss:
             return Miss("probabilities that only the product with V reads", readers(node))
         user = users[0]
         if is_call(user, *PRODUCTS):
-            found = _product(user, node)
+            found = _product(user, node, turned)
             if isinstance(found, Miss):
                 return found
             return replace(found, dropout_p=dropout, sliced=sliced, zeroed=zeroed, guarded=guarded)
-        if facts.drops(user):
+        if transposition(user) is node:
+            turned = not turned
+        elif facts.drops(user):
             if dropout:
                 return Miss("one dropout", "two")
             dropout = float(argument(user, "p"))
-        elif _drops_last(user) and not dropout and not sliced:
+        elif _drops_last(user) and not (dropout or sliced or turned):
             sliced = True
-        elif _zeroed(user, node) is not None and not (dropout or sliced or zeroed):
+        elif _zeroed(user, node) is not None and not (dropout or sliced or zeroed or turned):
             zeroed = _zeroed(user, node)
         elif not (
             is_call(user, aten.dropout.default, *KEEPING)
@@ -133,16 +136,17 @@ def _zeroed(node: fx.Node, weights: fx.Node) -> Zeroed | None:
     return Zeroed(fill[1], fill[3]) if keeps else None
 
 
-def _product(node: fx.Node, weights: fx.Node) -> Weighted | Miss:
+def _product(node: fx.Node, weights: fx.Node, turned: bool) -> Weighted | Miss:
+    """`turned`: the last two dimensions of `weights` are keys and queries, not queries and keys."""
     found = read_product(node, weights)
     if isinstance(found, Miss):
         return found
-    if is_call(node, aten.einsum.default) and found.right.node is weights:
+    if found.right.node is weights:
         found = found.swapped
     if found.left.node is not weights or found.right.node is weights:
-        return Miss("probabilities as left operand", f"{node.name} has them on the right")
-    own = tuple(range(val(weights).dim()))
-    if found.left.order != own:
+        return Miss("a product of probabilities with V", f"{node.name} multiplies them with themselves")
+    rank = val(weights).dim()
+    if found.left.order != (swap(rank) if turned else tuple(range(rank))):
         return Miss("a product with V over the last dimension of the probabilities", seen(node))
     lead = tuple(val(weights).shape[:-2])
     if not facts.same_shape(lead, _result_lead(found, node)):

@@ -155,6 +155,7 @@ def test_quantize_takes_a_format_or_rules_in_order() -> None:
     rules = {"*.down_proj": "int8", "*.up_proj": None, "*": "int4"}
     wanted = (("*.down_proj", "int8"), ("*.up_proj", "none"), ("*", "int4"))
     assert parse(options={"quantize": rules}).quantize == wanted
+    assert parse(options={"quantize": list(rules.items())}).quantize == wanted
     assert parse(options={"quantize": None}).quantize == ()
     assert parse(options={"skip": "*.o_proj"}).skip == ("*.o_proj",)
     assert parse(options={"quantize": "int4"}).fingerprint != parse(options={"quantize": "nf4"}).fingerprint
@@ -169,7 +170,17 @@ def test_wrong_formats_and_groups(bad: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"quantize": 8}, {"quantize": {3: "int8"}}, {"group_size": "32"}, {"skip": 3}]
+    "bad",
+    [
+        {"quantize": 8},
+        {"quantize": {3: "int8"}},
+        {"quantize": ["int8"]},
+        {"quantize": [("*", "int8", 32)]},
+        {"quantize": [(["*"], "int8")]},
+        {"group_size": "32"},
+        {"skip": 3},
+        {"skip": ["*.o_proj", 3]},
+    ],
 )
 def test_wrong_types_of_quantization(bad: dict[str, object]) -> None:
     with pytest.raises(OptionTypeError):

@@ -87,9 +87,28 @@ def bias_of_the_last_dimensions(q: T, k: T, v: T, keep: T) -> T:
     return softmax(q @ k.mT + torch.arange(S, dtype=q.dtype) * 0.1, -1) @ v
 
 
+def perceiver(q: T, k: T, v: T, keep: T) -> T:
+    """An einsum without labels of the lead, and rows in front of what stands for them."""
+    w = torch.einsum("...id, ...jd -> ...ij", q, k) * 0.5 + added(keep, q.dtype)
+    return torch.einsum("...ij,...jd->i...d", softmax(w, -1), v)
+
+
+def image_in_columns(q: T, k: T, v: T, keep: T) -> T:
+    """The decoder of latent diffusion: V, and so the result, have channels in front of the pixels."""
+    q, k, v = (t.reshape(B, H * S, D).transpose(1, 2) for t in (q, k, v))
+    w = torch.bmm(q.permute(0, 2, 1), k) * D**-0.5
+    w = softmax(w, dim=2).permute(0, 2, 1)
+    return torch.bmm(v, w).reshape(B, D, H, S)
+
+
+def turned_probabilities(q: T, k: T, v: T, keep: T) -> T:
+    w = softmax(q @ k.mT * 0.5 + added(keep, q.dtype), -1).mT.contiguous()
+    return torch.einsum("bhkq,bhkd->bqhd", w.to(v.dtype), v)
+
+
 SITES = [
     einsum, xlnet, einsum_of_value_first, one_matrix, one_batch, windows, groups, several_groups, video,
-    pooling, bias_of_the_last_dimensions,
+    pooling, bias_of_the_last_dimensions, perceiver, image_in_columns, turned_probabilities,
 ]  # fmt: skip
 
 
@@ -99,7 +118,10 @@ def test_fires(site: Site, dtype: torch.dtype) -> None:
     assert_recovered(site, inputs(dtype))
 
 
-@pytest.mark.parametrize("site", [einsum, groups, video], ids=lambda f: f.__name__)
+DYNAMIC = [einsum, groups, video, perceiver, turned_probabilities]
+
+
+@pytest.mark.parametrize("site", DYNAMIC, ids=lambda f: f.__name__)
 def test_fires_with_dynamic_shapes(site: Site) -> None:
     assert_recovered(site, inputs(), dynamic=True)
 
@@ -190,7 +212,34 @@ def value_of_other_heads(q: T, k: T, v: T, keep: T) -> T:
     return torch.einsum("bhqk,bgkd->bhgqd", softmax(q @ k.mT, -1), v)
 
 
+def turned_and_not_back(q: T, k: T, v: T, keep: T) -> T:
+    return softmax(q @ k.mT, -1).mT @ v
+
+
+def value_in_front(q: T, k: T, v: T, keep: T) -> T:
+    return v.mT @ softmax(q @ k.mT, -1)
+
+
+def multiplied_with_themselves(q: T, k: T, v: T, keep: T) -> T:
+    w = softmax(q @ k.mT, -1)
+    return w @ w
+
+
+def cut_when_turned(q: T, k: T, v: T, keep: T) -> T:
+    """The last query goes, not the last key."""
+    return v.mT @ softmax(q @ k.mT, -1).mT[..., :-1]
+
+
+def one_ellipsis_summed(q: T, k: T, v: T, keep: T) -> T:
+    return torch.einsum("bhqk,...kd->bhqd", softmax(q @ k.mT, -1), v)
+
+
 NEAR_MISSES: dict[Site, str] = {
+    turned_and_not_back: "over the last dimension of the probabilities",
+    value_in_front: "over the last dimension of the probabilities",
+    multiplied_with_themselves: "product",
+    cut_when_turned: "casts, dropout and the product with V",
+    one_ellipsis_summed: "a product of matrices",
     heads_after_rows: "scores with queries as rows",
     summed_over_two: "a product of matrices",
     softmax_over_queries: "softmax over the last dimension",
