@@ -217,7 +217,7 @@ class _Search:
         found = input_of(symbol, self.gm.graph)
         if found is None or abs(factor) != 1:
             return None
-        return Length(int(number), self.placeholders.index(found[0]), found[1], int(factor))
+        return Length(0, self.placeholders.index(found[0]), found[1], int(factor), int(number))
 
     def row_count(self, past: fx.Node, dim: int) -> fx.Node | int:
         """Where the number of rows of `past` can be read."""

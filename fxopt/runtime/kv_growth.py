@@ -28,18 +28,22 @@ _is_view = torch.Tensor._is_view
 
 @dataclass(frozen=True)
 class Length:
-    """A number of rows: `number`, and `factor` times the input at `place`, or times one of its sizes."""
+    """A number of rows: `number`; or the input at `place`, or one of its sizes, times `factor`, plus `added`.
+
+    There `number` is an example.
+    """
 
     number: int
     place: int | None = None
     dim: int | None = None
     factor: int = 1
+    added: int = 0
 
     def of(self, inputs: Sequence[Any]) -> int:
         if self.place is None:
             return self.number
         given = inputs[self.place]
-        return self.number + self.factor * int(given if self.dim is None else given.shape[self.dim])
+        return self.added + self.factor * int(given if self.dim is None else given.shape[self.dim])
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_windows_whose_size_is_an_input(function: Callable[..., Any]) -> None:
 
 def test_one_graph_for_a_window_that_fills_and_is_full() -> None:
     records = steps(keeps_at_most, Layer(2), count=12)
-    assert len(records) == 3, "of known length, as the user's code has it, and in a buffer"
+    assert len(records) == 2, "of known length, and for all lengths"
 
 
 def every_second(layer: Window, new: torch.Tensor) -> torch.Tensor:
