@@ -101,7 +101,7 @@ def compile_config(**given: Any) -> CompileConfig:
 def _compiled(compiled: Any, found: Any) -> Any:
     """`found`, the `generate` of the original model, bound to a stand-in where fxopt is the backend."""
     model = compiled._orig_mod
-    options = _options(getattr(compiled.dynamo_ctx, "callback", None))
+    options = options_of(getattr(compiled.dynamo_ctx, "callback", None))
     if options is None or not options.generate or not callable(found):
         return found
     if not isinstance(found, MethodType) or found.__self__ is not model:
@@ -201,7 +201,7 @@ _NOT_A_METHOD = (
 )
 
 
-def _options(callback: Any) -> Options | None:
+def options_of(callback: Any) -> Options | None:
     """The options given to torch.compile; None when its backend is another one."""
     backend = _innermost(callback)
     function = getattr(backend, "compiler_fn", backend)

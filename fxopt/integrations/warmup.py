@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 
 from fxopt.errors import CannotGenerate, OptionValueError
+from fxopt.integrations.generate import options_of
 from fxopt.report.record import collect
 
 # Tokens to generate: the step behind the prompt is compiled for its length, the next one for all lengths.
@@ -15,7 +18,12 @@ _NEW = 4
 
 
 def warmup(
-    model: Any, *, batch_sizes: Iterable[int] = (1,), max_length: int = 512, padded: bool = True, **how: Any
+    model: Any,
+    *,
+    batch_sizes: Iterable[int] | int = (1,),
+    max_length: int = 512,
+    padded: bool = True,
+    **how: Any,
 ) -> int:
     """Run `generate` on made-up prompts, so that requests of these kinds find everything compiled.
 
@@ -25,13 +33,14 @@ def warmup(
     Args:
         model: with a `generate`, and compiled with fxopt: ``torch.compile(model, backend="fxopt")``, or
             behind ``model.compile(backend="fxopt")``.
-        batch_sizes: numbers of sequences to prepare for.
+        batch_sizes: numbers of sequences to prepare for, or one.
         max_length: tokens of the longest sequence, prompt and answer.
         padded: prepare for prompts of different lengths in a batch too, which need a mask.
         how: further arguments of `generate`, as requests will have them.
 
     Returns:
-        The number of graphs that were compiled.
+        The number of graphs that were compiled. It is 0, with a warning, for a model that is not compiled
+        with fxopt.
 
     Raises:
         CannotGenerate: `model` has no `generate`.
@@ -52,11 +61,32 @@ def warmup(
     with collect(private=True) as records:
         for size, length, pad in track(cases, "warming up", transient=True):
             _generate(model, size, length, pad, how)
+    if not records and not _may_be_compiled(model, how):
+        warnings.warn(_NOT_COMPILED.format(name=type(model).__name__), stacklevel=2)
     return len(records)
 
 
-def _checked(batch_sizes: Iterable[int], max_length: int) -> Sequence[int]:
-    sizes = list(batch_sizes)
+_NOT_COMPILED = (
+    "fxopt.warmup: {name} is not compiled with fxopt, so nothing was prepared. Give it "
+    'torch.compile(model, backend="fxopt"), or call model.compile(backend="fxopt") first.'
+)
+
+
+def _may_be_compiled(model: Any, how: dict[str, Any]) -> bool:
+    """False where no call of the model can reach fxopt."""
+    if isinstance(model, OptimizedModule):
+        return options_of(getattr(model.dynamo_ctx, "callback", None)) is not None
+    config = how.get("generation_config") or getattr(model, "generation_config", None)
+    if how.get("compile_config") or getattr(config, "compile_config", None):
+        return True
+    return not isinstance(model, torch.nn.Module) or any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl or "forward" in vars(module)
+        for module in model.modules()
+    )
+
+
+def _checked(batch_sizes: Iterable[int] | int, max_length: int) -> Sequence[int]:
+    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else [batch_sizes]
     if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise OptionValueError(
             name="batch_sizes", value=sizes, nearest="", valid="one or more integers from 1 on"

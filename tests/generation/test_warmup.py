@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -45,7 +46,14 @@ def test_requests_behind_it_compile_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"batch_sizes": (1.5,)}, {"max_length": 3}]
+    "wrong",
+    [
+        {"batch_sizes": ()},
+        {"batch_sizes": (0,)},
+        {"batch_sizes": (1.5,)},
+        {"batch_sizes": 0},
+        {"max_length": 3},
+    ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionValueError):
@@ -55,3 +63,18 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
 def test_a_model_without_generate() -> None:
     with pytest.raises(CannotGenerate):
         fxopt.warmup(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("compiled", [lambda m: m, lambda m: torch.compile(m, backend="eager")])
+def test_a_model_that_is_not_compiled_with_fxopt(compiled: Any) -> None:
+    with pytest.warns(UserWarning, match="is not compiled with fxopt"):
+        assert fxopt.warmup(compiled(model()), batch_sizes=1, max_length=16) == 0
+
+
+def test_no_warning_where_all_is_compiled_already() -> None:
+    plain = model()
+    plain.compile(backend="fxopt", options={"host": "eager", "strict": True})
+    assert fxopt.warmup(plain, batch_sizes=1, max_length=16) > 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fxopt")
+        assert fxopt.warmup(plain, batch_sizes=1, max_length=16) == 0
