@@ -44,8 +44,8 @@ _FORWARD = {
 }
 # Where each score has an address of its own, of an entry of a matrix or a table.
 _FORWARD_PAIRS = {
-    80: (_FORWARD[80][0], Tiles(64, 32, 8, 2)),
-    90: (_FORWARD[90][0], Tiles(64, 32, 8, 3)),
+    80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    90: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 3)),
 }
 _QUERIES = {
     80: (Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)),
