@@ -133,10 +133,13 @@ class FxoptQuantizer(HfQuantizer):
         made, self.notes[name] = quantized_stack(name, module, self.schemes[name], checked=False)
         replace(model, name, made)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """What a checkpoint's tensors become: those of a prepared model are whole already."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """What a checkpoint's tensors become: those of a prepared model are whole already.
+
+        `model` is given by later versions of transformers.
+        """
         if not self.pre_quantized:
-            found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+            found: list[Any] = super().update_weight_conversions(weight_conversions, *model)
             return found
         return without_converters(weight_conversions)
 
