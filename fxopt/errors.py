@@ -69,6 +69,12 @@ class NotAModel(UserError, TypeError):
     message = "wanted a module or a function, got {value!r} ({kind})."
 
 
+class NotAModule(UserError, TypeError):
+    """Something in the place of a model whose layers or weights are meant."""
+
+    message = "wanted a torch.nn.Module, got {value!r} ({kind})."
+
+
 class CannotGenerate(UserError, TypeError):
     """A model without `generate`, where one with it is needed."""
 

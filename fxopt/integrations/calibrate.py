@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fxopt.integrations.linear_modules import is_linear, matrix_of
+from fxopt.integrations.linear_modules import check_module, is_linear, matrix_of
 
 
 @dataclass
@@ -39,8 +39,10 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> Calibration:
         what ``fxopt.prepare(model, quantize="int4", calibration=...)`` takes.
 
     Raises:
+        NotAModule: `model` is no module.
         ValueError: there was no batch.
     """
+    check_module(model)
     seen = _Seen(Calibration())
     handles = seen.watch(model)
     was_training, count = model.training, 0

@@ -10,7 +10,13 @@ def invalidate(model: torch.nn.Module | None = None) -> None:
 
     Needed only after a write that cannot be noticed: one through ``.data`` on a GPU, or one on a CPU that
     leaves the middle of a weight as it is. See docs/quantization.md.
+
+    Raises:
+        NotAModule: `model` is no module.
     """
+    from fxopt.integrations.linear_modules import check_module
     from fxopt.runtime.packed_weights import STORE
 
+    if model is not None:
+        check_module(model)
     STORE.forget(None if model is None else list(model.parameters()))

@@ -7,6 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.errors import NotAModule
+
+
+def check_module(model: object) -> None:
+    """Raises NotAModule for whatever is none."""
+    if not isinstance(model, nn.Module):
+        raise NotAModule(value=model, kind=type(model).__name__)
+
 
 def is_linear(module: nn.Module) -> bool:
     """A plain `nn.Linear`, or GPT-2's `Conv1D`; subclasses may mean something else by it."""

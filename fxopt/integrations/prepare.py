@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from fxopt.integrations.adopt_modules import KEPT, adopt_modules
 from fxopt.integrations.calibrate import Calibration
-from fxopt.integrations.linear_modules import is_linear
+from fxopt.integrations.linear_modules import check_module, is_linear
 from fxopt.integrations.quantize_layer import (
     LayerFacts,
     dense_note,
@@ -54,8 +56,10 @@ def prepare(
         `model`. ``model.fxopt_linears`` says what became of each linear layer; `print` shows it as a table.
 
     Raises:
+        NotAModule: `model` is no module.
         OptionTypeError, OptionValueError: as for options.
     """
+    check_module(model)
     given = {"quantize": quantize, "group_size": group_size, "skip": skip}
     options = Options.parse(options=given, environ={})
     notes = adopt_modules(model)
@@ -73,9 +77,19 @@ def prepare(
         if not isinstance(module, QuantizedExperts):
             notes.extend(_quantize_experts(name, module, about.stack_schemes(name, module, options)))
     notes.extend(other_notes(model, (note.name for note in notes)))
+    _warn_of_patterns(options, [note.name for note in notes])
     setattr(model, NOTES, notes)
     _describe(model)
     return model
+
+
+def _warn_of_patterns(options: Options, names: Sequence[str]) -> None:
+    """A pattern that fits no layer is a mistake in most cases, and nothing else would tell."""
+    patterns = [*(pattern for pattern, _ in options.quantize), *options.skip]
+    unused = [one for one in patterns if one != "*" and not any(fnmatchcase(name, one) for name in names)]
+    if unused:
+        listed = ", ".join(map(repr, unused))
+        warnings.warn(f"fxopt.prepare: no linear layer has a name that fits {listed}", stacklevel=4)
 
 
 def quantize_in_place(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import fxopt
-from fxopt.errors import OptionValueError
+from fxopt.errors import NotAModule, OptionValueError
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.quantization_policy import SCHEMES
 from support.compiled import compile_fxopt
@@ -189,6 +189,19 @@ def test_what_is_left_alone() -> None:
 def test_wrong_formats() -> None:
     with pytest.raises(OptionValueError):
         fxopt.prepare(llama(), "int5")
+
+
+@pytest.mark.parametrize(
+    "call", [fxopt.prepare, fxopt.invalidate, lambda model: fxopt.calibrate(model, [torch.zeros(1)])]
+)
+def test_what_is_no_module(call: Any) -> None:
+    with pytest.raises(NotAModule, match=r"wanted a torch\.nn\.Module, got 'llama' \(str\)"):
+        call("llama")
+
+
+def test_patterns_that_fit_no_layer() -> None:
+    with pytest.warns(UserWarning, match=r"no linear layer has a name that fits 'nothing\.\*', 'lm_haed'$"):
+        fxopt.prepare(llama(), {"nothing.*": "int8", "*": "int8"}, skip=["lm_haed", "lm_head"])
 
 
 def test_gradients_flow_to_adapters() -> None:
