@@ -83,6 +83,19 @@ def _share_spans(readers: Iterable[tuple[fx.Node, fx.Node | None]]) -> None:
             continue
         node.replace_input_with(span, first)
         _erase_unread(span)
+    for span in spans:
+        if len(span.users) > 1:
+            _have_in_memory(span)
+
+
+def _have_in_memory(node: fx.Node) -> None:
+    """Inductor makes a copy for each kernel that is called with a small tensor, but of one with strides."""
+    value = val(node)
+    with node.graph.inserting_after(node):
+        given = (node, list(value.shape), list(value.stride()))
+        placed = node.graph.call_function(torch.ops.aten.as_strided.default, given)
+    placed.meta.update(node.meta)
+    node.replace_all_uses_with(placed, delete_user_cb=lambda user: user is not placed)
 
 
 def _erase_unread(node: fx.Node) -> None:

@@ -34,6 +34,11 @@ def test_layers_share_what_is_known_of_a_mask(found: dict[str, Any]) -> None:
     assert launches(case) == BOTH * 2
     ends = [name for name in case["runs"] if "amin" in name]
     assert len(ends) == 1, case["runs"]
+    first, second = (
+        set(given) for name, given in zip(case["runs"], case["arguments"], strict=True) if BOTH[0] in name
+    )
+    # A copy for each layer would be written by one kernel with many results.
+    assert [one for one in first & second if one.startswith("buf")], case["arguments"]
 
 
 def test_without_a_mask_torch_has_a_kernel(found: dict[str, Any]) -> None:
