@@ -78,7 +78,8 @@ def test_a_window_that_fills_is_one_step_more_where_masks_come_with_it(build: An
 
 
 @pytest.mark.parametrize("build", [mistral, gemma3])
-def test_padded_prompts_have_one_step_for_all_lengths(build: Any) -> None:
+def test_padded_prompts_need_no_graph_for_a_third_length(build: Any) -> None:
+    """And one for prompts or steps behind which padding is no longer in the window: transformers crops it."""
     torch.manual_seed(0)
     model = build().eval()
     twin, compiled = copy.deepcopy(model), compile_fxopt(model)
@@ -89,7 +90,7 @@ def test_padded_prompts_have_one_step_for_all_lengths(build: Any) -> None:
             how["attention_mask"] = (torch.arange(length) >= torch.tensor([[0], [2]])).long()
             assert torch.equal(compiled.generate(**how), twin.generate(**how))
             graphs.append(len(records))
-    assert graphs == [2, 3, 3]
+    assert graphs == [3, 4, 4]
 
 
 class Stop(Exception):  # noqa: N818 - what a user raises

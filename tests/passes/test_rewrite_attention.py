@@ -256,7 +256,7 @@ NEAR_MISSES: dict[str, tuple[Site, str]] = {
     "nan_to_num": (infinite_fill, "nan_to_num"),
     "written_value": (written_value, "written by"),
     "in_place_scores": (in_place_scores, "add_"),
-    "wrong_side": (wrong_side, "left operand"),
+    "wrong_side": (wrong_side, "a product with V over the last dimension of the probabilities"),
 }
 
 
