@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.report_runs import Run
-from benchmarks.tables import table_line
+from benchmarks.tables import table
 from fxopt.measure.noise import FASTER, LEAST, NOISY, SLOWER, TOO_NOISY, name_of, verdict
 from fxopt.measure.results import Row
 
@@ -40,25 +40,23 @@ def render(found: Sequence[Run], reasons: Reasons, past: Sequence[Row], images: 
 
 def _overview(found: Sequence[Run]) -> str:
     head = ("run", "rows", "geometric mean", "slowest row", "faster", "slower", "too noisy", "on", "commit")
-    lines = [table_line(head), table_line(["---"] * len(head))]
+    rows = []
     for run in found:
         summary = run.summary()
-        lines.append(
-            table_line(
-                [
-                    f"[{run.name}](#{run.name})",
-                    str(summary["rows"]),
-                    f"{summary['geomean']:.3f}" + ("" if summary["conclusive"] else " (too noisy)"),
-                    f"{summary['min']:.3f} ({summary['min_row']})",
-                    str(summary["faster"]),
-                    str(len(summary[SLOWER])),
-                    str(len(summary["too_noisy"])),
-                    run.hardware,
-                    str(run.machine["commit"]),
-                ]
-            )
+        rows.append(
+            [
+                f"[{run.name}](#{run.name})",
+                str(summary["rows"]),
+                f"{summary['geomean']:.3f}" + ("" if summary["conclusive"] else " (too noisy)"),
+                f"{summary['min']:.3f} ({summary['min_row']})",
+                str(summary["faster"]),
+                str(len(summary[SLOWER])),
+                str(len(summary["too_noisy"])),
+                run.hardware,
+                str(run.machine["commit"]),
+            ]
         )
-    return "\n".join(["## All runs", "", *lines, ""])
+    return "\n".join(["## All runs", "", table(head, rows)])
 
 
 _KINDS = {
@@ -105,15 +103,15 @@ _FIGURES: tuple[Column, ...] = (
 def _section(run: Run, reasons: dict[str, str], images: Sequence[str]) -> str:
     figures = [(name, cell) for name, cell in _FIGURES if any(cell(row) for row in run.good)]
     head = ["row", "ratio", "interval", "noise", *(name for name, _ in figures), "line"]
-    lines = [table_line(head), table_line(["---"] * len(head))]
+    rows = []
     for place, row in enumerate(run.rows):
         if "ratio" in row:
             cells = [run.title(row), *_ratio(row), *(cell(row) for _, cell in figures)]
         else:
             cells = [run.title(row), f"🔴 {row.get('error', '')[:120]}"] + [""] * (len(head) - 3)
-        lines.append(table_line([*cells, _link(run, place)]))
+        rows.append([*cells, _link(run, place)])
     return "\n".join(
-        [f"## {run.name}", "", *_told(run), *_picture(run, images), *lines, "", *_why(run, reasons)]
+        [f"## {run.name}", "", *_told(run), *_picture(run, images), table(head, rows), *_why(run, reasons)]
     )
 
 
@@ -154,16 +152,16 @@ def _link(run: Run, place: int) -> str:
 
 def _history(past: Sequence[Row]) -> str:
     head = ("run", "date", "commit", "rows", "geometric mean", "slowest", "slower", "noise", "on")
-    lines = [table_line(head), table_line(["---"] * len(head))]
-    for line in past:
-        cells = [
+    rows = [
+        [
             line["run"], line["time"][:10], str(line["commit"]), str(line["rows"]), f"{line['geomean']:.3f}",
             f"{line['min']:.3f}", str(line["slower"]),
             f"{line['noise_min']:.2f} to {line['noise_max']:.2f}", line["hardware"],
-        ]  # fmt: skip
-        lines.append(table_line(cells))
+        ]
+        for line in past
+    ]  # fmt: skip
     told = "Every run that was reported ([history.jsonl](../benchmarks/results/history.jsonl))."
-    return "\n".join(["## History", "", told, "", *lines, ""])
+    return "\n".join(["## History", "", told, "", table(head, rows)])
 
 
 def _counts(counts: Row) -> str:

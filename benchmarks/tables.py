@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with these names of columns; each line ends with a line break."""
-    return "".join(f"{table_line(each)}\n" for each in (names, ["---"] * len(names), *rows))
+    return "".join(f"{_line(each)}\n" for each in (names, ["---"] * len(names), *rows))
 
 
-def table_line(cells: Iterable[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     """One line of a table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -17,8 +17,9 @@ from fxopt.ir.sizes import size_node
 
 from .attention_layout import Layout, Lead, Steps
 from .attention_parts import Factor, Mask, Multiplier
-from .attention_products import Operand, swap, transposition
+from .attention_products import Operand, transposition
 from .attention_site import Site
+from .transpositions import swap
 
 aten = torch.ops.aten
 

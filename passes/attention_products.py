@@ -14,10 +14,14 @@ from fxopt.ir.contract import Miss
 from fxopt.ir.facts import is_call, val
 
 from .attention_layout import Lead
+from .transpositions import swaps
 
 aten = torch.ops.aten
 
 MATRIX_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+_TURNS = (
+    aten.transpose.int, aten.permute.default, aten.mT.default, aten.t.default, aten.adjoint.default,
+)  # fmt: skip
 PRODUCTS = (*MATRIX_PRODUCTS, aten.einsum.default)
 
 # Dimensions of a node in a new order; None stands for a new one of size one.
@@ -145,20 +149,6 @@ def _labelled(
     return Product(operands[0], operands[1], tuple(places.index(label) for label in output))
 
 
-def swap(rank: int) -> tuple[int, ...]:
-    """The order of dimensions with the last two exchanged."""
-    return (*range(rank - 2), rank - 1, rank - 2)
-
-
 def transposition(node: fx.Node) -> fx.Node | None:
     """The source of a transposition of the last two dimensions."""
-    rank = val(node).dim()
-    if is_call(node, aten.transpose.int):
-        dims = {int(dim) % rank for dim in node.args[1:3]}  # type: ignore[arg-type]
-        return node.args[0] if dims == {rank - 2, rank - 1} else None  # type: ignore[return-value]
-    if is_call(node, aten.permute.default):
-        order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-        return node.args[0] if order == [*swap(rank)] else None  # type: ignore[return-value]
-    if is_call(node, aten.mT.default, aten.t.default, aten.adjoint.default):
-        return node.args[0]  # type: ignore[return-value]
-    return None
+    return node.args[0] if is_call(node, *_TURNS) and swaps(node) else None  # type: ignore[return-value]

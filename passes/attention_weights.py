@@ -16,8 +16,9 @@ from fxopt.ir.facts import argument, is_call, val
 
 from .attention_layout import Lead
 from .attention_parts import keeps_rows, readers, seen
-from .attention_products import PRODUCTS, Operand, Product, read_product, swap, transposition
+from .attention_products import PRODUCTS, Operand, Product, read_product, transposition
 from .attention_steps import VIEWS, read_fill
+from .transpositions import swap
 
 aten = torch.ops.aten
 

@@ -9,16 +9,21 @@ import torch
 from torch import fx
 
 from fxopt.ir import facts
-from fxopt.ir.contract import Context
+from fxopt.ir.contract import Context, Match, Verdict
 from fxopt.ir.facts import is_call
 from fxopt.ir.propagate import fake_mode_of
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
 from fxopt.ir.quantize import NotFinite
 from fxopt.runtime.packed_weights import HELD_KEY, PACKED_KEY, STORE, Form, Packed, Spec
 
+from .transpositions import swaps
+
 aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TURNS = (
+    aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default,
+)  # fmt: skip
 _PARTS = ("codes", "scales", "offsets", "columns")
 
 
@@ -54,30 +59,9 @@ def parameter(operand: Any) -> tuple[fx.Node | None, bool]:
 def unturned(operand: Any) -> tuple[Any, bool]:
     """What an operand is but for transposition of its last two dimensions, and whether it is transposed."""
     turned = False
-    while isinstance(operand, fx.Node) and (swapped := _swaps(operand)) is not None:
+    while is_call(operand, *_TURNS) and (swapped := swaps(operand)) is not None:
         turned, operand = turned != swapped, operand.args[0]
     return operand, turned
-
-
-def _swaps(node: fx.Node) -> bool | None:
-    """Whether a node swaps the last two dimensions; None when it is something else."""
-    if not is_call(
-        node, aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default
-    ):
-        return None
-    rank, arguments = facts.rank(node), list[Any](node.args[1:])
-    order = list(range(rank))
-    swapped = [*order[:-2], rank - 1, rank - 2] if rank > 1 else order
-    if is_call(node, aten.permute.default):
-        found = [each % rank for each in arguments[0]]
-    elif is_call(node, aten.transpose.int):
-        one, other = (each % rank for each in arguments)
-        found = list(order)
-        found[one], found[other] = other, one
-    else:
-        # That of numpy reverses all dimensions.
-        found = order[::-1] if is_call(node, aten.numpy_T.default) else swapped
-    return {tuple(order): False, tuple(swapped): True}.get(tuple(found))
 
 
 def is_shown(graph: fx.Graph) -> bool:
@@ -87,7 +71,19 @@ def is_shown(graph: fx.Graph) -> bool:
     return any(HELD_KEY in each.meta for each in (*inputs, *outer))
 
 
-def choose(weight: fx.Node, node: fx.Node, name: str, transposed: bool, ctx: Context) -> Chosen | str:
+def decide(match: Match, name: str, ctx: Context) -> Verdict:
+    """Whether the parameter `name`, the match's "weight", can be quantized; how is kept with the match.
+
+    It has "transposed", and "found" for what is kept, too.
+    """
+    chosen = _choose(match["weight"], match.anchor, name, match["transposed"], ctx)
+    if not isinstance(chosen, Chosen):
+        return Verdict.no(chosen)
+    match["found"]["chosen"] = chosen
+    return Verdict.yes()
+
+
+def _choose(weight: fx.Node, node: fx.Node, name: str, transposed: bool, ctx: Context) -> Chosen | str:
     """How a parameter that the product `node` reads is quantized, or why it is left alone."""
     held = weight.meta[HELD_KEY]
     if ctx.facts.differentiates(node) and weight.meta.get("fxopt_needs_grad"):

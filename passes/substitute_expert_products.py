@@ -23,7 +23,7 @@ from fxopt.ir.facts import is_call
 from fxopt.ir.layer_names import parameter_name
 from fxopt.ir.ops.expert_linear import EXPERT_LINEAR
 
-from .packed_parameters import Chosen, choose, is_shown, packed_inputs, parameter, unturned
+from .packed_parameters import decide, is_shown, packed_inputs, parameter, unturned
 
 aten = torch.ops.aten
 
@@ -48,14 +48,10 @@ class SubstituteExpertProducts:
         return Match(node, (node,), found | {"found": {}}) if isinstance(found, dict) else found
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
-        weight, node = match["weight"], match.anchor
+        node = match.anchor
         if facts.dtype(match["x"]) != facts.dtype(node):
             return Verdict.no(f"a result of {facts.dtype(node)} of tokens of {facts.dtype(match['x'])}")
-        chosen = choose(weight, node, parameter_name(weight), match["transposed"], ctx)
-        if not isinstance(chosen, Chosen):
-            return Verdict.no(chosen)
-        match["found"]["chosen"] = chosen
-        return Verdict.yes()
+        return decide(match, parameter_name(match["weight"]), ctx)
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
         return Verdict.yes(match["found"]["chosen"].sizes(match["weight"]))

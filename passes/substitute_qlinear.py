@@ -22,7 +22,7 @@ from fxopt.ir.facts import is_call
 from fxopt.ir.layer_names import layer_name, parameter_name
 from fxopt.ir.ops.qlinear import QLINEAR
 
-from .packed_parameters import Chosen, choose, is_shown, packed_inputs, parameter, unturned
+from .packed_parameters import decide, is_shown, packed_inputs, parameter, unturned
 
 aten = torch.ops.aten
 
@@ -55,11 +55,7 @@ class SubstituteQlinear:
     def legal(self, match: Match, ctx: Context) -> Verdict:
         weight = match["weight"]
         name = layer_name(weight) if match["pick"] is None else parameter_name(weight)
-        chosen = choose(weight, match.anchor, name, match["transposed"], ctx)
-        if not isinstance(chosen, Chosen):
-            return Verdict.no(chosen)
-        match["found"]["chosen"] = chosen
-        return Verdict.yes()
+        return decide(match, name, ctx)
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
         return Verdict.yes(match["found"]["chosen"].sizes(match["weight"]))
@@ -88,11 +84,9 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
 def _weight(operand: Any) -> tuple[fx.Node | None, bool, fx.Node | None]:
     """The input that an operand is of, whether transposed, and what picks it from a stack of matrices."""
     base, turned = unturned(operand)
-    if not _picks_one(base):
-        weight, turned = parameter(operand)
-        return weight, turned, None
-    weight, inner = parameter(base.args[0])
-    return weight, turned != inner, base
+    pick = base if _picks_one(base) else None
+    weight, inner = parameter(base if pick is None else base.args[0])
+    return weight, turned != inner, pick
 
 
 def _picks_one(node: Any) -> bool:

@@ -46,7 +46,7 @@ def bias_of(model: nn.Module, name: str) -> torch.Tensor | None:
 
 def own_names(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a prepared model's checkpoint by the names of `model`, less those of another's head."""
-    if not _is_of_transformers(model):
+    if not is_of_transformers(model):
         return state
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -95,6 +95,7 @@ def keep_whole(model: nn.Module) -> None:
     setattr(model, "_weight_conversions", without_converters(used))  # noqa: B010 - no attribute of nn.Module
 
 
-def _is_of_transformers(model: nn.Module) -> bool:
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is one of transformers' models; imports nothing."""
     known = sys.modules.get("transformers.modeling_utils")
     return known is not None and isinstance(model, known.PreTrainedModel)

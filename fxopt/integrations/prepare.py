@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ from torch import nn
 
 from fxopt.integrations.adopt_modules import KEPT, adopt_modules
 from fxopt.integrations.calibrate import Calibration
+from fxopt.integrations.checkpoint_names import is_of_transformers
 from fxopt.integrations.linear_modules import check_module, is_linear
 from fxopt.integrations.quantize_layer import (
     LayerFacts,
@@ -126,13 +126,12 @@ def _quantize_experts(name: str, module: Any, chosen: Mapping[str, Scheme | str]
     return [note for _, note in made.values()]
 
 
-def _describe(model: nn.Module) -> None:
+def _describe(model: Any) -> None:
     """Have the configuration of a model of transformers say what is quantized: it is saved with the model.
 
     A library's layers that were left as they are need what the library has put there.
     """
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_of_transformers(model):
         return
     from fxopt.integrations.quantization_config import FxoptConfig
 

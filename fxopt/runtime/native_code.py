@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+
+log = logging.getLogger("fxopt")
+
+
+def kernels_of(source: Path, without: str) -> Any:
+    """The compiled form of a file that has a function `fxopt_has_kernels`, loaded; None where it cannot be
+    used. There is no compiler then, which the log says, with what is done `without` it, or this processor has
+    not the instructions.
+    """
+    try:
+        library = ctypes.CDLL(str(library_of(source)))
+    except Exception as error:
+        log.info("fxopt: %s: %s", without, error)
+        return None
+    return library if library.fxopt_has_kernels() else None
 
 
 def library_of(source: Path) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,7 @@ from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.packed_linear import packed_linear, packed_linear_backward, round_tokens
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
-
-log = logging.getLogger("fxopt")
+from fxopt.runtime.native_code import kernels_of
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -57,14 +55,7 @@ class _Product(ctypes.Structure):
 @functools.cache
 def native() -> Any:
     """The compiled library, or None where it cannot be used; that is said once, in the log."""
-    from fxopt.runtime.native_code import library_of
-
-    try:
-        library = ctypes.CDLL(str(library_of(_SOURCE)))
-    except Exception as error:
-        log.info("fxopt: quantized linears are computed by torch alone: %s", error)
-        return None
-    return library if library.fxopt_has_kernels() else None
+    return kernels_of(_SOURCE, "quantized linears are computed by torch alone")
 
 
 def register_processor() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from fxopt.ir.ops.decode_attention import mask_per_group
 from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.row_attention import is_plain, row_attention
 from fxopt.ir.ops.tile_attention import per_group, per_head
-
-log = logging.getLogger("fxopt")
+from fxopt.runtime.native_code import kernels_of
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
@@ -55,14 +53,7 @@ class _Attention(ctypes.Structure):
 @functools.cache
 def native() -> Any:
     """The compiled library, or None where it cannot be used; that is said once, in the log."""
-    from fxopt.runtime.native_code import library_of
-
-    try:
-        library = ctypes.CDLL(str(library_of(_SOURCE)))
-    except Exception as error:
-        log.info("fxopt: rows of 8 bits are read by torch alone: %s", error)
-        return None
-    return library if library.fxopt_has_kernels() else None
+    return kernels_of(_SOURCE, "rows of 8 bits are read by torch alone")
 
 
 @functools.cache

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from support.emitted_products import Program, Value, gated, normal_residual, projections, random, residual
+from support.emitted_products import (
+    Program,
+    Value,
+    gated,
+    in_sizes,
+    normal_residual,
+    projections,
+    random,
+    residual,
+)
 
 
 def interleaved(x: Value) -> Value:
@@ -106,7 +115,7 @@ SIZES = (
     (64, 64, 32, torch.float32),
     (17, 16, 1, torch.float32),
 )
-ROTATED = ((19, torch.bfloat16), (3, torch.float32), (1, torch.float16))
+ROTATED = ((19, 24, torch.bfloat16), (3, 24, torch.float32), (1, 24, torch.float16))
 
 
 def programs(whole: bool) -> Iterator[tuple[str, Program]]:
@@ -115,12 +124,6 @@ def programs(whole: bool) -> Iterator[tuple[str, Program]]:
     Args:
         whole: every layer in all sizes, not each in one of them.
     """
-    for place, (rows, width, columns, dtype) in enumerate(SIZES):
-        for number, (name, program) in enumerate(layers(rows, width, columns, dtype).items()):
-            if whole or number % len(SIZES) == place:
-                yield f"{name} {rows} {width} {columns} {dtype}", program
-    for place, (rows, dtype) in enumerate(ROTATED):
-        for number, (name, program) in enumerate(rotations(rows, 24, dtype).items()):
-            if whole or number % len(ROTATED) == place:
-                yield f"{name} {rows} {dtype}", program
+    yield from in_sizes(SIZES, layers, whole)
+    yield from in_sizes(ROTATED, rotations, whole)
     yield from PLAIN.items()

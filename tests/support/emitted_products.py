@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -129,14 +130,21 @@ SIZES = (
 )
 
 
+def in_sizes(
+    sizes: Sequence[tuple[Any, ...]], made: Callable[..., dict[str, Program]], whole: bool
+) -> Iterator[tuple[str, Program]]:
+    """Name and program of what is `made` of each of the sizes: all, or each in one of them."""
+    for place, size in enumerate(sizes):
+        for number, (name, program) in enumerate(made(*size).items()):
+            if whole or number % len(sizes) == place:
+                yield " ".join(map(str, (name, *size))), program
+
+
 def programs(whole: bool) -> Iterator[tuple[str, Program]]:
     """Name and program; those of a layer for one row, few rows and a full tile of them.
 
     Args:
         whole: every layer in all sizes, not each in one of them.
     """
-    for place, (rows, width, columns, dtype) in enumerate(SIZES):
-        for number, (name, program) in enumerate(layers(rows, width, columns, dtype).items()):
-            if whole or number % len(SIZES) == place:
-                yield f"{name} {rows} {width} {columns} {dtype}", program
+    yield from in_sizes(SIZES, layers, whole)
     yield from PLAIN.items()
