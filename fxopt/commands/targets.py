@@ -61,6 +61,7 @@ class Request:
         batch, seq: of generated inputs; None is the size's own.
         dtype: `float32`, `bfloat16`, `float16`, `float64`.
         attention: `attn_implementation`; None is transformers' default.
+        layers: of model types; None is the size's own.
     """
 
     size: str = "tiny"
@@ -70,6 +71,7 @@ class Request:
     attention: str | None = None
     training: bool = False
     device: str = "cpu"
+    layers: int | None = None
 
     def scale(self) -> Scale:
         """The sizes asked for.
@@ -79,7 +81,7 @@ class Request:
         """
         if self.size not in (*SCALES, "full"):
             raise UnknownChoice(flag="--size", value=self.size, valid=", ".join((*SCALES, "full")))
-        given = {name: value for name, value in (("batch", self.batch), ("seq", self.seq)) if value}
+        given = {name: getattr(self, name) for name in ("batch", "seq", "layers") if getattr(self, name)}
         return Scale(**{**vars(SCALES.get(self.size, SCALES["small"])), **given})
 
     def torch_dtype(self) -> torch.dtype:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fxopt.commands.targets import resolve
+from fxopt.commands.targets import Request, resolve
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
-from fxopt.measure.suite import NAMED, Case, cases, expanded, measure, suite_of
+from fxopt.measure.suite import NAMED, SUITE, Case, cases, expanded, measure, suite_of
 from fxopt.suites.plan import Plan, megabytes, milliseconds, over
 
 TITLE = "time of inductor / time of fxopt: more than 1 means that fxopt is faster"
@@ -33,22 +33,33 @@ def jobs(plan: Plan) -> list[Job]:
     plan = replace(plan, models=expanded(plan.models))
     own = tuple(FULL if plan.size == "full" else suite_of(plan.size))
     names = plan.targets(own, names={name: kind for name, (kind, _) in NAMED.items()})
-    todo = [
-        case
-        for case in cases(names, infer=plan.infer, train=plan.train, size=plan.size)
-        if not case.training or case.model not in FULL or FULL[case.model].trained
-    ]
+    found = cases(names, infer=plan.infer, train=plan.train, size=plan.size)
+    todo = [case for case in found if not case.training or _is_trained(plan, case)]
     return [
         Job({"model": case.model, "phase": case.phase}, functools.partial(_one, plan, case)) for case in todo
     ]
 
 
+def _is_trained(plan: Plan, case: Case) -> bool:
+    """Without a choice of models or phases, the size that is quick trains the first architectures only."""
+    if case.model in FULL:
+        return FULL[case.model].trained
+    return case.model in SUITE or plan.size != "tiny" or bool(plan.models) or not plan.infer
+
+
 def _one(plan: Plan, case: Case) -> Row:
-    subject = resolve(case.target, plan.request(training=case.training), **case.overrides)
+    subject = resolve(case.target, _request(plan, case), **case.overrides)
     more: dict[str, Any] = {"check": plan.check, "tuned": plan.tuned, "mode": plan.mode}
     more["cold"] = plan.cold or not case.training
     found = measure(case, subject, plan.options, budget_seconds=plan.budget, **more)
     return {name: value for name, value in found.items() if name not in ("model", "phase")}
+
+
+def _request(plan: Plan, case: Case) -> Request:
+    """Inference has the layers of the size. A step of training compiles for as long as two of them: one layer
+    is enough at the size that is quick."""
+    layers = 1 if plan.size == "tiny" and case.training else None
+    return plan.request(training=case.training, layers=layers)
 
 
 def _pair(row: Row, name: str) -> str:

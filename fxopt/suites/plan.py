@@ -87,10 +87,10 @@ class Plan:
         return self.seconds or (1.0 if self.size == "tiny" else 4.0)
 
     def request(self, *, training: bool = False, **changed: Any) -> Request:
-        """How a target is to be built; `changed`: the batch and the length where they are not the plan's."""
-        given = {"batch": self.batch, "seq": self.length, **changed}
-        own = (self.dtype, self.attention, training, self.device)
-        return Request(self.size, given["batch"], given["seq"], *own)
+        """How a target is to be built; `changed`: fields of the request that are not the plan's."""
+        own = {"batch": self.batch, "seq": self.length, "training": training}
+        own |= {name: getattr(self, name) for name in ("size", "dtype", "attention", "device")}
+        return Request(**{**own, **changed})
 
     def validate(self) -> None:
         """Raise `UnknownChoice` for a size or a dtype that there is not."""
