@@ -19,6 +19,7 @@ from fxopt.codegen.attention_program import Capture
 from fxopt.codegen.attention_spec import Spec
 from fxopt.codegen.elementwise import TRITON_TYPES
 from fxopt.codegen.kernel_file import About, KernelFile
+from fxopt.codegen.price import multiplied
 from fxopt.ir.contract import Cost, Evidence, Status, Verdict
 from fxopt.ir.cost import hint
 from fxopt.ir.facts import argument, is_floating, location, val
@@ -28,6 +29,7 @@ from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.attention_providers import flash_has_it, reaches_grad
 from fxopt.ir.ops.block_attention import block_arguments, kernel_arguments
 from fxopt.ir.ops.masking import NONE, ZERO
+from fxopt.ir.ops.tile_plan import live_scores
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.propagate import fake_mode_of
 from fxopt.ir.target import Target
@@ -185,11 +187,12 @@ def _kernel(node: fx.Node, backward: bool, target: Target | None) -> KernelFile:
 
 def _about(node: fx.Node, spec: Spec, values: Sequence[Any], backward: bool) -> About:
     query, key, value = values[:3]
-    products = 2.5 if backward else 1
-    scores = hint(query.shape[0]) * hint(query.shape[1]) * hint(query.shape[2]) * hint(key.shape[2])
-    flops = int(products * 2 * scores * (spec.width + spec.width_v))
+    batch, heads, rows, columns = map(hint, (*query.shape[:3], key.shape[2]))
+    live = live_scores(spec.mask, tuple(map(hint, values[6])), rows, columns)
+    each = (5.0 if backward else 2.0) * (spec.width + spec.width_v)  # operations of a score
+    flops = int(each * batch * heads * live)
     passes = 2 if backward else 1
-    out = hint(query.shape[0]) * hint(query.shape[1]) * hint(query.shape[2]) * spec.width_v
+    out = batch * heads * rows * spec.width_v
     moved = sum(hint(each.numel()) for each in (query, key, value)) + out
     operands = "query.numel() + key.numel() + value.numel()"
     written = f"batch * heads * rows * {spec.width_v}"
@@ -199,8 +202,9 @@ def _about(node: fx.Node, spec: Spec, values: Sequence[Any], backward: bool) -> 
         replaces=(str(node.target),),
         shapes=tuple(f"{name}: {list(one.shape)}" for name, one in zip(_OPERANDS, values[:3], strict=True)),
         moved=f"{passes} * ({operands} + {written}) * query.element_size()",
-        flops=f"int({products} * 2 * batch * heads * rows * columns * {spec.width + spec.width_v})",
+        flops=f"int({each} * batch * heads * rows * columns)",
         seen=(passes * moved * query.element_size(), flops),
+        multiplied=multiplied(flops, query.dtype),
     )
 
 

@@ -17,10 +17,10 @@ from fxopt.codegen.configurations import predicted
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.matmul import MatmulBody
 from fxopt.codegen.price import hinted
-from fxopt.codegen.product_operands import CHOSEN, is_large, operands_of_product
+from fxopt.codegen.product_operands import CHOSEN, flops_of_product, is_large
 from fxopt.codegen.region import Region, can_emit
 from fxopt.codegen.view_index import view_base
-from fxopt.ir.cost import bytes_of, hint, numel
+from fxopt.ir.cost import bytes_of
 from fxopt.ir.target import Target
 
 LIBRARY, OURS = 0.8, 0.6  # shares of the matrix units' peak: what a library is taken to reach, and a kernel
@@ -73,7 +73,7 @@ def compared(region: Region, kernel: KernelFile, target: Target) -> Comparison:
     assert isinstance(region.body, MatmulBody)
     on_matrix_units = region.body.on_matrix_units
     for node in large_products(region):
-        arithmetic = _flops(node) / target.rate(region.body.dtype, tensor_cores=on_matrix_units)
+        arithmetic = flops_of_product(node) / target.rate(region.body.dtype, tensor_cores=on_matrix_units)
         operands = [view_base(one) for one in node.all_input_nodes]
         stored = bytes_of(node.meta["val"])
         read = {one: bytes_of(one.meta["val"]) for one in operands}
@@ -83,9 +83,3 @@ def compared(region: Region, kernel: KernelFile, target: Target) -> Comparison:
         rest += stored + sum(size if one in inside else -size for one, size in read.items())
     ours = max(predicted(kernel, target), peak / OURS)
     return Comparison(ours, library + max(0, rest) / target.bandwidth + LAUNCH)
-
-
-def _flops(node: fx.Node) -> float:
-    operands = operands_of_product(node)
-    assert operands is not None
-    return 2.0 * numel(node.meta["val"]) * hint(operands.left.meta["val"].shape[-1])

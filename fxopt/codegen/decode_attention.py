@@ -18,6 +18,7 @@ from fxopt.codegen.decode_problem import Problem, Tiling, tiling_of
 from fxopt.codegen.decode_reference import example_text, reference_text
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.codegen.kernels import POINTERS
+from fxopt.codegen.price import multiplied
 from fxopt.codegen.tile_sizes import power_of_two
 from fxopt.ir.cost import hint
 from fxopt.ir.formula import K
@@ -341,6 +342,7 @@ def about(problem: Problem, tiling: Tiling, summary: str) -> About:
         moved=moved,
         flops=flops,
         seen=numbers,
+        multiplied=multiplied(numbers[1], problem.query.dtype),
     )
 
 

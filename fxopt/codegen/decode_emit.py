@@ -12,6 +12,7 @@ from fxopt.codegen.attention_emit import NAME, Emit
 from fxopt.codegen.decode_attention import decode_kernel
 from fxopt.codegen.decode_problem import Problem
 from fxopt.codegen.kernel_file import KernelFile
+from fxopt.codegen.price import least_seconds
 from fxopt.ir.contract import Cost, Evidence, Status
 from fxopt.ir.facts import argument, location, val
 from fxopt.ir.linear import Unsupported
@@ -65,7 +66,7 @@ def emit_calls(
             continue
         kernel = made.setdefault(kernel.digest, kernel)
         kernels.append(kernel)
-        evidence.append(_applied(node, kernel, target, problem.query.dtype))
+        evidence.append(_applied(node, kernel, target))
         if emit is not None:
             put(node, emit(kernel), inputs)
     return kernels, evidence
@@ -133,12 +134,12 @@ def _replace(node: fx.Node, op: Any, inputs: list[Any]) -> None:
     node.graph.erase_node(node)
 
 
-def _applied(node: fx.Node, kernel: KernelFile, target: Target | None, dtype: torch.dtype) -> Evidence:
-    """What is said of an attention, of this dtype, whose kernel is used."""
+def _applied(node: fx.Node, kernel: KernelFile, target: Target | None) -> Evidence:
+    """What is said of an attention whose kernel is used."""
     moved, flops = kernel.about.seen
     least = ""
     if target is not None:
-        seconds = target.time(float(moved), float(flops), dtype, tensor_cores=True)
+        seconds = least_seconds(kernel.about, target)
         least = f", not below {seconds * 1e6:.2f} us on {target.name} with a full cache"
     cost = Cost(moved, flops, len(kernel.launches))
     reason = (

@@ -17,7 +17,7 @@ from fxopt.codegen.copies import erase_unread, with_copies
 from fxopt.codegen.decode_emit import emit_cached
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
-from fxopt.codegen.price import hinted
+from fxopt.codegen.price import hinted, least_seconds
 from fxopt.codegen.quantized_products import OF_CALLS, expand_quantized
 from fxopt.codegen.region import Region, can_emit, leads_outside, make_region
 from fxopt.codegen.regions import Partition, partition
@@ -264,7 +264,7 @@ def _applied(one: Emitted, target: Target | None, why: str) -> Evidence:
     sized = dict.fromkeys(near for node in region.members for near in (node, *node.all_input_nodes))
     least = ""
     if target is not None:
-        seconds = target.time(float(moved), float(flops), region.outputs[0].meta["val"].dtype)
+        seconds = least_seconds(about, target, region.outputs[0].meta["val"].dtype)
         least = f", not below {seconds * 1e6:.2f} us on {target.name}"
     if region.again:
         least += f"; {len(region.again)} operators of others computed again, {region.why_again}"

@@ -126,7 +126,8 @@ class About:
         summary: one line. lines: the user's source lines, "file.py:12: text". replaces: names of ATen ops.
         shapes: one text per tensor, "x: bf16[B, 4096]". configuration: what was chosen, and why.
         moved: bytes, flops: operations; expressions, with which `main` computes what was achieved.
-        seen: both, at the sizes seen while tracing.
+        seen: both, at the sizes seen while tracing; without scores that a mask leaves out.
+        multiplied: how many of the operations seen matrix units do, and the dtype that they multiply.
     """
 
     summary: str = ""
@@ -137,6 +138,7 @@ class About:
     moved: str = "0"
     flops: str = "0"
     seen: tuple[int, int] = (0, 0)
+    multiplied: tuple[int, str] = (0, "")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fxopt.codegen.matmul import MatmulBody
 from fxopt.codegen.matmul_tile import MatmulTile, choose_matmul_tile, pieces_worth_while, products_of
 from fxopt.codegen.price import Price, hinted
 from fxopt.codegen.print_index import print_index
+from fxopt.codegen.product_operands import flops_of_product
 from fxopt.codegen.reference_text import example_text, reference_text
 from fxopt.codegen.region import Region
 from fxopt.codegen.render import Rendered, Tile, render
@@ -318,6 +319,7 @@ def _about(region: Region, passes: Sequence[Pass], read: Sequence[fx.Node], targ
         moved=print_index(fused.bytes),
         flops=print_index(fused.flops),
         seen=_seen(fused, region),
+        multiplied=_multiplied(region.body),
     )
 
 
@@ -325,6 +327,14 @@ def _seen(price: Price, region: Region) -> tuple[int, int]:
     """Bytes and operations at the sizes of tracing."""
     nodes = (*region.outputs, *(one.tensor for one in region.body.loads))
     return hinted(price.bytes, nodes), hinted(price.flops, nodes)
+
+
+def _multiplied(body: Body) -> tuple[int, str]:
+    """How many operations matrix units do, and the dtype that they multiply."""
+    if not isinstance(body, MatmulBody) or not body.on_matrix_units:
+        return 0, ""
+    flops = sum(flops_of_product(one.origin) for one in body.products)
+    return flops, str(body.dtype).removeprefix("torch.")
 
 
 def _shape(node: fx.Node) -> str:

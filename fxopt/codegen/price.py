@@ -15,12 +15,14 @@ import torch
 from torch import fx
 
 from fxopt.codegen.indexing import product, ranges_of, sizes_of
+from fxopt.codegen.kernel_file import About
 from fxopt.codegen.product_operands import operands_of_product
 from fxopt.codegen.statements import Body
 from fxopt.codegen.view_index import view_base
 from fxopt.ir.cost import hint, tensors_of
 from fxopt.ir.facts import Size
 from fxopt.ir.sizes import size_of
+from fxopt.ir.target import Target
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,25 @@ def _flops(members: Iterable[fx.Node]) -> sympy.Expr:
         counts = [product(sizes_of(value.shape)) for value in values]
         total += max(counts, key=lambda count: hinted(count, (node, *node.all_input_nodes)))
     return sympy.expand(total)
+
+
+def least_seconds(about: About, target: Target, dtype: torch.dtype = torch.float32) -> float:
+    """Seconds below which a kernel cannot come, at the sizes seen while tracing.
+
+    The longest of three times, as a GPU does all three at once: of the bytes, of the matrix units, and of all
+    other operations, which are of `dtype`.
+    """
+    moved, flops = about.seen
+    multiplied, of = about.multiplied
+    seconds = float(target.time(float(moved), float(flops - multiplied), dtype))
+    if not multiplied:
+        return seconds
+    return max(seconds, multiplied / target.rate(getattr(torch, of), tensor_cores=True))
+
+
+def multiplied(flops: int, dtype: torch.dtype) -> tuple[int, str]:
+    """`About.multiplied` of products in full precision: matrix units have none of float32."""
+    return (0, "") if dtype is torch.float32 else (flops, str(dtype).removeprefix("torch."))
 
 
 def hinted(expr: sympy.Expr, nodes: Iterable[fx.Node]) -> int:

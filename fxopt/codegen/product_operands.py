@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.ir.cost import hint
+from fxopt.ir.cost import hint, numel
 from fxopt.ir.ops.code_products import PRODUCT, is_op
 
 aten = torch.ops.aten
@@ -78,3 +78,8 @@ def known_operands(node: fx.Node) -> Operands:
 def left_operand(product: fx.Node) -> fx.Node:
     """What a product has the rows of."""
     return known_operands(product).left
+
+
+def flops_of_product(product: fx.Node) -> int:
+    """Two operations for each summand of a product, at the sizes seen while tracing."""
+    return 2 * numel(product.meta["val"]) * hint(left_operand(product).meta["val"].shape[-1])

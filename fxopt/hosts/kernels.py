@@ -63,6 +63,7 @@ def compile_with_kernels(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
     """Forward and backward of `gm`, with kernels for their regions."""
+    import torch._inductor.lowering  # Inductor's form of max_pool2d asks it, and does not import it
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import default_partition
     from torch._inductor.decomposition import select_decomp_table

@@ -106,9 +106,10 @@ def cross_compile(model: Callable[..., Any], *args: Any, target: str, **kwargs: 
 
 
 def _cross(kernel: KernelFile, card: Target, done: Any, kernels: list[KernelFile]) -> CrossKernel:
+    from fxopt.codegen.price import least_seconds
+
     compiled = tuple(next(done) for _ in kernel.launches)
-    moved, flops = kernel.about.seen
-    seconds = card.time(float(moved), float(flops), torch.float32)
+    seconds = least_seconds(kernel.about, card)
     count = sum(one.digest == kernel.digest for one in kernels)
     return CrossKernel(f"{kernel.name}_{kernel.digest[:8]}", kernel.render(), compiled, seconds, count)
 

@@ -114,6 +114,22 @@ def test_a_write_is_not_crossed() -> None:
     assert any("a write, a collective or random numbers" in reason for _, reason in found.refused)
 
 
+def test_a_collective_is_not_crossed() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = (a.exp() + 1) * b
+        reduced = before.neg()
+        return (reduced * 2).exp(), before.sin() * 3
+
+    graph = graph_of(function, x, y).graph
+    (between,) = graph.find_nodes(op="call_function", target=torch.ops.aten.neg.default)
+    assert members(partition(graph, CPU)) == [["exp", "add", "mul", "neg", "mul_1", "exp_1", "sin", "mul_2"]]
+    between.target = torch.ops._c10d_functional.all_reduce.default
+    between.args = (*between.args, "sum", "0")
+    found = partition(graph, CPU)
+    assert members(found) == [["exp", "add", "mul"], ["mul_1", "exp_1", "sin", "mul_2"]]
+    assert any("a write, a collective or random numbers" in reason for _, reason in found.refused)
+
+
 def test_random_numbers_are_not_crossed() -> None:
     def function(a: torch.Tensor) -> torch.Tensor:
         before = a.exp() + 1

@@ -74,6 +74,22 @@ def test_a_machine_without_a_compiler_runs_and_says_what_to_install() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+def test_pooling_for_a_gpu_that_is_not_here() -> None:
+    """Inductor's form of it asks a module that nothing has imported yet in a new process."""
+    code = (
+        "import torch, fxopt\n"
+        "pool = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.MaxPool2d(2, ceil_mode=True))\n"
+        "x = torch.randn(1, 2, 7, 6, requires_grad=True)\n"
+        "options = {'host': 'eager', 'target': 'sm_90', 'strict': True}\n"
+        "compiled = torch.compile(pool, backend='fxopt', options=options)\n"
+        "assert torch.equal(compiled(x), pool(x))\n"
+        "(got,) = torch.autograd.grad(compiled(x).sum(), x)\n"
+        "(want,) = torch.autograd.grad(pool(x).sum(), x)\n"
+        "torch.testing.assert_close(got, want)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_inductor_without_a_compiler_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxopt.hosts import inductor
 

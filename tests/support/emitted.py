@@ -42,6 +42,13 @@ def special(dtype: torch.dtype = torch.float32) -> Value:
     return torch.tensor(SPECIAL * 3).to(dtype).view(3, 10)
 
 
+def signs_of_zeros(a: Value) -> tuple[Value, ...]:
+    """Which zero it is: the reciprocal of -0.0 is -inf."""
+    parts = torch.cat([a[:, :5], -a[:, 5:]], -1)
+    values = (-a, a * -2, a + -0.0, 0 - a, a.abs(), torch.where(a > 0, 1, a), a / -3, a.half(), parts)
+    return tuple(1 / value for value in values)
+
+
 def rope(x: Value, cos: Value, sin: Value) -> Value:
     x = x.view(2, 5, 4, 8).transpose(1, 2)
     half = torch.cat([-x[..., 4:], x[..., :4]], -1)
@@ -92,6 +99,7 @@ def scattered(a: Value, b: Value) -> Value:
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Value, ...]]] = {
     "pointwise of special values": (lambda a: torch.relu(a) + a.abs() * 2, (special(),)),
     "comparisons of special values": (lambda a: torch.where(a > 0, a, -a).clamp(-2, 2), (special(),)),
+    "signs of zeros": (signs_of_zeros, (special(),)),
     "maximum of NaN": (lambda a: a.amax(-1) + a.amin(-1), (special(),)),
     "softmax of infinities": (lambda a: a.softmax(-1) * 2, (special(),)),
     "half overflows as in eager": (lambda a: (a * a) * 0.5, (special(torch.float16) * 100,)),

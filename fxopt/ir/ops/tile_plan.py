@@ -86,6 +86,16 @@ def with_sizes(mask: MaskProgram, sizes: tuple[int, ...]) -> Boolean:
     return mask.live.xreplace(numbers)
 
 
+@functools.lru_cache(maxsize=256)
+def live_scores(mask: MaskProgram, sizes: tuple[int, ...], rows: int, columns: int) -> int:
+    """How many scores of a head the formula leaves, never too few: of each block of queries those of the keys
+    that some of them may see."""
+    formula, step = with_sizes(mask, sizes), -(-rows // MOST_BLOCKS)
+    blocks = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    found = [(block, live_columns(formula, block, columns)) for block in blocks]
+    return sum((last - first) * (high - low) for (first, last), keys in found for low, high in keys)
+
+
 def _bounded(formula: Boolean, rows: Interval, columns: int) -> Block:
     found = live_columns(formula, rows, columns)
     return Block(rows, found[0][0], found[-1][1], full=False) if found else Block(rows, 0, 0, full=False)
