@@ -10,12 +10,14 @@ Assumed: nothing. What is in the window afterwards is the same, bit by bit, at t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.ir import facts
 from fxopt.ir.contract import Context, Match, Miss, Verdict
@@ -146,7 +148,7 @@ def _rolled(window: fx.Node, node: fx.Node, source: Any) -> Shift | Miss | None:
         return Miss("a window rolled towards its front along one dimension", f"{shifts} along {dims}")
     dim, width = dims[0] % facts.rank(window), -shifts[0]
     size = facts.shape(window)[dim]
-    if not isinstance(size, int) or size <= width:
+    if not statically_known_true(size > width):
         return Miss(f"a window that is known to be longer than {width}", str(size))
     writes = [_put(user, dim, width, size) or _copied(user, dim, width, size) for user in rolled.users]
     found = [each for each in writes if each is not None and _precedes(each, node, source)]
@@ -160,7 +162,7 @@ def _precedes(shift: Shift, node: fx.Node, source: fx.Node) -> bool:
     return shift.made[-1] is source if shift.write is None else shift.write < node
 
 
-def _put(user: Any, dim: int, width: int, size: int) -> Shift | None:
+def _put(user: Any, dim: int, width: int, size: facts.Size) -> Shift | None:
     """``rolled[..., [-1]] = new``"""
     if not is_call(user, *_PUT) or argument(user, "accumulate"):
         return None
@@ -168,26 +170,31 @@ def _put(user: Any, dim: int, width: int, size: int) -> Shift | None:
     if given != [dim]:
         return None
     index = user.args[1][dim]
-    if _entries(index) not in ([*range(-width, 0)], [*range(size - width, size)]):
+    last = [*range(-width, 0)]
+    counted_from_the_front = [size + each for each in last] if isinstance(size, int) else last
+    if _entries(index) not in (last, counted_from_the_front):
         return None
     write = user if facts.is_write(user) else None
     return Shift(dim, width, argument(user, "values"), user.args[0], write, (user.args[0], user), index)
 
 
-def _copied(view: Any, dim: int, width: int, size: int) -> Shift | None:
+def _copied(view: Any, dim: int, width: int, size: facts.Size) -> Shift | None:
     """``rolled[..., -1:] = new``"""
     if not is_call(view, aten.slice.Tensor) or int(argument(view, "dim")) % val(view).dim() != dim:
         return None
     copies = [each for each in view.users if is_call(each, aten.copy_.default) and each.args[0] is view]
-    if argument(view, "start") not in (-width, size - width) or not _ends(view, size) or len(copies) != 1:
+    first = val(argument(view, "start"))
+    is_last = first is not None and (facts.same_size(first, -width) or facts.same_size(first, size - width))
+    if not is_last or not _ends(view, size) or len(copies) != 1:
         return None
     return Shift(dim, width, copies[0].args[1], view.args[0], copies[0], (view.args[0], view, copies[0]))
 
 
 def _ends(view: fx.Node, size: facts.Size) -> bool:
     """A slice takes everything from its first entry on."""
-    end = argument(view, "end")
-    return argument(view, "step", 1) == 1 and isinstance(size, int) and (end is None or end >= size)
+    end = val(argument(view, "end"))
+    to_end = end is None or end == sys.maxsize or statically_known_true(end >= size)
+    return bool(argument(view, "step", 1) == 1 and to_end)
 
 
 def _entries(index: Any) -> list[int] | None:

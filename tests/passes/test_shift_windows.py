@@ -117,6 +117,23 @@ def test_fires_with_a_batch_of_any_size(fn: F) -> None:
     assert found.applied(NAME) == 2, found.reasons()
 
 
+@pytest.mark.parametrize("fn", [put, sliced, joined], ids=lambda each: each.__name__)
+def test_fires_with_a_window_of_any_size(fn: F) -> None:
+    found = rewriting(fn, PASSES, dynamic=True)
+    for size in (N, 9, 17):
+        check(fn, found, torch.randn(2, 3, size, 4), new_for(fn))
+    assert found.graphs == 1
+    assert found.applied(NAME) == 1, found.reasons()
+
+
+def test_not_with_a_window_that_may_be_no_longer_than_what_is_new() -> None:
+    found = rewriting(put_twice_as_many, PASSES, dynamic=True)
+    for size in (N, 2):
+        check(put_twice_as_many, found, torch.randn(2, 3, size, 4), new_for(put_twice_as_many))
+    assert found.applied(NAME) == 0
+    assert "known to be longer than 2" in found.reasons(NAME)
+
+
 def test_fires_where_the_host_compiles() -> None:
     """The op writes to the input itself, of which Inductor makes no copy."""
     call, window, new = torch.compile(put, backend="fxopt"), torch.randn(2, 3, N, 4), torch.randn(2, 3, 1, 4)
