@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from fxopt.suites.plan import Plan
@@ -77,7 +78,7 @@ def main() -> None:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print to stderr and exit."""
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, markup=True)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
     raise SystemExit(code)
 
 

@@ -28,7 +28,7 @@ from fxopt.ir.facts import argument, is_call, location, val
 from fxopt.ir.index_rules import RULES
 from fxopt.ir.propagate import equivalent
 from fxopt.ir.views import base_of, views_of
-from fxopt.ir.writes import FILLS, PURE
+from fxopt.ir.writes import CAST_BY_AUTOCAST, FILLS, PURE
 
 from .attention_softmax import SOFTMAXES
 from .attention_steps import constant
@@ -78,6 +78,8 @@ class FunctionalizeWrites:
                 return Verdict.no(
                     f"{reader.name} ({location(reader)}) reads what was written through {other.name}"
                 )
+        if node.target in CAST_BY_AUTOCAST and _under_autocast(node, ctx):
+            return Verdict.no(f"wanted an op that autocast leaves as it is, saw {node.target} in its region")
         if match["masks"]:
             return _of_a_mask(match)
         if not equivalent(_pure(node).to(facts.dtype(node)), val(node)):
@@ -96,6 +98,11 @@ class FunctionalizeWrites:
         whole = put_back(graph, written, part)
         later = view_again(graph, written, whole) if node.users else part
         return (*(view_again(graph, view, whole) for view in read), later)
+
+
+def _under_autocast(node: fx.Node, ctx: Context) -> bool:
+    """In a region of the graph, or where the graph itself is called in one."""
+    return ctx.facts.in_autocast(node) or torch.is_autocast_enabled(val(node).device.type)
 
 
 def _reads_after(value: fx.Node, write: fx.Node) -> fx.Node | None:

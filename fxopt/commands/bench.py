@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fxopt.commands.outputs import check_output
 from fxopt.measure import jobs
 from fxopt.measure.noise import FASTER, NOISY, SLOWER, TOO_NOISY, name_of, summarize, verdict
 from fxopt.measure.results import Results, Row
@@ -28,6 +29,7 @@ def run(plan: Plan, console: Console) -> int:
 
     suite = load(plan.suite)
     plan.validate()
+    check_output(plan.out)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(plan.threads)
     todo = suite.jobs(plan)

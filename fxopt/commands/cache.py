@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from fxopt.commands.outputs import check_output, writing
 from fxopt.errors import UserError
 from fxopt.runtime.kernel_cache import KernelCache, sealed, unsealed
 
@@ -60,9 +62,14 @@ def clear(cache: KernelCache, console: Console) -> int:
 
 
 def export(cache: KernelCache, file: Path, console: Console) -> int:
-    """Write all intact entries to a zip archive. Exit code 0."""
+    """Write all intact entries to a zip archive. Exit code 0.
+
+    Raises:
+        CannotWrite: the file cannot be written.
+    """
+    check_output(file)
     count = 0
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with writing(file), zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, _ in sorted(cache.entries()):
             text = cache.read(path)
             if text is not None:
@@ -76,12 +83,12 @@ def import_(cache: KernelCache, file: Path, console: Console) -> int:
     """Take over the intact entries of an archive; the others are counted. Exit code 1 if there is any other.
 
     Raises:
-        NotAnArchive: the file is missing or no zip archive.
+        NotAnArchive: the file is missing, no zip archive, a damaged or an encrypted one.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise NotAnArchive(file=file, reason=error) from error
     taken = sum(_taken(cache, name, content) for name, content in members.items())
     refused = len(members) - taken

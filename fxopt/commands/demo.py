@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fxopt.commands.outputs import CannotWrite, check_output, writing
+
 if TYPE_CHECKING:
     from fxopt.commands.demo_jobs import Outcome
 
@@ -39,11 +41,14 @@ def run(
 
     Raises:
         WeightsMissing: the package with the weights is not installed.
+        CannotWrite: the picture cannot be written to `out`.
     """
     # No model is fetched, and the tokenizer's threads would disturb the timing.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start = time.perf_counter()
+    if not as_json:
+        _check_picture(out)
     outcomes, subtitle = _run_jobs(Console(stderr=True) if as_json else console, threads)
     wrong = [one for one in outcomes if not one.right or one.faults]
     if as_json:
@@ -139,11 +144,24 @@ def _verdict(one: Outcome) -> str:
     return f"{one.name}: fxopt is {word}; {beside_eager:.2f} times as fast as eager"
 
 
+def _check_picture(out: Path) -> None:
+    """Raise `CannotWrite` for a place, or a format by its name, in which no picture can be."""
+    check_output(out)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:  # there will be no picture
+        return
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if out.suffix and out.suffix[1:].lower() not in formats:
+        raise CannotWrite(path=out, reason=f"pictures end in .{', .'.join(sorted(formats))}")
+
+
 def _picture(outcomes: Sequence[Outcome], out: Path, subtitle: str, console: Console) -> Path | None:
     try:
         from fxopt.commands.demo_picture import draw
 
-        return draw(outcomes, out, subtitle)
+        with writing(out):
+            return draw(outcomes, out, subtitle)
     except ImportError as missing:
         console.print(f"[yellow]no picture: {missing}; pip install 'fxopt[demo]'[/yellow]")
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fxopt.commands.outputs import check_output, writing
 from fxopt.commands.targets import Request, resolve
 
 
@@ -33,6 +34,7 @@ def run(
 
     transformers.logging.set_verbosity_error()
     explain = fxopt.explain.with_options(options=options)
+    check_output(html)
     with console.status(f"building {target}"):
         subject = resolve(target, request)
     with console.status(f"compiling {target}"), torch.set_grad_enabled(request.training):
@@ -42,6 +44,7 @@ def run(
     else:
         console.print(report.verbose() if verbose else report)
     if html is not None:
-        report.to_html(html)
+        with writing(html):
+            report.to_html(html)
         Console(stderr=True).print(f"written to {html}")
     return int(any(record.failures for record in report.graphs))

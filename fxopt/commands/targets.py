@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ class UnknownChoice(UserError, ValueError):
     message = "{flag} has no value {value!r}. Valid values: {valid}."
 
 
+class DeviceUnavailable(UserError, RuntimeError):
+    """A device that torch does not know, or has not here."""
+
+    message = "device {device!r} cannot be used here: {reason}. `fxopt doctor` lists the devices."
+
+
 @dataclass(frozen=True)
 class Request:
     """How the target is to be built.
@@ -72,6 +79,21 @@ class Request:
     training: bool = False
     device: str = "cpu"
     layers: int | None = None
+
+    def validate(self) -> None:
+        """Check all of it.
+
+        Raises:
+            UnknownChoice, DeviceUnavailable.
+        """
+        self.scale(), self.torch_dtype(), self.torch_device()
+        if self.attention is None or "/" in self.attention:  # a kernel of the hub
+            return
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        valid = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+        if self.attention not in valid:
+            raise UnknownChoice(flag="--attn", value=self.attention, valid=", ".join(valid))
 
     def scale(self) -> Scale:
         """The sizes asked for.
@@ -101,6 +123,17 @@ class Request:
             raise UnknownChoice(flag="--dtype", value=self.dtype, valid=", ".join(dtypes))
         return dtypes[self.dtype]
 
+    def torch_device(self) -> torch.device:
+        """The device asked for.
+
+        Raises:
+            DeviceUnavailable: torch cannot make a tensor there.
+        """
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise DeviceUnavailable(device=self.device, reason=_first_line(error)) from error
+
 
 def check(target: str, request: Request, suites: Iterable[str] = ()) -> None:
     """Raise what `resolve` would raise, as far as it can be known without building a model.
@@ -108,7 +141,7 @@ def check(target: str, request: Request, suites: Iterable[str] = ()) -> None:
     Args:
         suites: of benchmarks, which the user may have meant.
     """
-    request.scale(), request.torch_dtype()
+    request.validate()
     if not (":" in target or Path(target).exists()):
         _model_type(target, suites)
 
@@ -142,8 +175,9 @@ def resolve(target: str, request: Request, **overrides: Any) -> Subject:
         overrides: configuration attributes, for model types only.
 
     Raises:
-        UnknownTarget, TargetFunctionError, ModelUnavailable, UnknownChoice, CannotBuild.
+        UnknownTarget, TargetFunctionError, ModelUnavailable, UnknownChoice, DeviceUnavailable, CannotBuild.
     """
+    request.validate()
     scale, dtype = request.scale(), request.torch_dtype()
     path = Path(target)
     if ":" in target and not path.exists():
@@ -188,6 +222,8 @@ def _from_directory(path: Path, scale: Scale, request: Request, dtype: torch.dty
     """A saved model; one that has a config.json and no weights gets random ones."""
     from transformers import AutoConfig
 
+    if path.suffix == ".py":
+        raise TargetFunctionError(target=str(path), reason=f"which function of it? Name it, {path}:function")
     folder = path.parent if path.is_file() else path
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(target=str(path), reason="there is no config.json in it")
@@ -195,7 +231,7 @@ def _from_directory(path: Path, scale: Scale, request: Request, dtype: torch.dty
         return _load(str(folder), scale, request, dtype)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of the reader of whichever format
         raise ModelUnavailable(target=str(path), reason=_first_line(error)) from error
     return from_config(config, scale, attention=request.attention, dtype=dtype, training=request.training)
 
@@ -209,7 +245,7 @@ def _load(target: str, scale: Scale, request: Request, dtype: torch.dtype) -> Su
     try:
         config = AutoConfig.from_pretrained(target)
         model = model_class(config).from_pretrained(target, dtype=dtype, **extra)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of the reader of whichever format
         raise ModelUnavailable(target=target, reason=_first_line(error)) from error
     return with_inputs(model, scale, training=request.training)
 
@@ -221,12 +257,18 @@ def _from_function(target: str, scale: Scale, request: Request, dtype: torch.dty
     missing = _required(function)
     if missing:
         raise TargetFunctionError(target=target, reason=f"it wants arguments ({missing})")
-    result = function()
+    try:
+        result = function()
+    except Exception as error:
+        raise TargetFunctionError(target=target, reason=_raised(error)) from error
     if isinstance(result, PreTrainedModel):
         return with_inputs(result.to(dtype), scale, training=request.training)
     if not isinstance(result, tuple) or not 2 <= len(result) <= 3 or not callable(result[0]):
         raise TargetFunctionError(target=target, reason=f"it returned {type(result).__name__}")
     model, args, kwargs = _inputs_of(result)
+    if not isinstance(kwargs, dict):
+        reason = f"the third of what it returned is no dict, it is {type(kwargs).__name__}"
+        raise TargetFunctionError(target=target, reason=reason)
     if isinstance(model, torch.nn.Module):
         model.train(request.training)
     return Subject(target, model, args, kwargs, request.training)
@@ -242,13 +284,17 @@ def _required(function: Callable[..., Any]) -> str:
     return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in optional)
 
 
-def _inputs_of(result: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    if len(result) == 3:
-        return result[0], tuple(result[1]), dict(result[2])
-    model, inputs = result
-    if isinstance(inputs, dict):
+def _inputs_of(result: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], Any]:
+    """What a model is called with. One tensor is one argument, and None in the place of arguments none."""
+    model, inputs, named = result if len(result) == 3 else (*result, None)
+    if isinstance(inputs, dict) and len(result) == 2:
         return model, (), inputs
-    return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
+    given = () if inputs is None else inputs
+    return (
+        model,
+        tuple(given) if isinstance(given, tuple | list) else (given,),
+        {} if named is None else named,
+    )
 
 
 def _function(target: str) -> Callable[[], Any]:
@@ -258,6 +304,8 @@ def _function(target: str) -> Callable[[], Any]:
         module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
     except (ImportError, OSError) as error:
         raise TargetFunctionError(target=target, reason=_first_line(error)) from error
+    except Exception as error:  # of the module's own code
+        raise TargetFunctionError(target=target, reason=_raised(error)) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise TargetFunctionError(target=target, reason=f"{place} has no function {name!r}")
@@ -284,6 +332,13 @@ def _is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def _raised(error: Exception) -> str:
+    """What code of the user raised, and where."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    text = " ".join(str(error).split()[:60]) or "no message"
+    return f"it raised {type(error).__name__} at {last.filename}:{last.lineno}: {text.rstrip('.')}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,6 +58,9 @@ def extend_optimized_module(module: ModuleType) -> str:
         return _compiled(self, found) if name == "generate" else found
 
     setattr(getattr_, _HOOKED, original)
+    # Dynamo reads attributes of compiled modules inside of models that it traces. It is to run this as it is,
+    # as it does with torch's own.
+    module.skip_code(getattr_.__code__)  # type: ignore[attr-defined]
     kind.__getattr__ = getattr_
     return "done"
 

@@ -13,7 +13,7 @@ from fxopt.ir.facts import is_call
 aten = torch.ops.aten
 
 # None of them is an op that autocast casts for.
-PURE: dict[OpOverload, OpOverload] = {
+_AS_THEY_ARE: dict[OpOverload, OpOverload] = {
     aten.add_.Tensor: aten.add.Tensor,
     aten.add_.Scalar: aten.add.Scalar,
     aten.sub_.Tensor: aten.sub.Tensor,
@@ -30,6 +30,11 @@ PURE: dict[OpOverload, OpOverload] = {
     aten.relu_.default: aten.relu.default,
     aten.silu_.default: aten.silu.default,
     aten.clamp_.default: aten.clamp.default,
+    aten.clamp_min_.default: aten.clamp_min.default,
+    aten.clamp_max_.default: aten.clamp_max.default,
+    aten.abs_.default: aten.abs.default,
+    aten.sqrt_.default: aten.sqrt.default,
+    aten.gelu_.default: aten.gelu.default,
     aten.nan_to_num_.default: aten.nan_to_num.default,
     aten.tril_.default: aten.tril.default,
     aten.triu_.default: aten.triu.default,
@@ -43,6 +48,17 @@ PURE: dict[OpOverload, OpOverload] = {
     aten.__iand__.Scalar: aten.__and__.Scalar,
     aten.__ior__.Scalar: aten.__or__.Scalar,
 }
+# Of these autocast converts the operands, on one device or another, and of those that write it does not.
+CAST_BY_AUTOCAST: dict[OpOverload, OpOverload] = {
+    aten.exp_.default: aten.exp.default,
+    aten.log_.default: aten.log.default,
+    aten.rsqrt_.default: aten.rsqrt.default,
+    aten.reciprocal_.default: aten.reciprocal.default,
+    aten.pow_.Scalar: aten.pow.Tensor_Scalar,
+    aten.pow_.Tensor: aten.pow.Tensor_Tensor,
+    aten.baddbmm_.default: aten.baddbmm.default,
+}
+PURE: dict[OpOverload, OpOverload] = _AS_THEY_ARE | CAST_BY_AUTOCAST
 
 # These replace what was there: only masks that are written through views gain from doing without them.
 FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default, aten.copy_.default)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from fxopt.backend import validate
 from fxopt.commands.targets import Request, UnknownChoice, check
 from fxopt.errors import UserError
 from fxopt.measure.jobs import Job
@@ -93,9 +94,14 @@ class Plan:
         return Request(**{**own, **changed})
 
     def validate(self) -> None:
-        """Raise `UnknownChoice` for a size or a dtype that there is not."""
+        """Check what concerns every suite: how models are built, the mode and fxopt's options.
+
+        Raises:
+            UnknownChoice, DeviceUnavailable, UnsupportedMode, OptionValueError.
+        """
         chosen("--size", (self.size,), SIZES)
-        self.request().torch_dtype()
+        self.request().validate()
+        validate(self.mode, self.options)
 
     def targets(self, otherwise: Sequence[str], *, names: Mapping[str, str] | None = None) -> tuple[str, ...]:
         """The models of the plan, or `otherwise`; before anything is measured it is known whether they are.

@@ -147,3 +147,32 @@ def test_a_part_compiled_by_another_backend() -> None:
     others = perturbed(lambda: infer(LLAMA.make_model(), inputs))
     with all_handled():
         assert_closer(reference, infer(compile_fxopt(model), inputs), eager, roundings=others)
+
+
+class Pairs(torch.nn.Module):
+    """Blocks that are taken out of a list in the loop, as many models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleList([torch.nn.LayerNorm(D), torch.nn.Linear(D, D)]) for _ in range(LAYERS)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, linear in self.blocks:
+            x = x + linear(norm(x)).tanh()
+        return x
+
+
+@pytest.mark.parametrize("backend", ["eager", "fxopt"])
+def test_a_part_that_is_a_compiled_module(backend: str) -> None:
+    """Dynamo reads attributes of the compiled part while it traces the model: one graph, as without fxopt."""
+    model, x = Pairs(), torch.randn(2, S, D)
+    wanted = model(x)
+    for pair in model.blocks:
+        pair[1] = torch.compile(pair[1], backend="eager")  # type: ignore[index]
+    options = {"options": {"host": "eager"}} if backend == "fxopt" else {}
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend, fullgraph=fullgraph, **options)
+        torch.testing.assert_close(compiled(x), wanted)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.passes.functionalize_writes import PURE
+from fxopt.passes.functionalize_writes import CAST_BY_AUTOCAST, PURE
 from support.golden import assert_golden
 from support.numerics import assert_closer
 from support.rewriting import rewriting
@@ -229,7 +229,7 @@ def test_not_across_grad_modes() -> None:
     assert "one grad mode" in found.reasons()
 
 
-@pytest.mark.parametrize("write", PURE, ids=str)
+@pytest.mark.parametrize("write", [each for each in PURE if each not in CAST_BY_AUTOCAST], ids=str)
 def test_autocast_acts_on_both_alike(write: Any) -> None:
     """What autocast casts for would compute in another precision than the op that writes."""
     pure = PURE[write]
@@ -241,10 +241,63 @@ def test_autocast_acts_on_both_alike(write: Any) -> None:
         "other": x if "Tensor" in write._overloadname or "logical" in str(write) else number,
         "value": 0.5,
     }
-    given |= {"mask": x > 0, "min": 0.1, "diagonal": 0}
+    given |= {"mask": x > 0, "min": 0.1, "max": 0.5, "diagonal": 0}
     if write._overloadname == "Tensor" and "masked_fill" in str(write):
         given["value"] = torch.tensor(0.5)
     arguments = [given[a.name] for a in write._schema.arguments[1:] if a.name in given]
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             assert torch.equal(pure(x, *arguments).to(x.dtype), write(x.clone(), *arguments))
+
+
+def softmax_in_place(q: torch.Tensor) -> torch.Tensor:
+    scores = q @ q.mT
+    scores.mul_(0.5)
+    scores.sub_(scores.amax(-1, keepdim=True))
+    scores.exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    return scores @ q
+
+
+def powers(x: torch.Tensor) -> torch.Tensor:
+    y = x.abs()
+    return y.pow_(3).add_(1).log_().sqrt_() + y.rsqrt().reciprocal_()
+
+
+def products(q: torch.Tensor) -> torch.Tensor:
+    y = q.sin()
+    y.baddbmm_(q, q, beta=0.5)
+    return y.cos()
+
+
+CASTED = {softmax_in_place: 4, powers: 5, products: 1}
+
+
+@pytest.mark.parametrize("f", CASTED, ids=lambda f: f.__name__)
+def test_fires_on_what_autocast_casts_for(f: F) -> None:
+    found = rewriting(f, (NAME,))
+    x = torch.randn(3, 5, 5)
+    assert same(found.call(x), f(x))
+    assert found.applied() == CASTED[f], found.reasons()
+
+
+@pytest.mark.parametrize("f", CASTED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("inside", [False, True])
+def test_not_under_autocast_where_it_casts(f: F, inside: bool) -> None:
+    def g(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return f(x)
+
+    x = torch.randn(3, 5, 5).bfloat16()
+    found = rewriting(g if inside else f, (NAME,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = found.call(x)
+    assert same(got, g(x))
+    assert "autocast leaves as it is" in found.reasons()
+
+
+def test_a_softmax_in_place_is_attention() -> None:
+    found = rewriting(softmax_in_place, (NAME, "rewrite-attention"))
+    q = torch.randn(2, 3, 7, 8)
+    assert_closer(softmax_in_place(q.double()), found.call(q), softmax_in_place(q))
+    assert found.applied("rewrite-attention") == 1, found.reasons()
