@@ -133,7 +133,7 @@ def test_keys_are_read_ahead(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 16])
-@pytest.mark.parametrize("width", [64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit(target: str, width: int, queries: int, tmp_path: Path) -> None:
     named = Target.named(target)
