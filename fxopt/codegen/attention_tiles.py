@@ -73,7 +73,10 @@ _SCORES = {
 }
 # Where much is computed of each score: random numbers, or formulas of many terms.
 _FORWARD_HEAVY = {80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2))}
-_QUERIES_HEAVY = {80: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))}
+_QUERIES_HEAVY = {
+    80: (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)),
+    90: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
 _KEYS_HEAVY = {80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2))}
 _WIDE = Tiles(32, 32, 4, 1)
 _FLOAT32 = Tiles(32, 32, 4, 1)
