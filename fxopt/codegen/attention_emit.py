@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
 from fxopt.codegen.attention_learned import check_extents
 from fxopt.codegen.attention_program import Capture
-from fxopt.codegen.attention_spec import Spec
+from fxopt.codegen.attention_spec import Spec, alignment, are_far
 from fxopt.codegen.elementwise import TRITON_TYPES
 from fxopt.codegen.kernel_file import About, KernelFile
 from fxopt.codegen.price import multiplied
@@ -129,6 +131,8 @@ def spec_of(operands: Sequence[Any], attributes: dict[str, Any]) -> Spec:
         stops=attributes["stops"],
         stopped=tuple(attributes["stopped"]),
         dropout_p=attributes["dropout_p"],
+        alignment=math.gcd(alignment((query, key, value)), query.shape[-1], value.shape[-1]),
+        far=are_far((query, key, value)),
     )
 
 
@@ -180,6 +184,9 @@ def _kernel(node: fx.Node, backward: bool, target: Target | None) -> KernelFile:
     example = example_text(spec, values, backward=backward)
     about = _about(node, spec, values, backward)
     if backward:
+        more: list[torch.Tensor] = pytree.tree_map_only(fx.Node, val, list(node.args[:2]))
+        known = math.gcd(spec.alignment, alignment(more))
+        spec = replace(spec, alignment=known, far=spec.far or are_far(more))
         return backward_kernel(spec, learned, target, example, about)
     kernel = forward_kernel(spec, target, example, about)
     return with_descriptors(kernel, spec, target, about, values)

@@ -64,6 +64,7 @@ def forward_functions(spec: Spec) -> str:
             _bounds("columns_of", spec.columns, spec),
             *_start_of_rows(spec),
             _dropout(spec),
+            _within_tile(spec),
         ]
     )
 
@@ -90,6 +91,7 @@ def backward_functions(spec: Spec, learned: Mapping[int, tuple[Any, Any]]) -> st
             _bounds("columns_of", spec.columns, spec),
             _bounds("rows_of", spec.rows, spec),
             _dropout(spec),
+            _within_tile(spec),
         ]
     )
 
@@ -141,6 +143,12 @@ def _dropout(spec: Spec) -> str:
         kept = 1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0
         result = f"tl.where({drawn} >= {spec.dropout_p!r}, weights * {kept!r}, 0.0)"
     return _function("dropped", "weights, b, h, q, k, heads, rows, columns", result)
+
+
+def _within_tile(spec: Spec) -> str:
+    """In 32 bits where they suffice: these are numbers of which a thread holds several."""
+    result = "row.to(tl.int64) * stride" if spec.far else "(row * stride).to(tl.int32)"
+    return f"@triton.jit\ndef within_tile(row, stride):\n    return {result}\n"
 
 
 def _bounds(name: str, found: Sequence[Span], spec: Spec) -> str:

@@ -113,7 +113,7 @@ def parameters(spec: Spec) -> tuple[Parameter, ...]:
 def strides(short: str, name: str) -> tuple[Argument, ...]:
     """Of sequences, heads and rows; that within a row is 1."""
     return tuple(
-        Argument(f"{short}_stride_{axis}", "i64", f"{name}.stride({dim})", aligned=True)
+        Argument(f"{short}_stride_{axis}", "i64", f"{name}.stride({dim})", aligned=False)
         for dim, axis in enumerate("bhs")
     )
 
@@ -127,6 +127,7 @@ def shape_constants(spec: Spec) -> tuple[tuple[str, int | float], ...]:
     return (
         ("SCALE", spec.multiplier),
         ("FACTOR", spec.factor),
+        ("ALIGN", spec.alignment),
         ("GROUP", spec.group),
         ("WIDTH", spec.width),
         ("WIDTH_V", spec.width_v),

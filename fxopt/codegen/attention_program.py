@@ -232,9 +232,14 @@ class TritonText:
             if stride == 1:
                 steps.append(place)
             else:  # may reach beyond 32 bits
-                wide = place if index.is_number else f"{place}.to(tl.int64)"
-                steps.append(f"{wide} * {capture.name}_stride_{dim}")
+                steps.append(f"{self._wide(index, place)} * {capture.name}_stride_{dim}")
         return " + ".join(steps)
+
+    def _wide(self, index: Any, place: str) -> str:
+        """An index in 64 bits. A size of 1 is a constant in a kernel, without a dtype to convert."""
+        if index.is_number:
+            return place
+        return f"{place}.to(tl.int64)" if self._varies(index) else f"(tl.full([], 0, tl.int64) + {place})"
 
 
 def _ordered(expression: Any) -> list[Any]:

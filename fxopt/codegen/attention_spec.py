@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ from fxopt.codegen.attention_program import Capture, is_uniform, short_type
 from fxopt.ir.formula import K, Q
 from fxopt.ir.ops.masking import MEAN, NAN
 from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.sizes import size_of
 
 LOG2E = math.log2(math.e)
+MOST_ROWS = 128  # of a tile
+MANY_CAPTURES = 3  # that a score reads
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Spec:
     Attributes:
         dtype: of query, key and value. group: query heads of a key head. width: of query and key. width_v: of
             value. captures, sizes: what the programs name, in the order of arguments. sinks: their dtype.
+        alignment: a power of two that divides all strides of operands but the last. far: offsets within a
+            tile of rows may need more than 31 bits.
         dead_rows, stops, stopped, dropout_p: as `fxopt.ir.ops.block_attention` has them.
     """
 
@@ -45,6 +50,8 @@ class Spec:
     stops: bool = False
     stopped: tuple[int, ...] = ()
     dropout_p: float = 0.0
+    alignment: int = 1
+    far: bool = False
 
     @property
     def triton_type(self) -> str:
@@ -103,6 +110,11 @@ class Spec:
         return _of_pairs(self.mask.live.atoms(AppliedUndef) | self.score.result.atoms(AppliedUndef))
 
     @property
+    def is_heavy(self) -> bool:
+        """A score takes many registers besides its own: random numbers, or a formula of many terms."""
+        return self.dropout_p > 0.0 or len(self.score.captures) >= MANY_CAPTURES
+
+    @property
     def may_be_dead(self) -> bool:
         """A row may have no live key, and give something else than 0."""
         certain = self.mask.live == sympy.true or self.sinks is not None
@@ -118,6 +130,25 @@ class Spec:
 
 def _of_pairs(accesses: Iterable[Any]) -> bool:
     return any({Q, K} <= each.free_symbols for each in accesses)
+
+
+def alignment(tensors: Sequence[torch.Tensor]) -> int:
+    """The power of two up to 16 that is known to divide all strides but the last."""
+    known = 16
+    for tensor in tensors:
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+            if isinstance(size, int) and size == 1:
+                continue
+            terms = sympy.Add.make_args(sympy.expand(size_of(stride)))
+            for term in terms:
+                known = math.gcd(known, int(term.as_coeff_Mul()[0]))
+    return known
+
+
+def are_far(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the rows of a tile may lie further apart than 31 bits say."""
+    strides = [tensor.stride(2) for tensor in tensors]
+    return not all(isinstance(stride, int) and stride < 2**31 // MOST_ROWS for stride in strides)
 
 
 def parts_of(found: tuple[Span, ...]) -> int:

@@ -71,25 +71,33 @@ _SCORES = {
     80: (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
     100: (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
 }
+# Where much is computed of each score: random numbers, or formulas of many terms.
+_FORWARD_HEAVY = {80: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2))}
+_QUERIES_HEAVY = {
+    80: (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)),
+    90: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
+_KEYS_HEAVY = {80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2))}
 _WIDE = Tiles(32, 32, 4, 1)
 _FLOAT32 = Tiles(32, 32, 4, 1)
 
 
 def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the forward."""
-    table = _FORWARD_PAIRS if spec.reads_pairs else _FORWARD
-    return _chosen(table, spec, target, Tiles(64, 32, 4, 2))
+    plain = _FORWARD_HEAVY if spec.is_heavy else _FORWARD
+    return _chosen(_FORWARD_PAIRS if spec.reads_pairs else plain, spec, target, Tiles(64, 32, 4, 2))
 
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dQ."""
     plain = _QUERIES_DEAD if spec.dead_code else _QUERIES
+    plain = _QUERIES_HEAVY if spec.is_heavy else plain
     return _chosen(_QUERIES_PAIRS if spec.reads_pairs else plain, spec, target, _WIDE)
 
 
 def key_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the kernel for dK and dV."""
-    return _chosen(_KEYS, spec, target, _WIDE)
+    return _chosen(_KEYS_HEAVY if spec.is_heavy else _KEYS, spec, target, _WIDE)
 
 
 def score_tiles(spec: Spec, target: Target | None) -> Tiles:

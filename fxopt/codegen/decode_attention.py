@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from fxopt.codegen.attention_bounds import EXTENT, FIRST, LAST, Span, spans
 from fxopt.codegen.attention_functions import live_function, score_function, with_helpers
 from fxopt.codegen.attention_program import TritonText, captured_arguments, with_captured
+from fxopt.codegen.attention_spec import alignment
 from fxopt.codegen.decode_problem import Problem, Tiling, tiling_of
 from fxopt.codegen.decode_reference import example_text, reference_text
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
@@ -23,7 +23,6 @@ from fxopt.codegen.tile_sizes import power_of_two
 from fxopt.ir.cost import hint
 from fxopt.ir.formula import K
 from fxopt.ir.ops.masking import MEAN, NAN, NONE
-from fxopt.ir.sizes import size_of
 from fxopt.ir.target import Target
 
 NAME = "decode_attention"
@@ -172,19 +171,6 @@ def strides(problem: Problem, name: str, short: str, letters: str) -> Iterator[A
         broadcast = isinstance(size, int) and size == 1
         value = "0" if broadcast else f"{name}.stride({dim})"
         yield Argument(f"{short}_stride_{letter}", "i64", value, aligned=False)
-
-
-def alignment(tensors: Sequence[torch.Tensor]) -> int:
-    """The power of two up to 16 that is known to divide the strides of all rows."""
-    known = 16
-    for tensor in tensors:
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-            if isinstance(size, int) and size == 1:
-                continue
-            terms = sympy.Add.make_args(sympy.expand(size_of(stride)))
-            for term in terms:
-                known = math.gcd(known, int(term.as_coeff_Mul()[0]))
-    return known
 
 
 _SHORT = {

@@ -244,9 +244,10 @@ def _append_attention_kernel(
         )  # fmt: skip
     if split == 0:
         m, total, acc_0, acc_1 = join_new(
-            tl.min(row, 0) == 0, b, h, q, inside, q_0, q_1, k_new_ptr + b * k_new_stride_b + head *
-            k_new_stride_h, k_new_stride_s, v_new_ptr + b * v_new_stride_b + head * v_new_stride_h,
-            v_new_stride_s, cos_ptr, cos_stride_s, sin_ptr, sin_stride_s, k_rows, k_stride_k, v_rows,
+            tl.min(row, 0) == 0, b, h, q, inside, q_0, q_1,
+            head_of(k_new_ptr, b, head, k_new_stride_b, k_new_stride_h, 1), k_new_stride_s,
+            head_of(v_new_ptr, b, head, v_new_stride_b, v_new_stride_h, 1), v_new_stride_s,
+            cos_ptr, cos_stride_s, sin_ptr, sin_stride_s, k_rows, k_stride_k, v_rows,
             v_stride_k, length, extent, columns, captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0,
             WIDTH_1, BLOCK_1, V_WIDTH, V_BLOCK_0, V_BLOCK_1, ROTARY, INTERLEAVED, QUERIES, RING, UNIFORM,
             BLOCK_NEW,

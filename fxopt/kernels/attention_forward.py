@@ -21,6 +21,7 @@ for its product, O is rounded once. A row without a live key gives 0, NaN or the
     captured               what the device functions of a mask and a score read
     FACTOR                 of scores before exp2, log2(e) in it; 0 where scores may be as large as float32's
                            lowest number, which is not to be multiplied
+    ALIGN                  divides all strides but the last ones: 8 of heads of 72
     DESCRIBED              K and V are loaded through tensor descriptors, by the copy engine of GPUs of sm_90
                            or later: heads begin, and rows follow each other, at multiples of 16 bytes
 """
@@ -28,10 +29,24 @@ for its product, O is rounded once. A row without a live key gives 0, NaN or the
 import triton
 import triton.language as tl
 
-from fxopt.kernels.example_functions import columns_of, dropped, initial_top, initial_total, is_live, scored
+from fxopt.kernels.example_functions import (
+    columns_of,
+    dropped,
+    initial_top,
+    initial_total,
+    is_live,
+    scored,
+    within_tile,
+)
 
 # --- All below is copied into kernels' files as it stands.
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def aligned(stride_b, stride_h, stride_s, ALIGN: tl.constexpr):
+    """Strides that ALIGN divides, which lets the compiler read several numbers of a row at once."""
+    return stride_b // ALIGN * ALIGN, stride_h // ALIGN * ALIGN, stride_s // ALIGN * ALIGN
 
 
 @triton.jit
@@ -39,12 +54,9 @@ def load_rows(
     base, start, stride, extent, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     GUARD: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, BLOCK): rows of numbers from `start`; 0 behind the width, and with GUARD behind the last row.
-
-    The offsets within a tile are the same for all tiles, and have 32 bits.
-    """
+    """(ROWS, BLOCK): rows of numbers from `start`; 0 behind the width, and with GUARD behind the last row."""
     d, row = tl.arange(0, BLOCK)[None, :], tl.arange(0, ROWS)[:, None]
-    pointers = base + (tl.full([], 0, tl.int64) + start) * stride + ((row * stride).to(tl.int32) + d)
+    pointers = base + (tl.full([], 0, tl.int64) + start) * stride + (within_tile(row, stride) + d)
     if GUARD and WIDTH < BLOCK:
         found = tl.load(pointers, mask=(start + row < extent) & (d < WIDTH), other=0.0)
     elif GUARD:
@@ -110,10 +122,10 @@ def load_pairs(
     base += (tl.full([], 0, tl.int64) + group) * GROUP * stride_h
     if PAIRS % GROUP == 0:  # tiles begin with the first head
         pointers = base + (tl.full([], 0, tl.int64) + start // GROUP) * stride_s
-        pointers += (at // GROUP * stride_s).to(tl.int32) + (at % GROUP * stride_h).to(tl.int32) + d
+        pointers += (at // GROUP).to(tl.int64) * stride_s + (at % GROUP).to(tl.int64) * stride_h + d
     else:
-        pair = (start + at).to(tl.int64)
-        pointers = base + pair // GROUP * stride_s + pair % GROUP * stride_h + d
+        q, h = (start + at) // GROUP, (start + at) % GROUP
+        pointers = base + q.to(tl.int64) * stride_s + h.to(tl.int64) * stride_h + d
     return tl.load(pointers, mask=(start + at < pairs) & (d < WIDTH), other=0.0)
 
 
@@ -236,7 +248,8 @@ def store_sums(top, total, sums_ptr, inside, batch, b, h, q, heads, rows):
     """What the backward needs to find P again."""
     place = (b.to(tl.int64) * heads + h) * rows + q
     tl.store(sums_ptr + place, tl.where(total == 0.0, 0.0, top), mask=inside)
-    tl.store(sums_ptr + batch.to(tl.int64) * heads * rows + place, total, mask=inside)
+    behind = (tl.full([], 0, tl.int64) + batch) * heads * rows  # a batch of 1 is a constant
+    tl.store(sums_ptr + behind + place, total, mask=inside)
 
 
 @triton.jit
@@ -244,12 +257,16 @@ def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_s, batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr,
     DEAD_ROWS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of (query, head) pairs of one group of heads."""
+    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
+    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
+    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
+    out_stride_b, out_stride_h, out_stride_s = aligned(out_stride_b, out_stride_h, out_stride_s, ALIGN)
     pairs, heads = rows * GROUP, groups * GROUP
     b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q = heads_of[:, None], queries[:, None]

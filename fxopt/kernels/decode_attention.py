@@ -108,6 +108,8 @@ def store_part(
     if V_BLOCK_0 < V_WIDTH:
         column = V_BLOCK_0 + tl.arange(0, V_BLOCK_1)
         tl.store(base + column[None, :], acc_1, mask=inside[:, None] & (column < V_WIDTH)[None, :])
+    # A part of which no score is a number has no largest one, but its sum is NaN and has to be read.
+    m = tl.where(total == total, m, 0.0)
     tl.store(sums_ptr + place * 2, m, mask=inside)
     tl.store(sums_ptr + place * 2 + 1, total, mask=inside)
 
@@ -154,7 +156,7 @@ def cut(low, high, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def head_of(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     """The rows of a head. ALIGN divides the strides."""
-    return ptr + tl.multiple_of(b * stride_b, ALIGN) + tl.multiple_of(h * stride_h, ALIGN)
+    return ptr + tl.multiple_of(b * stride_b, ALIGN) + tl.multiple_of(h.to(tl.int64) * stride_h, ALIGN)
 
 
 @triton.jit
@@ -326,10 +328,9 @@ def _decode_attention_total_kernel(
     if DEAD_NAN:
         out = tl.where(total == 0, float("nan"), out)
     if DEAD_MEAN:
-        v_rows = v_ptr + b * v_stride_b + kv_head * v_stride_h
-        v_scales = v_scale_ptr
+        v_rows, v_scales = head_of(v_ptr, b, kv_head, v_stride_b, v_stride_h, 1), v_scale_ptr
         if QUANTIZED:
-            v_scales += b * v_scale_stride_b + kv_head * v_scale_stride_h
+            v_scales = head_of(v_scale_ptr, b, kv_head, v_scale_stride_b, v_scale_stride_h, 1)
         count = tl.where(total == 0, columns, 0)
         out += mean_of_values(
             v_rows, v_stride_k, v_scales, v_scale_stride_k, count, columns, V_WIDTH, BLOCK_V, QUANTIZED

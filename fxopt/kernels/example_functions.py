@@ -56,6 +56,12 @@ def rows_of(b, first, last, extent, PIECE: tl.constexpr, captured):
 
 
 @triton.jit
+def within_tile(row, stride):
+    """How many numbers a row of a tile is behind the first one."""
+    return (row * stride).to(tl.int32)
+
+
+@triton.jit
 def initial_top(h, captured):
     """The largest score of a row before its first key: of its sink, where there is one."""
     return h.to(tl.float32) * 0 + float("-inf")

@@ -52,9 +52,10 @@ class DirectLaunch:
         places = list(enumerate(launch.arguments))
         self._pointers = [(place, _TYPES.get(one.type)) for place, one in places if one.type[0] == "*"]
         self._numbers = [place for place, one in places if one.type[0] != "*"]
-        constants = dict(launch.constants)
-        self._in_order = list(function.arg_names) == [*names, *constants]
-        self._count = len(names) + len(constants)
+        named = [*names, *dict(launch.constants)]
+        # Of what a file gives, in the order of the function's parameters.
+        self._order = [named.index(name) for name in function.arg_names if name in named]
+        self._complete = len(self._order) == len(named) == len(function.arg_names)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
@@ -80,11 +81,12 @@ class DirectLaunch:
         stream, function = driver.get_current_stream(device), compiled.function
         hooks = None, None
         described = compiled.packed_metadata, None
-        compiled.run(grid[0], height, depth, stream, function, *described, *hooks, *values[: self._count])
+        ordered = [values[place] for place in self._order]
+        compiled.run(grid[0], height, depth, stream, function, *described, *hooks, *ordered)
 
     def _key(self, device: int, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What Triton would compile for; None where it is to look for itself."""
-        if not self._in_order or _is_watched(self._knobs, self.function):
+        if not self._complete or _is_watched(self._knobs, self.function):
             return None
         addresses = 0
         for place, dtype in self._pointers:

@@ -59,6 +59,17 @@ def test_kernels_fit(target: str, tmp_path: Path) -> None:
         assert "async_copy_global_to_local" in found.ttgir
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_of_all_widths_fit(target: str, width: int, tmp_path: Path) -> None:
+    named = Target.named(target)
+    kernels = [append_kernel(problem(width, *each), named) for each in ((1, 1), (7, 1), (16, 16))]
+    kernels.append(append_kernel(replace(problem(width, 4, 1), ring=True), named))
+    for found in compile_launches([(kernel, 0) for kernel in kernels], named, cache=KernelCache(tmp_path)):
+        found.check()
+
+
 def test_the_mean_of_a_ring_is_refused() -> None:
     with pytest.raises(Unsupported, match="mean of a ring"):
         append_kernel(replace(problem(64, 1, 1, "mean"), ring=True), None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +34,30 @@ GPU_CASES = {
     "opaque mask": replace(CASES["opaque mask"], group=1),
     "bias of windows": Case("True", "s + c0[b, h, q, k]", (BIAS,), group=1),
 }
+# Of every width and target some; each of them on some target.
+WIDTHS = ((32, 32), (64, 64), (72, 72), (80, 80), (88, 88), (96, 96), (128, 128), (192, 128), (256, 256))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+MORE_CASES = GPU_CASES | {
+    name: replace(CASES[name], group=group)
+    for name, group in (
+        ("sinks and window", 8),
+        ("documents", 4),
+        ("prefix", 7),
+        ("chunks", 1),
+        ("dropout", 1),
+        ("learned vectors", 4),
+        ("left padding that replaces", 3),
+        ("left padding of minus infinity", 1),
+    )
+}
+
+
+def cells() -> Iterator[Any]:
+    """(case, width of Q and K, of V, target): every width on every target, with one case after the other."""
+    cases = itertools.cycle(sorted(MORE_CASES))
+    for arch, (width, width_v) in itertools.product(ARCHITECTURES, WIDTHS):
+        name = next(cases)
+        yield pytest.param(name, width, width_v, arch, id=f"{arch}-{width}-{width_v}-{name}")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +118,12 @@ def test_all_variants_dtypes_and_directions(whole: dict[str, Any]) -> None:
     assert {name: problem for name, problem in whole["cases"].items() if problem} == {}
 
 
-def problems(case: Case, width: int, arch: str) -> list[Any]:
+def problems(
+    case: Case, width: int, arch: str, width_v: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> list[Any]:
     target = Target.named(arch)
-    spec = spec_of(Case(**{**vars(case), "width": width, "width_v": width}), torch.bfloat16)
+    spec = spec_of(replace(case, width=width, width_v=width_v or width), dtype)
+    spec = replace(spec, alignment=math.gcd(16, width, spec.width_v))
     example = example_text(spec, ())
     kernels = [forward_kernel(spec, target, example), backward_kernel(spec, case.learned, target, example)]
     launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
@@ -106,7 +136,21 @@ def test_a_window_compiles_for_hopper_without_spills() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("case", "width", "width_v", "arch"), cells())
+def test_every_width_compiles_for_every_target(case: str, width: int, width_v: int, arch: str) -> None:
+    assert problems(MORE_CASES[case], width, arch, width_v) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_other_dtypes_compile(arch: str, dtype: torch.dtype) -> None:
+    for width in (64, 128, 256):
+        assert problems(GPU_CASES["window"], width, arch, dtype=dtype) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("width", [8, 64, 128])
 @pytest.mark.parametrize("case", sorted(GPU_CASES))
 def test_kernels_compile_without_spills(case: str, width: int, arch: str) -> None:

@@ -49,6 +49,13 @@ def test_what_is_behind_the_length_is_without_effect(tmp_path: Path) -> None:
     assert all(found.values()), found
 
 
+def test_scores_that_are_not_numbers_give_none(tmp_path: Path) -> None:
+    """A part of which all scores are NaN looks like one without a live key."""
+    found = run(tmp_path, "not_numbers")
+    assert len(found) == 2
+    assert all(found.values()), found
+
+
 def test_only_live_keys_are_read_and_once(tmp_path: Path) -> None:
     rows = run(tmp_path, "traffic")
     assert len(rows) >= 40
@@ -133,7 +140,7 @@ def test_keys_are_read_ahead(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 16])
-@pytest.mark.parametrize("width", [64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit(target: str, width: int, queries: int, tmp_path: Path) -> None:
     named = Target.named(target)

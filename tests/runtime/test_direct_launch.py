@@ -83,6 +83,21 @@ def test_every_launch_is_tritons(launch: DirectLaunch, driver: StubDriver) -> No
         assert all(a is b or a == b for a, b in zip(ours[9:], theirs[9:], strict=True))
 
 
+def test_arguments_come_in_the_order_of_the_functions_parameters(tmp_path: Path, driver: StubDriver) -> None:
+    """A file names what it gives, in any order."""
+    kernel = kernels.add("float32")
+    (first,) = kernel.launches
+    turned = replace(first, arguments=first.arguments[::-1])
+    launch = DirectLaunch(KernelCache(tmp_path).load(kernel)._add_kernel, turned)
+    arguments = given()
+    arguments = {name: arguments[name] for name in ("n", "out_ptr", "y_ptr", "x_ptr", *list(arguments)[4:])}
+    launch[(7,)](**arguments)
+    assert not triton_was_asked(launch, arguments)
+    ours = last(driver)
+    launch.function[(7,)](**arguments)
+    assert all(a is b or a == b for a, b in zip(ours[9:], last(driver)[9:], strict=True))
+
+
 def test_the_second_launch_of_a_kind_is_direct(launch: DirectLaunch) -> None:
     assert triton_was_asked(launch, given(4096))
     assert not triton_was_asked(launch, given(4096))

@@ -247,6 +247,18 @@ def garbage(cache: KernelCache) -> dict[str, bool]:
     return found
 
 
+def not_numbers(cache: KernelCache) -> dict[str, bool]:
+    """Whether rows whose scores are all NaN give NaN, and others do not; by what rows without a key give."""
+    found = {}
+    for dead in ("zero", "mean"):
+        torch.manual_seed(0)
+        problem = problem_of(PLAIN | {"dead": dead, "group": 1, "widths": (32, 32)})
+        problem.tensors["query"][0] = torch.nan
+        out = cache.load(decode_kernel(problem, None)).launch(*inputs_of(problem))
+        found[dead] = bool(out[0].isnan().all()) and bool(out[1:].isfinite().all())
+    return found
+
+
 def read_bytes(kernel: KernelFile, cache: KernelCache, problem: Problem) -> dict[str, int]:
     """The bytes that the programs of the first launch read of each operand, counted as they read."""
     spans = {
