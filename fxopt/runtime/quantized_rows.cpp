@@ -1,14 +1,15 @@
 // Attention of a few queries over keys and values of 8 bits, on processors with AVX-512: each row is read
 // once, as it is stored, and widened in registers. Called through fxopt/runtime/quantized_rows.py.
 //
-// Letters: B sequences, G groups of heads that share keys, R rows of queries of a group, S keys, D numbers of
-// a row. Softmax over blocks of keys: Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// Letters: B sequences, H heads, Q queries, G groups of heads that share keys, R rows of a group (those of its
+// first head, of its second one, ...), S keys, D numbers of a row. Softmax over blocks of keys: Milakov and Gimelshein, "Online normalizer calculation for softmax",
 // 2018; parts of the keys by several threads, put together behind: Dao et al., "Flash-Decoding", 2023.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "wide_numbers.h"
@@ -32,14 +33,23 @@ struct Rows {
   int64_t code;
 };
 
-// What is passed for each call.
+// What is passed for each call; strides are those of B, H and Q.
 struct Attention {
-  const float* query;    // (B, G, R, D), scaled, contiguous
-  const uint8_t* mask;   // bool, strides of B, G and R; keys are neighbours; or null
-  float* out;            // (B, G, R, width of values), contiguous
+  const void* query;    // numbers of a row are neighbours
+  const uint8_t* mask;  // bool, keys are neighbours; or null
+  void* out;            // of query's dtype, numbers of a row are neighbours
   Rows key, value;
-  int64_t mask_strides[3];
-  int64_t batch, groups, rows, keys, threads;
+  int64_t query_strides[3], mask_strides[3], out_strides[3];
+  int64_t batch, groups, heads, queries, keys, threads;  // heads: of a group
+  int64_t number;                                        // of query and out
+  double scale;
+
+  int64_t rows() const { return heads * queries; }
+
+  // Where a row of a group of a sequence is.
+  int64_t at(const int64_t* strides, int64_t b, int64_t g, int64_t row) const {
+    return b * strides[0] + (g * heads + row / queries) * strides[1] + row % queries * strides[2];
+  }
 };
 
 namespace {
@@ -69,10 +79,11 @@ struct Part {
   Part(int64_t rows, int64_t padded) : most(rows, kLowest), sum(rows, 0.0f), total(rows * padded, 0.0f) {}
 };
 
-// A group of one sequence.
+// A group of one sequence; its queries are scaled, in float32, one row behind the other.
 struct Group {
-  const float* query;
-  const uint8_t *keys, *values, *mask;
+  int64_t b, g;
+  std::vector<float> query;
+  const uint8_t *keys, *values;
   const float *key_scales, *value_scales;
 };
 
@@ -80,10 +91,22 @@ int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
 
 Group group_of(const Attention& p, int64_t b, int64_t g) {
   const auto at = [&](const int64_t* strides) { return b * strides[0] + g * strides[1]; };
-  return {p.query + (b * p.groups + g) * p.rows * p.key.width,
+  const int64_t width = p.key.width;
+  std::vector<float> query(p.rows() * width);
+  const __m512 scale = _mm512_set1_ps(static_cast<float>(p.scale));
+  for (int64_t row = 0; row < p.rows(); ++row) {
+    const int64_t place = p.at(p.query_strides, b, g, row);
+    for (int64_t d = 0; d < width; d += 16) {
+      const __mmask16 live = first(width - d);
+      const __m512 here = load(p.query, place + d, static_cast<Number>(p.number), live);
+      _mm512_mask_storeu_ps(query.data() + row * width + d, live, _mm512_mul_ps(here, scale));
+    }
+  }
+  return {b,
+          g,
+          std::move(query),
           p.key.codes + at(p.key.code_strides),
           p.value.codes + at(p.value.code_strides),
-          p.mask == nullptr ? nullptr : p.mask + at(p.mask_strides),
           p.key.scales + at(p.key.scale_strides),
           p.value.scales + at(p.value.scale_strides)};
 }
@@ -91,17 +114,18 @@ Group group_of(const Attention& p, int64_t b, int64_t g) {
 // Bits of up to 64 keys that a row sees.
 inline uint64_t seen_by(const Attention& p, const Group& group, int64_t row, int64_t start, int64_t count) {
   const uint64_t there = count >= kKeys ? ~0ull : (1ull << count) - 1;
-  if (group.mask == nullptr) return there;
-  const __m512i loaded = _mm512_maskz_loadu_epi8(there, group.mask + row * p.mask_strides[2] + start);
+  if (p.mask == nullptr) return there;
+  const uint8_t* mask = p.mask + p.at(p.mask_strides, group.b, group.g, row);
+  const __m512i loaded = _mm512_maskz_loadu_epi8(there, mask + start);
   return _mm512_test_epi8_mask(loaded, loaded);
 }
 
 // The first key that a row of the group sees, and the one behind the last.
 void live_keys(const Attention& p, const Group& group, int64_t* from, int64_t* to) {
   *from = 0, *to = p.keys;
-  if (group.mask == nullptr) return;
+  if (p.mask == nullptr) return;
   *from = p.keys, *to = 0;
-  const int64_t rows = p.mask_strides[2] == 0 ? 1 : p.rows;
+  const int64_t rows = p.mask_strides[1] == 0 && p.mask_strides[2] == 0 ? 1 : p.rows();
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t start = 0; start < p.keys; start += kKeys) {
       const uint64_t seen = seen_by(p, group, row, start, p.keys - start);
@@ -223,7 +247,7 @@ void rows_over(const Attention& p, const Group& group, Part& part, int64_t row, 
   for (int t = 0; t < T; ++t) any |= seen[t] = seen_by(p, group, row + t, start, count);
   if (any == 0) return;
   float scores[T][kKeys] = {};
-  const float* query = group.query + row * p.key.width;
+  const float* query = group.query.data() + row * p.key.width;
   const uint8_t* keys = group.keys + start * p.key.code_strides[2];
   p.key.code == kInt8 ? score<T, kInt8>(p.key, query, keys, count, scores)
                       : score<T, kFloat8>(p.key, query, keys, count, scores);
@@ -245,28 +269,31 @@ void attend(const Attention& p, const Group& group, int64_t from, int64_t to, Pa
     read_scales(group.value_scales + start * p.value.scale_strides[2], p.value.scale_strides[2], count,
                 value_scales);
     int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) rows_over<4>(p, group, part, row, start, count, key_scales, value_scales);
-    for (; row + 2 <= p.rows; row += 2) rows_over<2>(p, group, part, row, start, count, key_scales, value_scales);
-    for (; row < p.rows; ++row) rows_over<1>(p, group, part, row, start, count, key_scales, value_scales);
+    for (; row + 4 <= p.rows(); row += 4) rows_over<4>(p, group, part, row, start, count, key_scales, value_scales);
+    for (; row + 2 <= p.rows(); row += 2) rows_over<2>(p, group, part, row, start, count, key_scales, value_scales);
+    for (; row < p.rows(); ++row) rows_over<1>(p, group, part, row, start, count, key_scales, value_scales);
   }
 }
 
 // Rows of a group from its parts; zeros where a row sees no key.
-void finish(const Attention& p, const std::vector<Part>& parts, int64_t first_part, int64_t count, float* out) {
+void finish(const Attention& p, const Part* parts, int64_t count, int64_t b, int64_t g) {
   const int64_t stride = padded(p.value.width);
-  for (int64_t row = 0; row < p.rows; ++row) {
+  std::vector<float> here(stride);
+  for (int64_t row = 0; row < p.rows(); ++row) {
     float most = kLowest, sum = 0.0f;
-    for (int64_t i = 0; i < count; ++i) most = std::max(most, parts[first_part + i].most[row]);
-    float* here = out + row * p.value.width;
-    std::fill(here, here + p.value.width, 0.0f);
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, parts[i].most[row]);
+    std::fill(here.begin(), here.end(), 0.0f);
     for (int64_t i = 0; i < count; ++i) {
-      const Part& part = parts[first_part + i];
-      const float share = most == kLowest ? 0.0f : std::exp(part.most[row] - most);
-      sum += part.sum[row] * share;
-      for (int64_t d = 0; d < p.value.width; ++d) here[d] += part.total[row * stride + d] * share;
+      const float share = most == kLowest ? 0.0f : std::exp(parts[i].most[row] - most);
+      sum += parts[i].sum[row] * share;
+      for (int64_t d = 0; d < stride; ++d) here[d] += parts[i].total[row * stride + d] * share;
     }
-    if (sum == 0.0f) continue;
-    for (int64_t d = 0; d < p.value.width; ++d) here[d] /= sum;
+    const __m512 divisor = _mm512_set1_ps(sum == 0.0f ? 1.0f : sum);
+    const int64_t place = p.at(p.out_strides, b, g, row);
+    for (int64_t d = 0; d < p.value.width; d += 16) {
+      const __m512 values = _mm512_div_ps(_mm512_loadu_ps(here.data() + d), divisor);
+      store(p.out, place + d, static_cast<Number>(p.number), first(p.value.width - d), values);
+    }
   }
 }
 
@@ -278,7 +305,7 @@ extern "C" void fxopt_attend_rows(const Attention* given) {
   // As many parts of the keys as keep all threads busy, none of them shorter than a block.
   const int64_t blocks = (p.keys + kKeys - 1) / kKeys;
   const int64_t cuts = std::max<int64_t>(1, std::min(blocks, (p.threads + groups - 1) / groups));
-  std::vector<Part> parts(groups * cuts, Part(p.rows, padded(p.value.width)));
+  std::vector<Part> parts(groups * cuts, Part(p.rows(), padded(p.value.width)));
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic)
   for (int64_t place = 0; place < groups * cuts; ++place) {
     const int64_t number = place / cuts, cut = place % cuts;
@@ -289,7 +316,7 @@ extern "C" void fxopt_attend_rows(const Attention* given) {
     attend(p, group, from + cut * step, std::min(to, from + (cut + 1) * step), parts[place]);
   }
   for (int64_t number = 0; number < groups; ++number) {
-    finish(p, parts, number * cuts, cuts, p.out + number * p.rows * p.value.width);
+    finish(p, parts.data() + number * cuts, cuts, number / p.groups, number % p.groups);
   }
 }
 

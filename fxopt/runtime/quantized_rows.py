@@ -6,48 +6,25 @@ compiler for, is computed by torch: `fxopt.ir.ops.row_attention`.
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxopt.ir.ops.attention_attributes import Attributes, computed_in
-from fxopt.ir.ops.decode_attention import mask_per_group
-from fxopt.ir.ops.op import NAMESPACE, without_autocast
+from fxopt.ir.ops.attention_attributes import Attributes
+from fxopt.ir.ops.decode_attention import sequences_first
+from fxopt.ir.ops.op import NAMESPACE
 from fxopt.ir.ops.row_attention import is_plain, row_attention
-from fxopt.ir.ops.tile_attention import per_group, per_head
 from fxopt.runtime.native_code import kernels_of
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
-_Strides = ctypes.c_int64 * 3
-
-
-class _Rows(ctypes.Structure):
-    """`Rows` of quantized_rows.cpp."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("code_strides", _Strides),
-        ("scale_strides", _Strides),
-        ("width", ctypes.c_int64),
-        ("code", ctypes.c_int64),
-    )
-
-
-class _Attention(ctypes.Structure):
-    """`Attention` of quantized_rows.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "mask", "out")),
-        ("key", _Rows),
-        ("value", _Rows),
-        ("mask_strides", _Strides),
-        *((name, ctypes.c_int64) for name in ("batch", "groups", "rows", "keys", "threads")),
-    )
+# `Attention` of quantized_rows.cpp: addresses and numbers of 64 bits. To fill a structure of ctypes takes
+# several times as long.
+_FORM = struct.Struct("@39qd")
 
 
 @functools.cache
@@ -64,7 +41,6 @@ def register_rows() -> torch.library.Library:
     return library
 
 
-@without_autocast
 def row_attention_on_processor(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -84,23 +60,24 @@ def row_attention_on_processor(
         how = {"half_scores": half_scores, "is_causal": is_causal, "scale": scale, **others}
         whole: torch.Tensor = row_attention(query, key, key_scale, value, value_scale, mask, **how)
         return whole
+    # The library takes a few microseconds for a short context, as each operation of torch does.
     batch, heads, count, _ = query.shape
     groups, keys = key.shape[1:3]
-    packed = (per_group(query.float(), groups) * scale).contiguous()
-    out = packed.new_empty(*packed.shape[:3], value.shape[-1])
-    seen = None if mask is None else _by_row(mask, query, groups, keys)
-    given = _Attention(
-        packed.data_ptr(), None if seen is None else seen.data_ptr(), out.data_ptr(),
-        *(_rows(*each) for each in rows), _Strides(*((0, 0, 0) if seen is None else seen.stride()[:3])),
-        batch, groups, packed.shape[2], keys, torch.get_num_threads(),
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    seen = None if mask is None else _of_keys(mask, (batch, heads, count, keys))
+    out = sequences_first(query, value)
+    given = _FORM.pack(
+        query.data_ptr(), 0 if seen is None else seen.data_ptr(), out.data_ptr(),
+        *_numbers(*rows[0]), *_numbers(*rows[1]),
+        *query.stride()[:3], *((0, 0, 0) if seen is None else seen.stride()[:3]), *out.stride()[:3],
+        batch, groups, heads // groups, count, keys, torch.get_num_threads(), _NUMBERS[query.dtype], scale,
     )  # fmt: skip
-    native().fxopt_attend_rows(ctypes.byref(given))
-    found = per_head(out, heads).to(query.dtype)
-    return found if count == 1 else found.transpose(1, 2).contiguous().transpose(1, 2)
+    native().fxopt_attend_rows(given)
+    return out
 
 
 def _is_native(query: torch.Tensor, *rows: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    if computed_in(query.dtype) is not torch.float32 or 0 in query.shape:
+    if query.dtype not in _NUMBERS or 0 in query.shape:
         return False
     return all(_reads(*each) for each in rows) and native() is not None
 
@@ -111,16 +88,15 @@ def _reads(codes: torch.Tensor, scale: torch.Tensor) -> bool:
     return of_rows and codes.dtype in _CODES and codes.shape[2] > 0 and codes.stride(-1) == 1
 
 
-def _rows(codes: torch.Tensor, scale: torch.Tensor) -> _Rows:
-    scales = scale.expand(*codes.shape[:3], 1)
-    strides = _Strides(*codes.stride()[:3]), _Strides(*scales.stride()[:3])
-    return _Rows(codes.data_ptr(), scale.data_ptr(), *strides, codes.shape[-1], _CODES[codes.dtype])
+def _numbers(codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
+    """`Rows` of quantized_rows.cpp."""
+    scale = scale if scale.shape[:3] == codes.shape[:3] else scale.expand(*codes.shape[:3], 1)
+    strides = *codes.stride()[:3], *scale.stride()[:3]
+    return codes.data_ptr(), scale.data_ptr(), *strides, codes.shape[-1], _CODES[codes.dtype]
 
 
-def _by_row(mask: torch.Tensor, query: torch.Tensor, groups: int, keys: int) -> torch.Tensor:
-    """(B, Hkv, rows of a group, Skv), of which keys are neighbours."""
-    grouped = mask_per_group(mask[(None,) * (4 - mask.dim())], tuple(query.shape[:3]), groups)
-    if grouped.shape[-1] != keys or grouped.stride(-1) != 1:
-        grouped = grouped.expand(*grouped.shape[:3], keys).contiguous()
-    batch, heads, count, _ = query.shape
-    return grouped.expand(batch, groups, heads // groups * count, keys)
+def _of_keys(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of (B, Hq, Sq, Skv), whose keys are neighbours."""
+    if mask.shape[-1] != shape[-1] or mask.stride(-1) != 1:
+        mask = mask.expand(*mask.shape[:-1], shape[-1]).contiguous()
+    return mask.expand(shape)
