@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from fxopt.ir.formula import AXES, real_capture
 from fxopt.ir.program import ScoreProgram
 
 from .attention_layout import Layout, Lead
-from .attention_masks import EXCLUDES, commute, never_infinite, replaces
+from .attention_masks import EXCLUDES, commute, is_bias, never_infinite, replaces
 from .attention_parts import Mask, Multiplier, Scores, readers
 from .attention_sinks import per_head, read_column, read_gate
 from .attention_sites import read_scores
@@ -138,9 +139,16 @@ def read_site(node: fx.Node) -> Site | Miss | None:
     return _with_sinks(site, node, softmax, column.sinks)
 
 
+def _keeps_logsumexp(mask: Mask) -> bool:
+    """Not so low a number that the logarithm of how many there are in a row is lost beside it."""
+    return is_bias(mask.node) if mask.fill is None else mask.fill == -math.inf
+
+
 def _with_sinks(site: Site, node: fx.Node, softmax: Softmax, sinks: fx.Node | None) -> Site | Miss:
     if site.weighted.sliced != (sinks is not None):
         return Miss("a last column of the probabilities that is dropped, and is one of sinks", "one of both")
+    if softmax.by_logarithm and not all(map(_keeps_logsumexp, site.scores.masks)):
+        return Miss("-inf where scores are masked that their logsumexp is subtracted from", "another number")
     trailing, root, top = 2, site.root, softmax.top
     if softmax.sink is not None:
         if len(top.users) > 1 or sinks is not None or not isinstance(site.layout.heads, int):

@@ -53,13 +53,67 @@ def of_logarithms(q: T, k: T, v: T, keep: T) -> T:
     return (q @ k.mT).masked_fill(~keep, low(q)).log_softmax(-1).exp() @ v
 
 
+def minus_logsumexp(q: T, k: T, v: T, keep: T) -> T:
+    x = (q @ k.mT).masked_fill(~keep, -math.inf)
+    return torch.exp(x - x.logsumexp(-1, keepdim=True)) @ v
+
+
+def rows_put_back(q: T, k: T, v: T, keep: T) -> T:
+    x = (q @ k.mT).float() * 0.5
+    return (x - torch.logsumexp(x, dim=-1)[..., None]).exp().to(q.dtype) @ v
+
+
+def shares_of_rows_put_back(q: T, k: T, v: T, keep: T) -> T:
+    x = (q @ k.mT).masked_fill(~keep, low(q))
+    e = (x - x.max(-1).values[..., None]).exp()
+    return e / e.sum(-1).unsqueeze(-1) @ v
+
+
 def read_twice(q: T, k: T, v: T, keep: T) -> T:
     logs = (q @ k.mT).log_softmax(-1)
     return logs.exp() @ v + logs.sum()
 
 
-def test_the_exponential_of_logarithms() -> None:
-    assert_recovered(of_logarithms, inputs())
+OTHERWISE = [of_logarithms, minus_logsumexp, rows_put_back, shares_of_rows_put_back]
+
+
+@pytest.mark.parametrize("site", OTHERWISE, ids=lambda f: f.__name__)
+def test_spelled_otherwise(site: Site) -> None:
+    assert_recovered(site, inputs())
+
+
+def with_its_logsumexp(q: T, k: T, v: T, keep: T) -> T:
+    x = q @ k.mT
+    total = x.logsumexp(-1, keepdim=True)
+    return torch.exp(x - total) @ v + total
+
+
+def shares_of_one(q: T, k: T, v: T, keep: T) -> T:
+    """A row of nothing but the lowest number has its number of keys absorbed: each key has a share of 1."""
+    x = (q @ k.mT).masked_fill(~keep, low(q))
+    return (x - x.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def along_the_rows(q: T, k: T, v: T, keep: T) -> T:
+    x = q @ k.mT
+    return torch.exp(x - x.logsumexp(-2, keepdim=True)) @ v
+
+
+def two_blocks(q: T, k: T, v: T, keep: T) -> T:
+    """A softmax that is put together of two parts of the keys."""
+    first, second = (q @ part.mT for part in k.split([5, S - 5], -2))
+    top = torch.maximum(first.amax(-1, keepdim=True), second.amax(-1, keepdim=True))
+    shares = (first - top).exp(), (second - top).exp()
+    weighted = sum(share @ part for share, part in zip(shares, v.split([5, S - 5], -2), strict=True))
+    return weighted / (shares[0].sum(-1, keepdim=True) + shares[1].sum(-1, keepdim=True))
+
+
+def in_place_of_what_is_read(q: T, k: T, v: T, keep: T) -> T:
+    x = q @ k.mT
+    rows = x.view(-1, S)
+    x.exp_()
+    x.div_(x.sum(-1, keepdim=True))
+    return x @ v + rows.sum()
 
 
 SITES = [plain, detached, floored, unshifted, of_rank_3]
@@ -118,6 +172,10 @@ NEAR_MISSES: dict[Site, str] = {
     of_columns: "wanted a softmax as exp(x - max(x)) over its sum",
     read_twice: "wanted the exponential of a softmax's logarithm alone",
     masked_shares: "wanted a softmax as exp(x - max(x)) over its sum",
+    with_its_logsumexp: "wanted scores that only the softmax reads, saw matmul is read by logsumexp, sub",
+    shares_of_one: "wanted -inf where scores are masked that their logsumexp is subtracted from",
+    two_blocks: "wanted a softmax, which is divided by its sum before the product with V",
+    in_place_of_what_is_read: "wanted a softmax that nothing writes into",
 }
 
 
