@@ -54,7 +54,7 @@ def decoder(shape: str, dtype: torch.dtype) -> Any:
     hidden, inner, layers, heads, groups, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=2**17,
+        num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=2**17, dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype).eval()
