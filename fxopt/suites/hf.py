@@ -51,7 +51,8 @@ def _one(plan: Plan, case: Case) -> Row:
     subject = resolve(case.target, _request(plan, case), **case.overrides)
     more: dict[str, Any] = {"check": plan.check, "tuned": plan.tuned, "mode": plan.mode}
     more["cold"] = plan.cold or not case.training
-    found = measure(case, subject, plan.options, budget_seconds=plan.budget, **more)
+    more |= {"budget_seconds": plan.budget, "block_seconds": plan.block}
+    found = measure(case, subject, plan.options, **more)
     return {name: value for name, value in found.items() if name not in ("model", "phase")}
 
 

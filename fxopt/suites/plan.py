@@ -87,6 +87,11 @@ class Plan:
         """Seconds for the timing of one row."""
         return self.seconds or (1.0 if self.size == "tiny" else 4.0)
 
+    @property
+    def block(self) -> float:
+        """Seconds of a block: many short ones for what takes less than a millisecond."""
+        return 0.005 if self.size == "tiny" else 0.02
+
     def request(self, *, training: bool = False, **changed: Any) -> Request:
         """How a target is to be built; `changed`: fields of the request that are not the plan's."""
         own = {"batch": self.batch, "seq": self.length, "training": training}
