@@ -167,13 +167,17 @@ def reshaped(index: Index, sizes: Sizes, source: Sizes, ranges: Ranges) -> Index
 
 
 def _matching_runs(a: Sizes, b: Sizes) -> list[tuple[Sizes, Sizes]]:
-    """The shortest runs of dimensions of both with equal products."""
+    """The shortest runs of dimensions of both with equal products.
+
+    The last run is all that is left: of a view its products are equal, also where that cannot be seen, as of
+    ``s`` and ``s // 4 * 4``.
+    """
     runs: list[tuple[Sizes, Sizes]] = []
     i = j = 0
     while i < len(a) or j < len(b):
         start_i, start_j = i, j
         i, j = min(i + 1, len(a)), min(j + 1, len(b))
-        while not same(product(a[start_i:i]), product(b[start_j:j])):
+        while (i < len(a) or j < len(b)) and not same(product(a[start_i:i]), product(b[start_j:j])):
             i, j = _extend(a, b, (start_i, i), (start_j, j))
         runs.append((a[start_i:i], b[start_j:j]))
     return runs

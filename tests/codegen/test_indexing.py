@@ -6,6 +6,7 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
 
 from fxopt.codegen.indexing import axis, floor_divide, modulo, ranges_of, reshaped, sizes_of
 from fxopt.codegen.print_index import print_index
@@ -48,6 +49,21 @@ def test_what_a_view_leaves_alone_is_not_divided() -> None:
     rows = axis("x", B * S)
     index = reshaped((rows.symbol, h), (B * S, H), (B, S, H), ranges_of([rows, axes[2]]))
     assert [print_index(one) for one in index] == ["x // S", "x % S", "h"]
+
+
+def test_parts_of_a_size_that_is_not_known() -> None:
+    """That four parts of a quarter are the whole is known of a view, not of the expressions."""
+    parts = (B, sympy.Integer(4), FloorDiv(S, 4), H)
+    cut = [axis(name, size) for name, size in zip("bpsh", parts, strict=True)]
+    b, p, s, h = (one.symbol for one in cut)
+    found = reshaped((b, p, s, h), parts, (B, S, H), ranges_of(cut))
+    whole = [axis(name, size) for name, size in zip("bsh", (B, S, H), strict=True)]
+    back = reshaped((b, s, h), (B, S, H), parts, ranges_of(whole))
+    numbers = {B: 3, S: 12, H: 5, b: 2, h: 4}
+    for place in range(12):
+        at = numbers | {p: place // 3, s: place % 3}
+        assert [one.subs(at) for one in found] == [2, place, 4]
+        assert [one.subs(numbers | {s: place}) for one in back] == [2, place // 3, place % 3, 4]
 
 
 def test_divisions_that_the_range_decides_disappear() -> None:

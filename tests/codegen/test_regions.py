@@ -16,6 +16,7 @@ from fxopt.codegen.emit import emit_kernels
 from fxopt.codegen.kernels import kernel_of
 from fxopt.codegen.regions import Partition, is_barrier, partition
 from fxopt.options import Options
+from support.programs import findings
 
 aten = torch.ops.aten
 CPU = frozenset({"cpu"})
@@ -291,6 +292,16 @@ def test_the_same_graph_gives_the_same_text() -> None:
         return "".join(kernel_of(region, None).render() for region in regions_of(function, x, y).regions)
 
     assert text() == text()
+
+
+def test_the_same_graph_gives_the_same_text_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sets is another one in each process."""
+    found = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        found.append(findings("support.region_texts", interpreted=False))
+    assert len(found[0]) > 12
+    assert found[0] == found[1]
 
 
 def test_equal_layers_give_equal_kernels() -> None:
