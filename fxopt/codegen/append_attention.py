@@ -20,7 +20,7 @@ from fxopt.codegen.decode_attention import (
     total_launch,
     widen_function,
 )
-from fxopt.codegen.decode_problem import SMALLEST_TILE, Problem, Tiling, tiling_of
+from fxopt.codegen.decode_problem import SMALLEST_TILE, Problem, Tiling, Widths, tiling_of
 from fxopt.codegen.decode_reference import append_reference_text, example_text
 from fxopt.codegen.kernel_file import Argument, KernelFile, Launch
 from fxopt.codegen.tile_sizes import power_of_two
@@ -30,7 +30,7 @@ from fxopt.ir.target import Target
 
 NAME = "append_attention"
 # Rows that are rotated are held several times: as they were, their partners, and both angles. So tiles have
-# fewer of them, and programs more warps where rows are wider than this.
+# fewer of them, half as many of rows in two parts, and programs more warps where rows are wider than this.
 MOST_ROWS, FEWEST_ROWS, WIDE = 64, 16, 128
 _OPERANDS = ("query", "k_new", "v_new", "cos", "sin", "key", "value")
 
@@ -62,8 +62,7 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
     """
     if problem.ring and problem.dead_rows in (MEAN, NONE):
         raise Unsupported("rows without a live key that give the mean of a ring")
-    wide = int(problem.query.shape[3]) > WIDE
-    tiling = tiling_of(problem, target, FEWEST_ROWS if wide else MOST_ROWS)
+    tiling = tiling_of(problem, target, _most_rows(int(problem.query.shape[3])))
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
     functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
     text = f"{functions}\n\n{template('decode_attention')}\n\n\n{template('append_attention')}"
@@ -83,6 +82,13 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
         scratch=scratch(problem, tiling),
         about=about(problem, tiling, "rotary embedding, append to a cache and attention over it, in parts"),
     )
+
+
+def _most_rows(width: int) -> int:
+    """Of a tile."""
+    if width > WIDE:
+        return FEWEST_ROWS
+    return MOST_ROWS // 2 if Widths.of(width).parts[1] else MOST_ROWS
 
 
 def _append_launch(problem: AppendProblem, tiling: Tiling) -> Launch:

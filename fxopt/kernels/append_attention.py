@@ -107,8 +107,10 @@ def old_part(
 ):  # fmt: skip
     """The part `split` of the rows of the cache that are live: the first, and the one behind the last."""
     if RING:
-        return cut(0, tl.minimum(columns, length), split, SPLITS, BLOCK_N)
-    return part_of(b, split, span_ptr, columns, captured, QUERIES, SPAN, SPLITS, BLOCK_N)
+        first, last = cut(0, tl.minimum(columns, length), split, SPLITS, BLOCK_N)
+    else:  # what follows on a "return" is compiled, too, and may be of another type
+        first, last = part_of(b, split, span_ptr, columns, captured, QUERIES, SPAN, SPLITS, BLOCK_N)
+    return first, last
 
 
 @triton.jit

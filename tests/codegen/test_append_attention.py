@@ -54,6 +54,7 @@ def problem(width: int, group: int, queries: int, dead_rows: str = "zero") -> Ap
 def test_kernels_fit(target: str, tmp_path: Path) -> None:
     named = Target.named(target)
     kernels = [append_kernel(problem(*each), named) for each in ((64, 1, 1), (128, 4, 1), (256, 8, 4))]
+    kernels.append(append_kernel(replace(problem(64, 4, 1), ring=True), named))
     for found in compile_launches([(kernel, 0) for kernel in kernels], named, cache=KernelCache(tmp_path)):
         found.check()
         assert "async_copy_global_to_local" in found.ttgir

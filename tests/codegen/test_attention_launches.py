@@ -89,6 +89,18 @@ def test_sizes_of_one_compile(name: str, cache: KernelCache) -> None:
     train(replace(CASES[name], group=1, width=16, width_v=16), cache, 1, 1, 1, 1)
 
 
+def test_descriptors_compile(cache: KernelCache) -> None:
+    """Strides are numbers of 32 bits, and the number of rows may be a constant."""
+    spec = replace(spec_of(Case(group=1, width=64, width_v=64), HALF), alignment=16)
+    kernel = forward_kernel(spec, TARGET, example_text(spec, ()), described=True)
+    for columns in (1, 100):
+        given = operands(Case(group=1, width=64, width_v=64), 1, 2, 1, columns)
+        module, _ = launched(kernel, cache, list(given))
+    found = compiled(module, "_attention_forward_kernel")
+    assert len(found) == 2
+    assert all("cp.async.bulk.tensor" in one.asm["ptx"] for one in found)
+
+
 def test_sizes_of_one_compile_for_caches(cache: KernelCache) -> None:
     """One sequence, head, query and key, and a size of the mask that is 1."""
     shape = (1, 1, 1, 64)

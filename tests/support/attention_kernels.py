@@ -5,6 +5,7 @@ The plain one evaluates programs as `fxopt.ir` does, on all scores at once; it s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fxopt.codegen.attention_backward import backward_kernel
@@ -27,6 +29,7 @@ from fxopt.codegen.kernel_file import KernelFile
 from fxopt.ir.formula import numbered
 from fxopt.ir.ops.philox import philox_uniform
 from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.target import Target
 from fxopt.ir.tile_values import TileValues
 from fxopt.report.record import collect
 from fxopt.runtime.interpreter import exact_bfloat16
@@ -218,7 +221,7 @@ def wide(values: Any) -> Any:
 class Run:
     """A case in a dtype, with kernels that `edit` may break.
 
-    `described`: keys and values are loaded through tensor descriptors.
+    `described`: keys and values are loaded through tensor descriptors. `device`: on "cpu" in the interpreter.
     """
 
     case: Case
@@ -226,22 +229,30 @@ class Run:
     cache: KernelCache
     edit: Callable[[KernelFile], KernelFile] = field(default=lambda kernel: kernel)
     described: bool = False
+    device: str = "cpu"
+    target: Target | None = None
 
     def check(self, *, backward: bool) -> str:
         """What is wrong; empty when nothing is."""
-        operands, others = operands_of(self.case, self.dtype), others_of(self.case, self.dtype)
+        operands, others = pytree.tree_map_only(
+            torch.Tensor,
+            lambda one: one.to(self.device),
+            (operands_of(self.case, self.dtype), others_of(self.case, self.dtype)),
+        )
         spec = spec_of(self.case, self.dtype)
-        forward = forward_kernel(spec, None, example_text(spec, ()), described=self.described)
+        interpreted = exact_bfloat16 if self.device == "cpu" else contextlib.nullcontext
+        forward = forward_kernel(spec, self.target, example_text(spec, ()), described=self.described)
         module = self.load(forward, edit=not backward)
-        with exact_bfloat16():
+        with interpreted():
             out, sums = module.launch(*operands, *others.values())
         if not backward:
             return self.compare(
                 [out], lambda *given: [plain(self.case, *given[:3], given[3])], operands, others
             )
-        grad = random(*out.shape).to(self.dtype)
-        module = self.load(backward_kernel(spec, self.case.learned, None, example_text(spec, ())), edit=True)
-        with exact_bfloat16():
+        grad = random(*out.shape).to(self.device, self.dtype)
+        kernel = backward_kernel(spec, self.case.learned, self.target, example_text(spec, ()))
+        module = self.load(kernel, edit=True)
+        with interpreted():
             made = module.launch(grad, out, sums, *operands, *others.values())
 
         def gradients(*given: Any) -> list[torch.Tensor]:
