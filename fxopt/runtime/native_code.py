@@ -32,6 +32,8 @@ def kernels_of(source: Path, without: str) -> Any:
 def library_of(source: Path) -> Path:
     """The compiled form of a file, made now unless it is in the cache.
 
+    One that is damaged, by a full disk perhaps, is made anew.
+
     It may use torch's headers, those beside it, and any instruction of this processor. The key of the cache
     is made of the text, that of the headers beside it, the versions of torch and Python, and the processor.
 
@@ -46,12 +48,32 @@ def library_of(source: Path) -> Path:
     key = (*texts, torch.__version__, sys.version, abi, processor, _features())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = Path(cache_dir(), "fxopt", f"{source.stem}-{name}.so")
+    if _is_intact(path):
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # others wait for the first process that compiles it
-        if not path.exists():
+        if not _is_intact(path):
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                os.replace(_build_in(source, folder), path)
+                built = _build_in(source, folder)
+                _sum_file(path).write_text(_sum(Path(built)))
+                os.replace(built, path)
     return path
+
+
+def _is_intact(path: Path) -> bool:
+    """It is all of what was built. The process would end where a library is loaded that was cut off."""
+    try:
+        return _sum_file(path).read_text() == _sum(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _features() -> str:
