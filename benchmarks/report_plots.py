@@ -82,7 +82,8 @@ def by_length(found: Sequence[Run]) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("tokens")
         axes.set_title(run.name, fontsize=9)
-        axes.legend(fontsize=6, frameon=False)
+        if any(lines):
+            axes.legend(fontsize=6, frameon=False)
     panels[0].set_ylabel("times faster than Inductor")
     return figure
 
