@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from fxopt.codegen.indexing import product, ranges_of, sizes_of
 from fxopt.codegen.kernel_file import About
@@ -122,19 +123,24 @@ def hinted(expr: sympy.Expr, nodes: Iterable[fx.Node]) -> int:
         return int(expr)
     sizes = [size for node in nodes for value in tensors_of(node) for size in value.shape]
     known: dict[Any, int] = {}
-    for size in sizes:
+    # Whole sizes have the last word over parts of them.
+    for size in sorted(sizes, key=lambda one: not size_of(one).has(FloorDiv)):
         known |= _symbol_of(size)
     value = expr.subs({symbol: known.get(symbol, 1) for symbol in expr.free_symbols})
     return int(math.floor(value))
 
 
 def _symbol_of(size: Size) -> dict[Any, int]:
-    """The symbol in a size such as ``2*s + 1``, and its value while tracing."""
+    """The symbol in a size such as ``2*s + 1`` or ``s // 4``, and its value while tracing."""
     expr = size_of(size)
     if len(expr.free_symbols) != 1:
         return {}
     (symbol,) = expr.free_symbols
-    factor, rest = expr.coeff(symbol, 1), expr.coeff(symbol, 0)
-    if sympy.expand(expr - factor * symbol - rest) != 0 or not (factor.is_number and rest.is_number):
+    # Of a part of a size, ``s // 4``, what it was a part of, were it divided without a rest.
+    parts = [one for one in expr.atoms(FloorDiv) if one.args[0] == symbol and one.args[1].is_number]
+    base, scale = (parts[0], parts[0].args[1]) if parts else (symbol, 1)
+    factor, rest = expr.coeff(base, 1), expr.coeff(base, 0)
+    known = factor.is_number and rest.is_number and factor != 0
+    if not known or sympy.expand(expr - factor * base - rest) != 0:
         return {}
-    return {symbol: int((hint(size) - rest) // factor)}
+    return {symbol: int((hint(size) - rest) // factor) * int(scale)}

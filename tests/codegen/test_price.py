@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from codegen.test_product_model import kernel_for
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._sympy.functions import FloorDiv
 
 import fxopt
-from fxopt.codegen.price import least_seconds
+from fxopt.codegen.price import hinted, least_seconds
 from fxopt.ir.ops.tile_plan import live_scores
 from fxopt.ir.program import MaskProgram
+from fxopt.ir.sizes import size_of
 from fxopt.ir.target import Target
 from fxopt.report.record import collect
 
@@ -32,6 +37,15 @@ def test_a_product_of_one_row_takes_as_long_as_its_weight_is_read() -> None:
     about = kernel_for(1, torch.bfloat16, HOPPER).about
     assert least_seconds(about, HOPPER) == about.seen[0] / HOPPER.bandwidth
     assert about.seen[0] == pytest.approx(2 * 2048 * 4096, rel=1e-2)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[: x.shape[0] // 4], lambda x: x[: x.shape[0] // 4 * 2 + 3]])
+def test_sizes_of_which_parts_are_seen(cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    gm = make_fx(lambda x: cut(x).exp(), tracing_mode="symbolic")(torch.randn(12))
+    first, last = gm.graph.find_nodes(op="placeholder")[0], list(gm.graph.nodes)[-2]
+    (symbol,) = size_of(first.meta["val"].shape[0]).free_symbols
+    assert size_of(last.meta["val"].shape[0]).has(FloorDiv)
+    assert hinted(symbol, [last]) == hinted(symbol, [last, first]) == 12
 
 
 def windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
