@@ -139,12 +139,7 @@ def _delta(spec: Spec) -> Launch:
         *(each for pair in pairs for each in strides(*pair)),
         *counts("heads", "rows"),
     )
-    constants = (
-        ("ALIGN", spec.alignment),
-        ("WIDTH_V", spec.width_v),
-        ("BLOCK_DV", padded_width(spec.width_v)),
-        ("BLOCK_M", 32),
-    )
+    constants = (("WIDTH_V", spec.width_v), ("BLOCK_DV", padded_width(spec.width_v)), ("BLOCK_M", 32))
     return Launch(
         "_attention_delta_kernel", arguments, ("triton.cdiv(rows, BLOCK_M) * heads * batch",), constants
     )

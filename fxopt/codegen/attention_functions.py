@@ -64,7 +64,7 @@ def forward_functions(spec: Spec) -> str:
             _bounds("columns_of", spec.columns, spec),
             *_start_of_rows(spec),
             _dropout(spec),
-            _within_tile(spec),
+            *_strides(spec),
         ]
     )
 
@@ -91,7 +91,7 @@ def backward_functions(spec: Spec, learned: Mapping[int, tuple[Any, Any]]) -> st
             _bounds("columns_of", spec.columns, spec),
             _bounds("rows_of", spec.rows, spec),
             _dropout(spec),
-            _within_tile(spec),
+            *_strides(spec),
         ]
     )
 
@@ -145,10 +145,17 @@ def _dropout(spec: Spec) -> str:
     return _function("dropped", "weights, b, h, q, k, heads, rows, columns", result)
 
 
-def _within_tile(spec: Spec) -> str:
-    """In 32 bits where they suffice: these are numbers of which a thread holds several."""
-    result = "row.to(tl.int64) * stride" if spec.far else "(row * stride).to(tl.int32)"
-    return f"@triton.jit\ndef within_tile(row, stride):\n    return {result}\n"
+def _strides(spec: Spec) -> tuple[str, str]:
+    """What divides strides is a factor of them, which the compiler sees. Within a tile 32 bits are enough for
+    most, numbers of which a thread holds several."""
+    known = spec.alignment
+    stride = f"stride // {known} * {known}" if known > 1 else "stride"
+    step = "row.to(tl.int64) * stride" if spec.far else "(row * stride).to(tl.int32)"
+    return _inline("aligned(stride)", stride), _inline("within_tile(row, stride)", step)
+
+
+def _inline(head: str, result: str) -> str:
+    return f"@triton.jit\ndef {head}:\n    return {result}\n"
 
 
 def _bounds(name: str, found: Sequence[Span], spec: Spec) -> str:

@@ -127,7 +127,6 @@ def shape_constants(spec: Spec) -> tuple[tuple[str, int | float], ...]:
     return (
         ("SCALE", spec.multiplier),
         ("FACTOR", spec.factor),
-        ("ALIGN", spec.alignment),
         ("GROUP", spec.group),
         ("WIDTH", spec.width),
         ("WIDTH_V", spec.width_v),

@@ -84,8 +84,9 @@ _FLOAT32 = Tiles(32, 32, 4, 1)
 
 def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the forward."""
-    plain = _FORWARD_HEAVY if spec.is_heavy else _FORWARD
-    return _chosen(_FORWARD_PAIRS if spec.reads_pairs else plain, spec, target, Tiles(64, 32, 4, 2))
+    if spec.reads_pairs:
+        return _chosen(_FORWARD_PAIRS, spec, target, Tiles(32, 32, 8, 2))
+    return _chosen(_FORWARD_HEAVY if spec.is_heavy else _FORWARD, spec, target, Tiles(64, 32, 8, 2))
 
 
 def query_tiles(spec: Spec, target: Target | None) -> Tiles:

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels.attention_forward import (
-    aligned,
     crop,
     head_of,
     load_pairs,
@@ -30,6 +29,7 @@ from fxopt.kernels.attention_forward import (
     whole_tiles,
 )
 from fxopt.kernels.example_functions import (
+    aligned,
     columns_of,
     dropped,
     is_live,
@@ -174,7 +174,9 @@ def store_keys(acc, base, stride_s, keys, columns, WIDTH: tl.constexpr, BLOCK: t
     """Rows of keys, in the dtype of the memory."""
     d = tl.arange(0, BLOCK)[None, :]
     inside = (keys < columns)[:, None] & (d < WIDTH)
-    tl.store(base + keys.to(tl.int64)[:, None] * stride_s + d, acc.to(base.dtype.element_ty), mask=inside)
+    tl.store(
+        base + keys.to(tl.int64)[:, None] * aligned(stride_s) + d, acc.to(base.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -219,18 +221,13 @@ def _attention_dq_kernel(
     grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dq_stride_b, dq_stride_h, dq_stride_s, batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     OF_SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PARTS: tl.constexpr, CROP: tl.constexpr, DEAD_ROWS: tl.constexpr, STOPS: tl.constexpr,
     LEARNED: tl.constexpr, LEARNED_DEAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of (query, head) pairs of one group of heads."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
-    dq_stride_b, dq_stride_h, dq_stride_s = aligned(dq_stride_b, dq_stride_h, dq_stride_s, ALIGN)
     pairs, heads = rows * GROUP, groups * GROUP
     b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q, inside = heads_of[:, None], queries[:, None], pair < pairs
@@ -278,18 +275,12 @@ def _attention_dkdv_kernel(
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
     batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     OF_SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
     PARTS: tl.constexpr, CROP: tl.constexpr, DEAD_ROWS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one group of heads."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
-    dk_stride_b, dk_stride_h, dk_stride_s = aligned(dk_stride_b, dk_stride_h, dk_stride_s, ALIGN)
-    dv_stride_b, dv_stride_h, dv_stride_s = aligned(dv_stride_b, dv_stride_h, dv_stride_s, ALIGN)
     heads, tiles = groups * GROUP, tl.cdiv(columns, BLOCK_N)
     group, b = tl.program_id(0) // tiles % groups, tl.program_id(0) // tiles // groups
     first = tl.program_id(0) % tiles * BLOCK_N

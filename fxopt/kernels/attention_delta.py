@@ -13,7 +13,6 @@ import triton.language as tl
 
 from fxopt.kernels.attention_backward import dead_share, load_sums, tile_again
 from fxopt.kernels.attention_forward import (
-    aligned,
     crop,
     head_of,
     load_pairs,
@@ -29,12 +28,10 @@ from fxopt.kernels.example_functions import columns_of
 @triton.jit
 def _attention_delta_kernel(
     grad_ptr, out_ptr, delta_ptr, grad_stride_b, grad_stride_h, grad_stride_s, out_stride_b, out_stride_h,
-    out_stride_s, heads, rows, ALIGN: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+    out_stride_s, heads, rows, WIDTH_V: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO * O) of BLOCK_M rows of one head, in float32."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    out_stride_b, out_stride_h, out_stride_s = aligned(out_stride_b, out_stride_h, out_stride_s, ALIGN)
     tiles = tl.cdiv(rows, BLOCK_M)
     head = tl.program_id(0) // tiles
     h, b = (head % heads).to(tl.int64), (head // heads).to(tl.int64)
@@ -72,16 +69,12 @@ def _attention_delta_again_kernel(
     grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr,
     DEAD_ROWS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """D of one tile of (query, head) pairs of one group of heads, from the weights."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
     pairs, heads = rows * GROUP, groups * GROUP
     b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q, inside = heads_of[:, None], queries[:, None], pair < pairs

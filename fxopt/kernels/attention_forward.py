@@ -21,7 +21,6 @@ for its product, O is rounded once. A row without a live key gives 0, NaN or the
     captured               what the device functions of a mask and a score read
     FACTOR                 of scores before exp2, log2(e) in it; 0 where scores may be as large as float32's
                            lowest number, which is not to be multiplied
-    ALIGN                  divides all strides but the last ones: 8 of heads of 72
     DESCRIBED              K and V are loaded through tensor descriptors, by the copy engine of GPUs of sm_90
                            or later: heads begin, and rows follow each other, at multiples of 16 bytes
 """
@@ -30,6 +29,7 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels.example_functions import (
+    aligned,
     columns_of,
     dropped,
     initial_top,
@@ -44,18 +44,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def aligned(stride_b, stride_h, stride_s, ALIGN: tl.constexpr):
-    """Strides that ALIGN divides, which lets the compiler read several numbers of a row at once."""
-    return stride_b // ALIGN * ALIGN, stride_h // ALIGN * ALIGN, stride_s // ALIGN * ALIGN
-
-
-@triton.jit
 def load_rows(
     base, start, stride, extent, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     GUARD: tl.constexpr,
 ):  # fmt: skip
     """(ROWS, BLOCK): rows of numbers from `start`; 0 behind the width, and with GUARD behind the last row."""
     d, row = tl.arange(0, BLOCK)[None, :], tl.arange(0, ROWS)[:, None]
+    stride = aligned(stride)
     pointers = base + (tl.full([], 0, tl.int64) + start) * stride + (within_tile(row, stride) + d)
     if GUARD and WIDTH < BLOCK:
         found = tl.load(pointers, mask=(start + row < extent) & (d < WIDTH), other=0.0)
@@ -75,7 +70,7 @@ def rows_to_load(
 ):  # fmt: skip
     """What `load_tile` loads rows of a head from: a descriptor of tiles (ROWS, BLOCK), or a pointer."""
     if DESCRIBED:
-        rows = tl.make_tensor_descriptor(base, [extent, WIDTH], [stride, 1], [ROWS, BLOCK])
+        rows = tl.make_tensor_descriptor(base, [extent, WIDTH], [aligned(stride), 1], [ROWS, BLOCK])
     else:
         rows = base
     return rows
@@ -109,7 +104,7 @@ def tile_of_pairs(groups, rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 @triton.jit
 def head_of(ptr, b, h, stride_b, stride_h):
     """Where the rows of one head begin."""
-    return ptr + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    return ptr + b.to(tl.int64) * aligned(stride_b) + h.to(tl.int64) * aligned(stride_h)
 
 
 @triton.jit
@@ -119,6 +114,7 @@ def load_pairs(
 ):  # fmt: skip
     """(PAIRS, BLOCK): the rows of (query, head) pairs from `start`, 0 behind the last one."""
     d, at = tl.arange(0, BLOCK)[None, :], tl.arange(0, PAIRS)[:, None]
+    stride_h, stride_s = aligned(stride_h), aligned(stride_s)
     base += (tl.full([], 0, tl.int64) + group) * GROUP * stride_h
     if PAIRS % GROUP == 0:  # tiles begin with the first head
         pointers = base + (tl.full([], 0, tl.int64) + start // GROUP) * stride_s
@@ -238,9 +234,9 @@ def store_pairs(
 ):  # fmt: skip
     """Rows of (query, head) pairs, in the dtype of the memory."""
     d = tl.arange(0, BLOCK)[None, :]
-    start = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + q.to(tl.int64) * stride_s
+    base = head_of(ptr, b, h, stride_b, stride_h) + q.to(tl.int64) * aligned(stride_s)
     inside = (pair < pairs)[:, None] & (d < WIDTH)
-    tl.store(ptr + start[:, None] + d, acc.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(base[:, None] + d, acc.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -257,16 +253,12 @@ def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_s, batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, CROP: tl.constexpr,
     DEAD_ROWS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of (query, head) pairs of one group of heads."""
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
-    out_stride_b, out_stride_h, out_stride_s = aligned(out_stride_b, out_stride_h, out_stride_s, ALIGN)
     pairs, heads = rows * GROUP, groups * GROUP
     b, group, begin, pair, queries, heads_of, first, last = tile_of_pairs(groups, rows, GROUP, BLOCK_M)
     h, q = heads_of[:, None], queries[:, None]

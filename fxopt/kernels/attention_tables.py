@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels.attention_backward import dead_share, load_sums, tile_again
-from fxopt.kernels.attention_forward import aligned, head_of, load_rows
+from fxopt.kernels.attention_forward import head_of, load_rows
 from fxopt.kernels.example_functions import columns_of, entry_of, learned
 
 # --- All below is copied into kernels' files as it stands.
@@ -44,6 +44,12 @@ def line_at(place, heads, BY_B: tl.constexpr, BY_H: tl.constexpr):
     if BY_B:
         b = place
     return b, h
+
+
+@triton.jit
+def line_of(ptr, b, h, stride_b, stride_h):
+    """Where the gradient of what is captured for one head begins."""
+    return ptr + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
 
 
 @triton.jit
@@ -115,16 +121,12 @@ def _attention_matrix_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, sums_ptr, delta_ptr, of_ptr, grad_stride_b, grad_stride_h, grad_stride_s,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,
     v_stride_s, of_stride_b, of_stride_h, of_stride_q, of_stride_k, batch, groups, rows, columns, captured,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PIECES: tl.constexpr, DEAD_ROWS: tl.constexpr, BY_B: tl.constexpr,
     BY_H: tl.constexpr, LEARNED: tl.constexpr, LEARNED_DEAD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of a matrix of biases."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
     heads, tiles_k = groups * GROUP, tl.cdiv(columns, BLOCK_N)
     tiles = tl.cdiv(rows, BLOCK_M) * tiles_k
     tile = tl.program_id(0) % tiles
@@ -141,7 +143,7 @@ def _attention_matrix_kernel(
     row, column = start_q + tl.arange(0, BLOCK_M), start_k + tl.arange(0, BLOCK_N)
     places = row.to(tl.int64)[:, None] * of_stride_q + column.to(tl.int64)[None, :] * of_stride_k
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    base = head_of(of_ptr, b, h, of_stride_b, of_stride_h)
+    base = line_of(of_ptr, b, h, of_stride_b, of_stride_h)
     tl.store(base + places, acc.to(of_ptr.dtype.element_ty), mask=inside)
 
 
@@ -150,7 +152,7 @@ def _attention_table_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, sums_ptr, delta_ptr, parts_ptr, grad_stride_b, grad_stride_h,
     grad_stride_s, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b,
     v_stride_h, v_stride_s, entries, batch, groups, rows, columns, captured, SCALE: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PIECES: tl.constexpr, DEAD_ROWS: tl.constexpr, BY_B: tl.constexpr, BY_H: tl.constexpr,
@@ -158,10 +160,6 @@ def _attention_table_kernel(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """What a part of the queries adds to BLOCK_T entries. TOGETHER: all heads of a table read it alike."""
-    grad_stride_b, grad_stride_h, grad_stride_s = aligned(grad_stride_b, grad_stride_h, grad_stride_s, ALIGN)
-    q_stride_b, q_stride_h, q_stride_s = aligned(q_stride_b, q_stride_h, q_stride_s, ALIGN)
-    k_stride_b, k_stride_h, k_stride_s = aligned(k_stride_b, k_stride_h, k_stride_s, ALIGN)
-    v_stride_b, v_stride_h, v_stride_s = aligned(v_stride_b, v_stride_h, v_stride_s, ALIGN)
     heads, zero, blocks = groups * GROUP, tl.program_id(0) * 0, tl.cdiv(entries, BLOCK_T)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks % SPLITS
     line = tl.program_id(0) // blocks // SPLITS  # of the table: each of b, or h, has one
@@ -216,5 +214,5 @@ def _attention_table_total_kernel(
     for split in tl.range(0, SPLITS):
         part = parts_ptr + ((line * 0 + split).to(tl.int64) * lines + line) * entries
         total += tl.load(part + entry, mask=entry < entries, other=0.0)
-    places = head_of(of_ptr, b, h, of_stride_b, of_stride_h) + entry.to(tl.int64) * of_stride_entry
+    places = line_of(of_ptr, b, h, of_stride_b, of_stride_h) + entry.to(tl.int64) * of_stride_entry
     tl.store(places, total.to(of_ptr.dtype.element_ty), mask=entry < entries)

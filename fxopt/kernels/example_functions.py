@@ -56,6 +56,12 @@ def rows_of(b, first, last, extent, PIECE: tl.constexpr, captured):
 
 
 @triton.jit
+def aligned(stride):
+    """A stride of operands. What is known to divide it lets the compiler read several numbers at once."""
+    return stride
+
+
+@triton.jit
 def within_tile(row, stride):
     """How many numbers a row of a tile is behind the first one."""
     return (row * stride).to(tl.int32)

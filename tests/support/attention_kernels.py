@@ -297,7 +297,7 @@ FAULTS: dict[str, tuple[str, bool, str, str]] = {
     ),
     "entries of another block": ("short learned table", True, "block * BLOCK_T + tl.arange", "tl.arange"),
     "a part left out": ("short learned table", True, "tl.range(0, SPLITS)", "tl.range(1, SPLITS)"),
-    "another matrix": ("learned bias", True, "head_of(of_ptr, b, h, ", "head_of(of_ptr, b, h * 0, "),
+    "another matrix": ("learned bias", True, "line_of(of_ptr, b, h, ", "line_of(of_ptr, b, h * 0, "),
     "no cap in the backward": ("soft cap and window", True, "return grad * (", "return grad + 0 * ("),
 }
 
