@@ -199,7 +199,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             found[name] = environ[f"FXOPT_{name.upper()}"]
     for name in ("strict", "generate", "fast_decode"):
         if environ.get(f"FXOPT_{name.upper()}"):
-            found[name] = environ[f"FXOPT_{name.upper()}"] not in ("0", "false", "False")
+            found[name] = _boolean(
+                f"environment variable FXOPT_{name.upper()}", environ[f"FXOPT_{name.upper()}"]
+            )
     if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
         found["interpret"] = True
     if environ.get("FXOPT_TUNE_SECONDS"):
@@ -219,6 +221,14 @@ def _integer(name: str, text: str) -> int:
         raise OptionTypeError(name=name, wanted="an integer", value=text, kind="str") from None
 
 
+def _boolean(name: str, text: str) -> bool:
+    word = text.strip().lower()
+    if word in _YES or word in _NO:
+        return word in _YES
+    wanted = f"one of {', '.join((*_YES, *_NO))}"
+    raise OptionTypeError(name=name, wanted=wanted, value=text, kind="str")
+
+
 def _number(name: str, text: str) -> float:
     try:
         return float(text)
@@ -226,6 +236,7 @@ def _number(name: str, text: str) -> float:
         raise OptionTypeError(name=name, wanted="a number", value=text, kind="str") from None
 
 
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _VALUES = {
     "host": HOSTS,
     "verify": VERIFY,
@@ -373,7 +384,8 @@ def _host_config(rest: dict[str, Any], own: set[str]) -> dict[str, Any]:
                 known=", ".join(sorted(own)),
             )
         wanted = config.get_type(name)  # type: ignore[attr-defined]
-        if get_origin(wanted) is None and not isinstance(value, wanted):
+        # Some say how they are written down, in the place of a type.
+        if isinstance(wanted, type) and get_origin(wanted) is None and not isinstance(value, wanted):
             raise OptionTypeError(
                 name=f"option {name!r}", wanted=f"a {wanted.__name__}", value=value, kind=type(value).__name__
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from torch._inductor import config as inductor_config
 
 from fxopt.errors import FxoptError, OptionTypeError, OptionValueError, UnknownOption, UnsupportedMode
 from fxopt.options import Options
@@ -100,11 +101,24 @@ def test_environment_is_overridden_by_options() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("FXOPT_FUEL", "many"), ("FXOPT_FUEL", "-1"), ("FXOPT_HOST", "xyz"),
                         ("FXOPT_DISABLE", "no-such-pass"), ("FXOPT_KERNELS", "sometimes"),
-                        ("FXOPT_TUNE_SECONDS", "nan"), ("FXOPT_TUNE_SECONDS", "a while")]
+                        ("FXOPT_TUNE_SECONDS", "nan"), ("FXOPT_TUNE_SECONDS", "a while"),
+                        ("FXOPT_STRICT", "maybe")]
 )  # fmt: skip
 def test_an_error_in_the_environment_names_the_variable(name: str, value: str) -> None:
     with pytest.raises((OptionTypeError, OptionValueError), match=f"environment variable {name} "):
         parse(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["no", "off", "FALSE", "0", "False"])
+def test_words_for_no_in_the_environment(text: str) -> None:
+    off = parse(FXOPT_STRICT=text, FXOPT_GENERATE=text, FXOPT_FAST_DECODE=text)
+    assert (off.strict, off.generate, off.fast_decode) == (False, False, False)
+    assert parse(FXOPT_STRICT="Yes").strict
+
+
+def test_every_option_of_the_host_takes_its_default() -> None:
+    for name, value in inductor_config.get_config_copy().items():
+        assert parse(options={name: value}).host_config == {name: value}
 
 
 def test_what_the_call_gives_is_not_said_to_come_from_the_environment() -> None:

@@ -77,7 +77,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|d_embed|model_dim|width|text_embed_dim|word_embed_proj_dim"
         r"|(encoder|decoder)_hidden_size|(encoder|decoder)_hidden_dim|embedding_size|out_hidden_size"
-        r"|d_latents|hidden_dim|text_hidden_size|projection_dim|cross_attention_hidden_size|output_hidden_size",
+        r"|d_latents|hidden_dim|output_channels|text_hidden_size|projection_dim|cross_attention_hidden_size|output_hidden_size",
         _same(lambda s: s.hidden),
     ),
     (
@@ -90,6 +90,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
         r"head_dim|attention_head_dim|d_kv|d_head|kv_channels|v_head_dim|qk_head_dim",
         _same(lambda s: s.head_dim),
     ),
+    (r"num_pos_feats", _same(lambda s: s.hidden // 2)),  # of each direction
     (r"global_head_dim|qk_nope_head_dim|linear_(key|value)_head_dim", _same(lambda s: s.head_dim)),
     (r"qk_rope_head_dim|rotary_dim|index_head_dim", _at_most(lambda s: s.head_dim // 2)),
     (r"[qkvo]_lora_rank|index_n_heads|linear_num_(key|value)_heads", _at_most(lambda s: s.heads)),

@@ -95,6 +95,7 @@ def test_parts_are_shrunk() -> None:
         ("patchtst", ["past_values"]),
         ("perceiver", ["inputs"]),
         ("videomae", ["pixel_values"]),
+        ("sam", ["pixel_values"]),  # an encoder of pictures and a decoder of masks, of one width
     ],
 )
 def test_what_a_class_leaves_open_is_chosen(name: str, inputs: list[str]) -> None:
