@@ -147,5 +147,7 @@ def test_not_across_a_write_to_the_input() -> None:
 
     found = rewriting(f, PASSES)
     args = inputs()
-    assert torch.equal(found.call(*args), f(*args))
+    # Without the mean it is a root-mean-square norm of what is left.
+    assert_closer(f(*(each.double() for each in args)), found.call(*args), f(*args))
+    assert found.applied(NAME) == 0
     assert "written by" in found.reasons(NAME)

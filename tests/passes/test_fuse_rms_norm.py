@@ -48,6 +48,26 @@ def bare(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)
 
 
+def quotient(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * w
+
+
+def inverse(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return w * (h * (1.0 / (h.pow(2).mean(-1, keepdim=True) + EPS).sqrt())).to(x.dtype)
+
+
+def power(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return w * (h * (h.pow(2).mean(-1, keepdim=True) + EPS) ** -0.5).to(x.dtype)
+
+
+def half_power(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x / (EPS + x.square().mean(-1, keepdim=True)) ** 0.5 * w
+
+
+# The root is spelled without rsqrt: rounded once more or less.
+ROOTS: dict[str, Norm] = {f.__name__: f for f in (quotient, inverse, power, half_power)}
 SPELLINGS: dict[str, Norm] = {f.__name__: f for f in (llama, t5, gemma, olmo, product, bare)}
 
 
@@ -67,9 +87,21 @@ def test_fires_with_the_same_bits(name: str, dtype: torch.dtype) -> None:
     assert "rsqrt" not in found.after[0]
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROOTS)
+def test_fires_for_other_roots(name: str, dtype: torch.dtype) -> None:
+    norm = ROOTS[name]
+    found = rewriting(norm, PASSES)
+    x, w = torch.randn(64, 5, 96).to(dtype), torch.rand(96).add(0.5).to(dtype)
+    out = found.call(x, w)
+    assert found.applied("fuse-rms-norm") == 1, found.reasons()
+    assert "sqrt" not in found.after[0] and "pow" not in found.after[0]
+    assert_closer(product(x.double(), w.double()), out, norm(x, w))
+
+
+@pytest.mark.parametrize("name", (*SPELLINGS, *ROOTS))
 def test_fires_with_the_same_gradients(name: str) -> None:
-    norm = SPELLINGS[name]
+    norm = {**SPELLINGS, **ROOTS}[name]
     found = rewriting(norm, PASSES)
 
     def gradients(call: Norm, x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
@@ -79,14 +111,14 @@ def test_fires_with_the_same_gradients(name: str) -> None:
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     x, w = inputs(torch.float32)
-    exact = gradients(norm if name in ("product", "bare") else _wide(norm), x.double(), w.double())
+    exact = gradients(bare if norm is bare else _wide(norm), x.double(), w.double())
     assert_closer(exact, gradients(found.call, x, w), gradients(norm, x, w))
     assert found.applied("fuse-rms-norm") == 1
 
 
 def _wide(norm: Norm) -> Norm:
     """The same function where a cast to float32 would cost the reference its precision."""
-    return {llama: product, t5: product, olmo: product, gemma: _gemma_wide}[norm]
+    return _gemma_wide if norm is gemma else product
 
 
 def _gemma_wide(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -173,6 +205,23 @@ def tensor_eps(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w[0]) * w
 
 
+def inverted_quotient(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) / x * w
+
+
+def product_with_the_root(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+
+def escaping_root(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    root = torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    return x / root * w + root
+
+
+def root_of_another(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (x + 1) / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+
 NEAR_MISSES: dict[str, tuple[Norm, str]] = {
     "other_dim": (other_dim, "last dimension"),
     "variance": (variance, "scales something else"),
@@ -181,7 +230,22 @@ NEAR_MISSES: dict[str, tuple[Norm, str]] = {
     "other_value": (other_value, "scales something else"),
     "escaping_scale": (escaping_scale, "2 readers"),
     "tensor_eps": (tensor_eps, "plus a number"),
+    "inverted_quotient": (inverted_quotient, "product with the inverse root"),
+    "product_with_the_root": (product_with_the_root, "product with the inverse root"),
+    "escaping_root": (escaping_root, "2 readers"),
+    "root_of_another": (root_of_another, "scales something else"),
 }
+
+
+@pytest.mark.parametrize("power", [1.5, -1.0, 2.0])
+def test_near_miss_power_that_is_no_root(power: float) -> None:
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPS) ** power * w
+
+    found = rewriting(norm, PASSES)
+    x, w = inputs(torch.float32)
+    assert torch.equal(found.call(x, w), norm(x, w))
+    assert found.applied("fuse-rms-norm") == 0
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
