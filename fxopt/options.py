@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, get_origin
@@ -185,33 +186,23 @@ def _normal(key: object) -> str:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What variables say. Of one whose name is nearly that of an option the user is told that it is none."""
     found: dict[str, Any] = {}
-    if environ.get("FXOPT_HOST"):
-        found["host"] = environ["FXOPT_HOST"]
-    if environ.get("FXOPT_DISABLE"):
-        found["disable"] = tuple(part.strip() for part in environ["FXOPT_DISABLE"].split(",") if part.strip())
-    for name in ("fuel", "cache_mib"):
-        variable = f"FXOPT_{name.upper()}"
-        if environ.get(variable):
-            found[name] = _integer(f"environment variable {variable}", environ[variable])
-    for name in ("dump", "target", "cache_dir"):
-        if environ.get(f"FXOPT_{name.upper()}"):
-            found[name] = environ[f"FXOPT_{name.upper()}"]
-    for name in ("strict", "generate", "fast_decode"):
-        if environ.get(f"FXOPT_{name.upper()}"):
-            found[name] = _boolean(
-                f"environment variable FXOPT_{name.upper()}", environ[f"FXOPT_{name.upper()}"]
-            )
+    for variable, text in environ.items():
+        name = variable.removeprefix(_PREFIX).lower()
+        if not text or variable != _PREFIX + name.upper():
+            continue
+        if name in _READ:
+            found[name] = _READ[name](f"environment variable {variable}", text)
+        elif meant := nearest("variables", variable, (_PREFIX + one.upper() for one in _READ), cutoff=0.85):
+            warnings.warn(f"fxopt reads no environment variable {variable}.{meant}", stacklevel=2)
     if environ.get("TRITON_INTERPRET", "0") not in ("0", "false", "off"):
         found["interpret"] = True
-    if environ.get("FXOPT_TUNE_SECONDS"):
-        found["tune_seconds"] = _number(
-            "environment variable FXOPT_TUNE_SECONDS", environ["FXOPT_TUNE_SECONDS"]
-        )
-    for name in ("verify", "kv_cache_dtype", "kernels", "gemm", "split_k", "replay"):
-        if environ.get(f"FXOPT_{name.upper()}"):
-            found[name] = environ[f"FXOPT_{name.upper()}"]
     return found
+
+
+def _as_it_is(name: str, text: str) -> str:
+    return text
 
 
 def _integer(name: str, text: str) -> int:
@@ -236,6 +227,16 @@ def _number(name: str, text: str) -> float:
         raise OptionTypeError(name=name, wanted="a number", value=text, kind="str") from None
 
 
+_PREFIX = "FXOPT_"
+# Options that a variable may set -> how its text is read.
+_READ: dict[str, Callable[[str, str], Any]] = {
+    "disable": lambda _, text: tuple(part.strip() for part in text.split(",") if part.strip()),
+    **dict.fromkeys(("fuel", "cache_mib"), _integer),
+    **dict.fromkeys(("strict", "generate", "fast_decode"), _boolean),
+    "tune_seconds": _number,
+    **dict.fromkeys(("host", "dump", "target", "cache_dir", "verify", "kv_cache_dtype"), _as_it_is),
+    **dict.fromkeys(("kernels", "gemm", "split_k", "replay"), _as_it_is),
+}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _VALUES = {
     "host": HOSTS,
@@ -392,7 +393,7 @@ def _host_config(rest: dict[str, Any], own: set[str]) -> dict[str, Any]:
     return rest
 
 
-def nearest(kind: str, name: str, known: Iterable[str]) -> str:
+def nearest(kind: str, name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """A sentence for a message with the closest three names, best first; empty when nothing is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=cutoff)
     return f" {f'Nearest {kind}'.strip()}: {', '.join(close)}." if close else ""

@@ -121,6 +121,18 @@ def test_every_option_of_the_host_takes_its_default() -> None:
         assert parse(options={name: value}).host_config == {name: value}
 
 
+def test_a_variable_that_is_nearly_an_option() -> None:
+    with pytest.warns(
+        UserWarning, match=r"no environment variable FXOPT_STRCT. Nearest variables: FXOPT_STRICT"
+    ):
+        assert parse(FXOPT_STRCT="1") == Options()
+
+
+def test_variables_of_others(recwarn: pytest.WarningsRecorder) -> None:
+    assert parse(FXOPT_GOLDEN="1", FXOPT_MY_OWN="1", FXOPT_strict="1", STRICT="1", FXOPT_="1") == Options()
+    assert not recwarn.list
+
+
 def test_what_the_call_gives_is_not_said_to_come_from_the_environment() -> None:
     with pytest.raises(OptionValueError, match="^option 'host' has no value 'xyz'"):
         parse(options={"host": "xyz"}, FXOPT_HOST="eager")
