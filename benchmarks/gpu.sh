@@ -17,10 +17,11 @@ out=$(cd "$out" && pwd)
 
 # Seconds that each part may take; together 25 minutes. LIMIT replaces them all.
 declare -A limits=(
-    [install]=50 [doctor]=30 [fusion]=100 [kernel-tests]=150 [attention]=120 [decode]=110 [decode-tests]=110
-    [hf]=210 [generate]=130 [generate-growing]=90 [quant]=90 [train]=120 [generation-tests]=150 [report]=40
+    [install]=40 [doctor]=20 [fusion]=100 [kernel-tests]=110 [attention-tests]=110 [attention]=120 [decode]=110
+    [decode-tests]=110 [hf]=210 [generate]=130 [generate-growing]=90 [quant]=90 [train]=120
+    [generation-tests]=110 [report]=30
 )
-order=(install doctor fusion kernel-tests attention decode decode-tests hf generate generate-growing quant train generation-tests report)
+order=(install doctor fusion kernel-tests attention-tests attention decode decode-tests hf generate generate-growing quant train generation-tests report)
 
 # What is installed, and beside it what is not part of the package. The checkout's own `fxopt` lacks its passes.
 mkdir -p "$out/site"
@@ -67,6 +68,8 @@ part() { # its command, by name
         doctor) "$python" -m fxopt doctor ;;
         kernel-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
             "$root"/tests/gpu/test_kernels.py ${REHEARSE:+-k "norm or softmax or columns"} ;;
+        attention-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
+            "$root"/tests/gpu/test_attention_kernels.py -k "$([[ ${REHEARSE:-0} == 1 ]] && echo causal || echo bfloat16 or widths or descriptors or bits)" ;;
         generation-tests) interpreted "$python" -m pytest -q -p no:cacheprovider \
             "$root"/tests/gpu/test_generation.py ${REHEARSE:+-k llama} ;;
         fusion) interpreted suite fusion --models gate -- --seconds 1 ;;
