@@ -14,7 +14,7 @@ from support.trees import aliases
 from support.zoo import ZOO, cases
 
 
-@pytest.mark.parametrize(("name", "attention"), cases())
+@pytest.mark.parametrize(("name", "attention"), cases(turn=0))
 def test_answer_is_eagers(name: str, attention: str) -> None:
     architecture = ZOO[name]
     model = architecture.make_model(attention)

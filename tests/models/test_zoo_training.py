@@ -12,7 +12,7 @@ from support.trees import aliases
 from support.zoo import ZOO, cases
 
 
-@pytest.mark.parametrize(("name", "attention"), cases())
+@pytest.mark.parametrize(("name", "attention"), cases(turn=1))
 def test_gradients_are_eagers(name: str, attention: str) -> None:
     architecture = ZOO[name]
     model = architecture.make_model(attention).train()
