@@ -63,7 +63,7 @@ _THIN: dict[str, dict[str, Any]] = {
     "bart": _ONE_ON_EACH_SIDE,
     "m2m_100": _ONE_ON_EACH_SIDE,
     "whisper": _ONE_ON_EACH_SIDE,
-    "swin": {"depths": [2, 1], "num_heads": [3, 6], "num_layers": 2, "hidden_size": 96, "image_size": 56},
+    "swin": {"depths": [2], "num_heads": [3], "num_layers": 1, "hidden_size": 96, "image_size": 56},
     "wav2vec2": {
         "conv_dim": [64] * 3,
         "conv_stride": [5, 2, 2],

@@ -58,7 +58,7 @@ def test_every_candidate_runs_at_every_place() -> None:
     interleave(
         {name: clock.candidate(name, 0.02) for name in names}, rounds=12, block_seconds=0.02, clock=clock
     )
-    rounds = [clock.order[start : start + 3] for start in range(3, len(clock.order), 3)]
+    rounds = [clock.order[start : start + 3] for start in range(9, len(clock.order), 3)]
     assert len(rounds) == 12
     for place in range(3):
         assert {row[place] for row in rounds} == set(names)
@@ -69,9 +69,25 @@ def test_short_candidates_are_repeated_within_a_block() -> None:
     clock = Clock()
     candidates = {"short": clock.candidate("short", 0.001), "long": clock.candidate("long", 0.1)}
     times = interleave(candidates, rounds=5, block_seconds=0.02, budget_seconds=100, clock=clock)
-    assert clock.order.count("short") == 1 + 5 * 20
-    assert clock.order.count("long") == 1 + 5
+    assert clock.order.count("short") == 3 + 5 * (1 + 20)  # one call in front of each block is not timed
+    assert clock.order.count("long") == 3 + 5
     assert times.median("short") == pytest.approx(0.001)
+
+
+def test_equal_candidates_are_equal_whoever_is_called_first() -> None:
+    """A call behind that of another candidate takes longer, and the very first one longer still."""
+    clock = Clock()
+    last: list[str] = []
+
+    def candidate(name: str) -> Callable[[], None]:
+        def step() -> None:
+            clock.now += 0.01 if not last else 0.002 if last[-1] != name else 0.001
+            last.append(name)
+
+        return step
+
+    times = interleave({name: candidate(name) for name in "abc"}, block_seconds=0.01, clock=clock)
+    assert times.ratio("a", "b").median == times.ratio("a", "c").median == pytest.approx(1.0)
 
 
 def test_budget_limits_the_rounds_but_not_below_five() -> None:
