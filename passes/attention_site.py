@@ -134,6 +134,8 @@ def read_site(node: fx.Node) -> Site | Miss | None:
     weighted = read_weighted(node)
     if isinstance(weighted, Miss):
         return weighted
+    if softmax.by_logarithm and not all(map(_keeps_logsumexp, scores.masks)):
+        return Miss("-inf where scores are masked that their logsumexp is subtracted from", "another number")
     layout = Layout.of(scores.product_lead, scores.key.lead, scores.lead)
     site = Site(weighted.root, scores, weighted, layout, trains=facts.may_train(node.graph))
     return _with_sinks(site, node, softmax, column.sinks)
@@ -147,8 +149,6 @@ def _keeps_logsumexp(mask: Mask) -> bool:
 def _with_sinks(site: Site, node: fx.Node, softmax: Softmax, sinks: fx.Node | None) -> Site | Miss:
     if site.weighted.sliced != (sinks is not None):
         return Miss("a last column of the probabilities that is dropped, and is one of sinks", "one of both")
-    if softmax.by_logarithm and not all(map(_keeps_logsumexp, site.scores.masks)):
-        return Miss("-inf where scores are masked that their logsumexp is subtracted from", "another number")
     trailing, root, top = 2, site.root, softmax.top
     if softmax.sink is not None:
         if len(top.users) > 1 or sinks is not None or not isinstance(site.layout.heads, int):

@@ -187,16 +187,18 @@ def _off_by_one(top: Any, added: Any) -> Softmax | None:
 
 def _largest(node: Any) -> Any:
     """The maximum over the last dimension that `node` is, or None."""
-    kept = True
-    while is_call(node, aten.detach.default, aten.alias.default, aten.unsqueeze.default):
-        inner, same = _per_row(node)
-        if inner is node and is_call(node, aten.unsqueeze.default):
-            return None
-        node, kept = (node.args[0], kept) if same else (inner, False)
+    node, kept = _per_row(_unaliased(node))
+    node = _unaliased(node)
     if is_call(node, operator.getitem) and node.args[1] == 0:  # type: ignore[arg-type]
         node = node.args[0]
     found = is_call(node, aten.max.dim, aten.amax.default) and _reduces_last(node, kept)
     return node if found else None
+
+
+def _unaliased(node: Any) -> Any:
+    while is_call(node, aten.detach.default, aten.alias.default):
+        node = node.args[0]
+    return node
 
 
 def _reduces_last(node: Any, kept: bool) -> bool:

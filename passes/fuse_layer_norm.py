@@ -100,7 +100,7 @@ def _core(root: fx.Node) -> Site | Miss | None:
         return Miss("x - mean(x) over the root of its variance", f"{centered.name} over {root.name}")
     normed = sites.through_casts(quotient)
     shared = [] if centered in inner else [centered]
-    nodes = [*inner, *shared, variance, root.args[0], root, quotient, *_casts(quotient, normed)]
+    nodes = [*inner, *shared, variance, root.args[0], root, quotient, *sites.casts_between(quotient, normed)]
     kept = [node for node in nodes if not (node is centered and _read_by_both(centered, inner))]
     x = facts.peel_widening(own)
     return Site(x, eps[1], facts.dtype(quotient), normed, normed, inner=tuple(kept))  # type: ignore[arg-type]
@@ -156,14 +156,6 @@ def _numerator(root: fx.Node, quotient: fx.Node | None) -> fx.Node | None:
     return next((x for x, r in facts.commuted(quotient) if r is root and isinstance(x, fx.Node)), None)
 
 
-def _casts(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    while last is not first:
-        found.insert(0, last)
-        last = last.args[0]  # type: ignore[assignment]
-    return found
-
-
 def _affine(site: Site, op: OpOverload) -> Site:
     """Take in the product with, or the sum of, a row vector that follows, and the casts after it."""
     user = facts.only_user(site.root)
@@ -179,7 +171,7 @@ def _affine(site: Site, op: OpOverload) -> Site:
         return site
     root = sites.through_casts(user)
     name = "weight" if op is aten.mul.Tensor else "bias"
-    changed = {name: vector, "root": root, "inner": (*site.inner, user, *_casts(user, root))}
+    changed = {name: vector, "root": root, "inner": (*site.inner, user, *sites.casts_between(user, root))}
     return replace(site, **changed)
 
 

@@ -151,7 +151,7 @@ def _core(root: fx.Node) -> Site | Miss | None:
     if facts.dtype(product) != facts.dtype(squared):
         return Miss("one dtype for squares and product", f"{facts.dtype(squared)}, {facts.dtype(product)}")
     normed = sites.through_casts(product)
-    inner = [squared, eps[0], root.args[0], *scales, product, *_between(product, normed)]
+    inner = [squared, eps[0], root.args[0], *scales, product, *sites.casts_between(product, normed)]
     x, dtype = facts.peel_widening(source), facts.dtype(squared)
     return Site(x, eps[1], dtype, normed, normed, is_rsqrt, inner=tuple(inner))  # type: ignore[arg-type]
 
@@ -193,15 +193,6 @@ def _scaled(product: fx.Node | None, scale: fx.Node) -> Any:
     return next((x for x, r in facts.commuted(product) if r is scale), None)
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The casts after `first` up to `last`."""
-    found: list[fx.Node] = []
-    while last is not first:
-        found.insert(0, last)
-        last = last.args[0]  # type: ignore[assignment]
-    return found
-
-
 def _with_weight(site: Site) -> Site:
     """Take in the product with a row vector that follows, and the cast after it."""
     product = facts.only_user(site.normed)
@@ -224,5 +215,5 @@ def _with_weight(site: Site) -> Site:
         weight=weight,
         weight_dtype=facts.dtype(factor),
         offset=offset,
-        inner=(*site.inner, product, *_between(product, root)),
+        inner=(*site.inner, product, *sites.casts_between(product, root)),
     )

@@ -88,6 +88,15 @@ def through_casts(node: fx.Node) -> fx.Node:
         node = user
 
 
+def casts_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The casts after `first` up to `last`."""
+    found: list[fx.Node] = []
+    while last is not first:
+        found.insert(0, last)
+        last = last.args[0]  # type: ignore[assignment]
+    return found
+
+
 def single_readers(nodes: Iterator[fx.Node] | list[fx.Node]) -> fx.Node | None:
     """The first of `nodes` that has more than one reader."""
     return next((node for node in nodes if len(node.users) != 1), None)

@@ -44,7 +44,11 @@ def score_function(result: sympy.Expr, captures: Sequence[Capture]) -> str:
 
 
 def _function(name: str, parameters: str, result: str) -> str:
-    return f"@triton.jit\ndef {name}({parameters}, captured):\n    return {result}\n"
+    return _inline(f"{name}({parameters}, captured)", result)
+
+
+def _inline(head: str, result: str) -> str:
+    return f"@triton.jit\ndef {head}:\n    return {result}\n"
 
 
 def _function_of_learned(name: str, parameters: str, results: Mapping[int, str]) -> str:
@@ -152,10 +156,6 @@ def _strides(spec: Spec) -> tuple[str, str]:
     stride = f"stride // {known} * {known}" if known > 1 else "stride"
     step = "row.to(tl.int64) * stride" if spec.far else "(row * stride).to(tl.int32)"
     return _inline("aligned(stride)", stride), _inline("within_tile(row, stride)", step)
-
-
-def _inline(head: str, result: str) -> str:
-    return f"@triton.jit\ndef {head}:\n    return {result}\n"
 
 
 def _bounds(name: str, found: Sequence[Span], spec: Spec) -> str:

@@ -12,14 +12,7 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels.attention_backward import dead_share, load_sums, tile_again
-from fxopt.kernels.attention_forward import (
-    crop,
-    head_of,
-    load_pairs,
-    load_rows,
-    tile_of_pairs,
-    whole_tiles,
-)
+from fxopt.kernels.attention_forward import crop, head_of, load_pairs, load_rows, tile_of_pairs, whole_tiles
 from fxopt.kernels.example_functions import columns_of
 
 # --- All below is copied into kernels' files as it stands.
@@ -28,8 +21,7 @@ from fxopt.kernels.example_functions import columns_of
 @triton.jit
 def _attention_delta_kernel(
     grad_ptr, out_ptr, delta_ptr, grad_stride_b, grad_stride_h, grad_stride_s, out_stride_b, out_stride_h,
-    out_stride_s, heads, rows, WIDTH_V: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out_stride_s, heads, rows, WIDTH_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO * O) of BLOCK_M rows of one head, in float32."""
     tiles = tl.cdiv(rows, BLOCK_M)

@@ -77,7 +77,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|d_embed|model_dim|width|text_embed_dim|word_embed_proj_dim"
         r"|(encoder|decoder)_hidden_size|(encoder|decoder)_hidden_dim|embedding_size|out_hidden_size"
-        r"|d_latents|hidden_dim|output_channels|text_hidden_size|projection_dim|cross_attention_hidden_size|output_hidden_size",
+        r"|d_latents|hidden_dim|output_channels|text_hidden_size|projection_dim|cross_attention_hidden_size"
+        r"|output_hidden_size",
         _same(lambda s: s.hidden),
     ),
     (

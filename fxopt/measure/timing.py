@@ -79,8 +79,9 @@ def interleave(
     now = clock or default_clock()
     once = {name: _block(candidates[name], 1, now) for name in names}
     # A first call finds cold caches; fewer repeats in its blocks would keep a candidate slower.
-    for name in [name for name in names if once[name] < 10 * block_seconds]:
-        once[name] = min(once[name], *(_block(candidates[name], 1, now) for _ in range(2)))
+    for name, first in once.items():
+        if first < 10 * block_seconds:
+            once[name] = min(first, *(_block(candidates[name], 1, now) for _ in range(2)))
     repeats = {name: max(1, round(block_seconds / max(once[name], 1e-7))) for name in names}
     one_round = sum(once[name] * repeats[name] for name in names)
     rounds = max(5, min(rounds, int(budget_seconds / max(one_round, 1e-7))))

@@ -9,6 +9,7 @@ Triton, which compiles it and hands back what it has compiled; the following one
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +55,9 @@ class DirectLaunch:
         self._numbers = [place for place, one in places if one.type[0] != "*"]
         named = [*names, *dict(launch.constants)]
         # Of what a file gives, in the order of the function's parameters.
-        self._order = [named.index(name) for name in function.arg_names if name in named]
-        self._complete = len(self._order) == len(named) == len(function.arg_names)
+        order = [named.index(name) for name in function.arg_names if name in named]
+        is_complete = 1 < len(order) == len(named) == len(function.arg_names)
+        self._in_order: Any = itemgetter(*order) if is_complete else None
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
@@ -81,12 +83,12 @@ class DirectLaunch:
         stream, function = driver.get_current_stream(device), compiled.function
         hooks = None, None
         described = compiled.packed_metadata, None
-        ordered = [values[place] for place in self._order]
+        ordered = self._in_order(values)
         compiled.run(grid[0], height, depth, stream, function, *described, *hooks, *ordered)
 
     def _key(self, device: int, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What Triton would compile for; None where it is to look for itself."""
-        if not self._complete or _is_watched(self._knobs, self.function):
+        if self._in_order is None or _is_watched(self._knobs, self.function):
             return None
         addresses = 0
         for place, dtype in self._pointers:

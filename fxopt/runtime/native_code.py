@@ -15,6 +15,9 @@ import torch
 
 log = logging.getLogger("fxopt")
 
+# `Number` of wide_numbers.h.
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 def kernels_of(source: Path, without: str) -> Any:
     """The compiled form of a file that has a function `fxopt_has_kernels`, loaded; None where it cannot be

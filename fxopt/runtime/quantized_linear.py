@@ -25,10 +25,9 @@ from fxopt.ir.ops.op import NAMESPACE, without_autocast
 from fxopt.ir.ops.packed_linear import packed_linear, packed_linear_backward, round_tokens
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
-from fxopt.runtime.native_code import kernels_of
+from fxopt.runtime.native_code import NUMBERS, kernels_of
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 # Of the weight, widened at once: they stay in the processor's cache.
 _DENSE_NUMBERS = 2**20
@@ -101,7 +100,7 @@ def _is_native(tokens: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor
     numbers = [each.dtype for each in (tokens, weight.scales, weight.offsets, bias) if each is not None]
     aligned = weight.format.bits == 8 or weight.group_size % 32 == 0 or weight.scales.shape[1] == 1
     contiguous = all(each.is_contiguous() for each in weight.tensors.values())
-    if not aligned or not contiguous or not _NUMBERS.keys() >= set(numbers):
+    if not aligned or not contiguous or not NUMBERS.keys() >= set(numbers):
         return False
     return weight.shape[0] > 0 and weight.shape[1] > 0 and native() is not None
 
@@ -210,7 +209,7 @@ def _call(
         weight.scales.shape[1],
         weight.codes.shape[1],
         out.stride(0),
-        *(0 if each is None else _NUMBERS[each.dtype] for each in numbers),
+        *(0 if each is None else NUMBERS[each.dtype] for each in numbers),
         _CODES[weight.codes.dtype],
         torch.get_num_threads(),
     )

@@ -2,8 +2,8 @@
 // once, as it is stored, and widened in registers. Called through fxopt/runtime/quantized_rows.py.
 //
 // Letters: B sequences, H heads, Q queries, G groups of heads that share keys, R rows of a group (those of its
-// first head, of its second one, ...), S keys, D numbers of a row. Softmax over blocks of keys: Milakov and Gimelshein, "Online normalizer calculation for softmax",
-// 2018; parts of the keys by several threads, put together behind: Dao et al., "Flash-Decoding", 2023.
+// first head, of its second one, ...), S keys, D numbers of a row. Softmax over blocks of keys: Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018; parts of the keys by several threads, put together behind: Dao et al., "Flash-Decoding", 2023.
 
 #include <algorithm>
 #include <cmath>

@@ -17,10 +17,9 @@ from fxopt.ir.ops.attention_attributes import Attributes
 from fxopt.ir.ops.decode_attention import sequences_first
 from fxopt.ir.ops.op import NAMESPACE
 from fxopt.ir.ops.row_attention import is_plain, row_attention
-from fxopt.runtime.native_code import kernels_of
+from fxopt.runtime.native_code import NUMBERS, kernels_of
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # `Attention` of quantized_rows.cpp: addresses and numbers of 64 bits. To fill a structure of ctypes takes
 # several times as long.
@@ -70,14 +69,14 @@ def row_attention_on_processor(
         query.data_ptr(), 0 if seen is None else seen.data_ptr(), out.data_ptr(),
         *_numbers(*rows[0]), *_numbers(*rows[1]),
         *query.stride()[:3], *((0, 0, 0) if seen is None else seen.stride()[:3]), *out.stride()[:3],
-        batch, groups, heads // groups, count, keys, torch.get_num_threads(), _NUMBERS[query.dtype], scale,
+        batch, groups, heads // groups, count, keys, torch.get_num_threads(), NUMBERS[query.dtype], scale,
     )  # fmt: skip
     native().fxopt_attend_rows(given)
     return out
 
 
 def _is_native(query: torch.Tensor, *rows: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    if query.dtype not in _NUMBERS or 0 in query.shape:
+    if query.dtype not in NUMBERS or 0 in query.shape:
         return False
     return all(_reads(*each) for each in rows) and native() is not None
 

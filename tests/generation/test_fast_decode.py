@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from generation.test_generate import llama, prompts
 
 from fxopt.runtime.decode_path import DecodePath
+from support.runs import at_once
 
 NEW = 20
 
@@ -86,17 +87,9 @@ def test_threads(pair: Any) -> None:
     model, compiled = pair
     hows = [one_prompt(), {"input_ids": one_prompt()["input_ids"].flip(1)}]
     wanted = [tokens(model, **how) for how in hows]
-    found: dict[int, torch.Tensor] = {}
     tokens(compiled, **one_prompt())
-    running = [
-        threading.Thread(target=lambda n=number, how=how: found.update({n: tokens(compiled, **how)}))
-        for number, how in enumerate(hows)
-    ]
-    for each in running:
-        each.start()
-    for each in running:
-        each.join()
-    assert all(torch.equal(found[number], each) for number, each in enumerate(wanted))
+    found = at_once([functools.partial(tokens, compiled, **how) for how in hows])
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_can_be_turned_off(pair: Any) -> None:

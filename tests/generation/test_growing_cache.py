@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from transformers import (
 from fxopt.ir.contract import Status
 from fxopt.runtime.kv_state import STATE
 from support.compiled import all_handled, compile_fxopt
+from support.runs import at_once
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -116,14 +117,5 @@ def test_threads() -> None:
     want = [generated(model, prompt(1, 6, seed), 30) for seed in range(3)]
     compiled = compile_fxopt(model)
     generated(compiled, prompt(1, 6), 5)
-    got: list[Any] = [None] * 3
-
-    def work(seed: int) -> None:
-        got[seed] = generated(compiled, prompt(1, 6, seed), 30)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = at_once([functools.partial(generated, compiled, prompt(1, 6, seed), 30) for seed in range(3)])
     assert all(torch.equal(mine, eager) for mine, eager in zip(got, want, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +14,7 @@ from generation.test_growing_cache import mistral
 from transformers import DynamicCache, cache_utils
 
 from fxopt.runtime.decode_path import DecodePath
+from support.runs import at_once
 
 NEW = 24
 Pair = tuple[Any, Any]
@@ -81,18 +82,11 @@ def test_a_call_within_another(pair: Pair, other: Pair) -> None:
 
 
 def test_two_models_in_threads(pair: Pair, other: Pair) -> None:
-    both, found = (pair, other), dict[int, torch.Tensor]()
+    both = (pair, other)
     wanted = [same(each) for each in both]
     before = DecodePath.taken
-    running = [
-        threading.Thread(target=lambda n=number, m=each[1]: found.update({n: tokens(m)}))
-        for number, each in enumerate(both)
-    ]
-    for each in running:
-        each.start()
-    for each in running:
-        each.join()
-    assert all(torch.equal(found[number], each) for number, each in enumerate(wanted))
+    found = at_once([functools.partial(tokens, compiled) for _, compiled in both])
+    assert all(map(torch.equal, found, wanted))
     assert DecodePath.taken > before
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def train(call: Callable[..., Any], model: torch.nn.Module, inputs: Mapping[str,
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return {"output": output, "loss": loss, "inputs": own, "gradients": gradients}
+
+
+def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns, in a thread of its own."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        running = [pool.submit(call) for call in calls]
+        return [each.result() for each in running]
 
 
 def loss_of(output: Any) -> torch.Tensor:
