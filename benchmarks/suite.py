@@ -18,8 +18,7 @@ def main(suite: str) -> None:
     words = sys.argv[1:]
     if not any(word.split("=")[0] in ("--out", "--help") for word in words):
         words += ["--out", str(RESULTS / file_name(suite, words))]
-    sys.argv = [sys.argv[0], "bench", suite, *words]
-    program()
+    program(["bench", suite, *words])
 
 
 def file_name(suite: str, words: list[str]) -> str:

@@ -66,12 +66,16 @@ Resume = Annotated[
 ]
 
 
-def main() -> None:
-    """Entry point of the console script. Errors that the user can put right end with exit code 2."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point of the console script. Errors that the user can put right end with exit code 2.
+
+    Args:
+        words: instead of those of the command line.
+    """
     from fxopt.errors import UserError
 
     try:
-        app()
+        app(words)
     except UserError as error:
         fail(str(error))
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from torch import fx
+from torch._dynamo.eval_frame import innermost_fn
 
 from fxopt.frontend.adopt import NAME as ADOPT_QUANTIZED
 from fxopt.frontend.adopt import Adopted, adopt, check_dtypes, typed_places
@@ -77,6 +78,8 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("fold-causal-mask", "fxopt.passes.fold_causal_mask:FoldCausalMask"),
     # needs the attention op on whose K and V it acts
     ("remove-repeat-kv", "fxopt.passes.remove_repeat_kv:RemoveRepeatKv"),
+    # a copy of K or V may hide their repetition
+    ("skip-kv-copies", "fxopt.passes.skip_kv_copies:SkipKvCopies"),
     # what is still masked by a tensor gets formulas of its mask
     ("recover-mask", "fxopt.passes.recover_mask:RecoverMask"),
     # late: it takes the operands and attributes of attention as they are by now
@@ -177,7 +180,11 @@ def _inputs(optimized: _Optimized, inputs: Sequence[Any]) -> list[Any]:
 def _around(
     compiled: Callable[..., Any], optimized: _Optimized, captured: Callable[..., Any], record: GraphRecord
 ) -> Callable[..., Any]:
-    """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call."""
+    """What Dynamo calls. Growing caches come first: they count who holds the inputs of the call.
+
+    Dynamo keeps itself out of what it calls, so that the same around the host's callable is taken off.
+    """
+    compiled = innermost_fn(compiled)
     instead, step = when_changed(optimized.known, captured), optimized.step
     if optimized.adopted is not None:
         instead = optimized.adopted.unless_changed(instead, captured)

@@ -30,6 +30,7 @@ _ACCELERATE = "accelerate"
 _LAUNCH = "accelerate launch"
 _GENERATE = "generate of compiled models"
 _QUANTIZER = "quantized checkpoints"
+_CACHES = "saved caches"
 _LIBRARIES = "layers of other libraries"
 
 _outcomes: dict[str, str] = {}
@@ -121,12 +122,13 @@ def _wait_for_imports() -> str:
 
     if _finder is None:
         _finder = PostImportFinder()
-    for step in (_ACCELERATE, _LAUNCH, _GENERATE, _QUANTIZER):
+    for step in (_ACCELERATE, _LAUNCH, _GENERATE, _QUANTIZER, _CACHES):
         _outcomes.setdefault(step, "waits until it is imported")
     _finder.when_imported("accelerate.utils.dataclasses", _on_accelerate)
     _finder.when_imported("accelerate.commands.config.config_utils", _on_accelerate_launch)
     _finder.when_imported("torch._dynamo.eval_frame", _on_compiled_modules)
     _finder.when_imported("transformers.quantizers.auto", _on_quantizers)
+    _finder.when_imported("transformers.cache_utils", _on_caches)
     return "installed"
 
 
@@ -156,6 +158,15 @@ def _on_quantizers(_: ModuleType) -> None:
         return "known to transformers"
 
     _attempt(_QUANTIZER, action)
+
+
+def _on_caches(module: ModuleType) -> None:
+    def action() -> str:
+        from fxopt.integrations.saved_caches import extend_cache_layers
+
+        return extend_cache_layers(module)
+
+    _attempt(_CACHES, action)
 
 
 def _on_accelerate_launch(module: ModuleType) -> None:

@@ -61,18 +61,23 @@ class GrowingCall:
         self.growth = Growth(self.appends, plan.together)
         self.instead = instead
         self.frame = frame
-        self._complete = plan.complete
+        self._complete = plan.complete if plan.begins else []
         self._begins = list(zip(plan.begins, shares(len(plan.begins), plan.together), strict=True))
+        self._parts = [each for each in plan.begins if each.part is not None]
         self._in_order: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         other = self.instead(inputs)
         if other is not None:
             return other(*inputs)
-        grown, handed_out = self.growth.of(inputs, references(inputs, self.places))
         notes = noted.get()
         if notes is not None:
             notes.append((self, inputs))
+        if not self.places:
+            outputs = list(self.compiled(*inputs))
+            self._begin(outputs, inputs)
+            return outputs
+        grown, handed_out = self.growth.of(inputs, references(inputs, self.places))
         return self.run(list(inputs), grown, lambda: handed_out)
 
     def run(
@@ -80,7 +85,7 @@ class GrowingCall:
         given: list[Any],
         grown: Sequence[torch.Tensor],
         handed_out: Callable[[], Sequence[torch.Tensor]],
-    ) -> tuple[Any, ...]:
+    ) -> list[Any]:
         """All outputs.
 
         Args:
@@ -93,21 +98,28 @@ class GrowingCall:
         results = self.compiled(*given)
         if self._in_order is None:
             self._in_order = _merged([each.output for each in self.appends], len(results))
-        outputs = self._in_order([*handed_out(), *results])
-        if not self._begins:
-            return outputs
-        begun, grows = list(outputs), will_grow()
-        del results, outputs  # so that each tensor that was copied goes before the next one is
+        outputs = list(self._in_order([*handed_out(), *results]))
+        del results
+        self._begin(outputs, given)
+        return outputs
+
+    def _begin(self, outputs: list[Any], given: Sequence[Any]) -> None:
+        """Put caches with room behind them in the place of those that begin, where these are going to grow.
+
+        Nobody else may hold the outputs: each tensor that is copied goes before the next one is.
+        """
+        if not will_grow():
+            for each in self._parts:
+                outputs[each.output] = each.kept_of(outputs[each.output], given)
+            return
         for each, share in self._begins:
-            rows = begun[each.output] = each.kept_of(begun[each.output], given)
-            if not grows:
-                continue
-            rows = STATE.begin(rows, each.dim, share, bounded=each.bounded)
+            rows = STATE.begin(
+                each.kept_of(outputs[each.output], given), each.dim, share, bounded=each.bounded
+            )
             is_any_length(rows, each.dim)  # the step behind the prompt is compiled for all lengths at once
-            begun[each.output] = rows
-        for output, dim in self._complete if grows else ():
-            has_been_read(begun[output], dim)
-        return tuple(begun)
+            outputs[each.output] = rows
+        for output, dim in self._complete:
+            has_been_read(outputs[output], dim)
 
 
 def _merged(places: Sequence[int], others: int) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

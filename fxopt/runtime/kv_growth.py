@@ -67,7 +67,8 @@ class Begin:
         """Of so many rows: the first that the cache keeps, and how many."""
         if self.part is None:
             return 0, rows
-        start, end, _ = slice(*(bound.of(inputs) for bound in self.part)).indices(rows)
+        first, last = self.part
+        start, end, _ = slice(first.of(inputs), last.of(inputs)).indices(rows)
         return start, end - start
 
     def kept_of(self, tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
@@ -75,6 +76,8 @@ class Begin:
         if self.part is None:
             return tensor
         start, rows = self.kept(tensor.shape[self.dim], inputs)
+        if rows == tensor.shape[self.dim]:
+            return tensor
         sizes, strides = _sizes(tensor.shape, self.dim, rows), tensor.stride()
         return alias(tensor, sizes, strides, start * strides[self.dim])
 

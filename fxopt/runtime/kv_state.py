@@ -208,6 +208,12 @@ class KVState:
             return None
         return buffer.capacity - first - view.shape[buffer.dim]
 
+    def without_room(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a view in memory of their own; any other tensor as it is."""
+        buffer = self._buffers.get(tensor.untyped_storage()._cdata)
+        is_ours = buffer is not None and not buffer.storage.expired() and buffer.first_row(tensor) is not None
+        return tensor.clone() if is_ours else tensor
+
     def _extensible(self, past: torch.Tensor, dim: int, new: int, total: int | None) -> int | None:
         """The first row of `past` where there is room behind its rows that nobody else can see."""
         buffer = self._buffers.get(past.untyped_storage()._cdata)

@@ -26,6 +26,7 @@ from fxopt.ir.ops.packed_linear import packed_linear, packed_linear_backward, ro
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
 from fxopt.runtime.native_code import NUMBERS, kernels_of
+from fxopt.runtime.packed_product import Kind, Shortcut
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
@@ -60,15 +61,21 @@ def native() -> Any:
 def register_processor() -> None:
     """Have `fxopt::packed_linear` computed here on CPUs. Idempotent; after `register_ops`."""
     _implementations()
+    shortcut()
 
 
 @functools.cache
 def _implementations() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "IMPL")
     library.impl("packed_linear", packed_linear_on_processor, "CPU")
-    library.impl("packed_product", packed_linear_on_processor, "CPU")
     library.impl("packed_linear_backward", backward_on_processor, "CPU")
     return library
+
+
+@functools.cache
+def shortcut() -> Shortcut:
+    """`fxopt::packed_product`, which has no gradients."""
+    return Shortcut(packed_linear_on_processor)
 
 
 @without_autocast
@@ -92,7 +99,10 @@ def packed_linear_on_processor(
         kinds = {"format": format, "group_size": group_size, "activation": activation}
         return packed_linear(x, codes, scales, offsets, columns, bias, **kinds)  # type: ignore[no-any-return]
     out = tokens.new_empty((tokens.shape[0], codes.shape[0]))
-    route(weight, tokens, activation)(tokens, weight, bias, out)
+    way = route(weight, tokens, activation)
+    way(tokens, weight, bias, out)
+    if way in _FUNCTIONS:
+        shortcut().allow((format, activation, x.dtype), functools.partial(_kind, way, weight, x.dtype))
     return out.view((*x.shape[:-1], codes.shape[0]))
 
 
@@ -123,7 +133,7 @@ def route(weight: QuantizedWeight, tokens: torch.Tensor, activation: str) -> Way
 
 def integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
     """Products of bytes."""
-    _call("fxopt_int8_dynamic", x, weight, bias, out)
+    _call(_FUNCTIONS[integers], x, weight, bias, out)
 
 
 def many_integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
@@ -135,7 +145,7 @@ def many_integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torc
 
 def codes_in_registers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
     """Weights are widened where they are multiplied."""
-    _call("fxopt_weight_only", x, weight, bias, out)
+    _call(_FUNCTIONS[codes_in_registers], x, weight, bias, out)
 
 
 def dense(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
@@ -192,6 +202,29 @@ def backward_on_processor(
     if columns is not None:
         total = torch.empty_like(total).index_copy_(1, columns, total)
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+_FUNCTIONS: dict[Way, str] = {integers: "fxopt_int8_dynamic", codes_in_registers: "fxopt_weight_only"}
+
+
+def _kind(way: Way, weight: QuantizedWeight, dtype: torch.dtype) -> Kind:
+    """What `route` computes in this way, for all numbers of tokens."""
+    form = weight.format
+    if way is integers:
+        most = _INT_MM_TOKENS - 1 if int_mm_is_faster() else 2**62
+    else:
+        most = dense_from(form.name, dtype) - 1
+    return Kind(
+        form.name.encode(),
+        b"int8" if way is integers else b"",
+        form.table.data_ptr() if form.values else None,
+        ctypes.cast(getattr(native(), _FUNCTIONS[way]), ctypes.c_void_p),
+        most,
+        NUMBERS[dtype],
+        _CODES[form.storage],
+        form.bits,
+        way is integers,
+    )
 
 
 def _call(

@@ -29,6 +29,7 @@ def test_a_cache_that_begins_never_exists_twice(monkeypatch: pytest.MonkeyPatch)
         return tensors
 
     monkeypatch.setattr(STATE, "begin", watched)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # Python's calls then keep their arguments
     plan = Plan(begins=[Begin(place, 2, bounded=False, part=None) for place in range(4)])
     run = with_growing_caches(compiled, plan, lambda inputs: None)
     with expected_length(20), torch.no_grad():
