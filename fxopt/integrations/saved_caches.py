@@ -42,6 +42,6 @@ setattr(_state, _OURS, True)
 
 def _copy(layer: Any) -> Any:
     """``copy.copy`` of a layer shares its tensors."""
-    made = type(layer).__new__(type(layer))
+    made: Any = object.__new__(type(layer))
     vars(made).update(vars(layer))
     return made

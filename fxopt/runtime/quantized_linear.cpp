@@ -188,40 +188,79 @@ extern "C" void fxopt_weight_only(const Product* given) {
   }
 }
 
+namespace {
+
+// What 32 codes stand for. `table`: of 4 bits, scaled.
+template <int32_t kCode>
+inline void widen(const uint8_t* codes, __m512 table, __m512 scale, __m512 offset, __m512* parts) {
+  if (kCode == kNibble) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    parts[0] = _mm512_permutexvar_ps(wide, table);
+    parts[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+    return;
+  }
+  for (int i = 0; i < 2; ++i) {
+    parts[i] = _mm512_fmadd_ps(eight_bits(codes + 16 * i, kCode, 0xffff), scale, offset);
+  }
+}
+
+inline void store_two(void* out, int64_t place, Number number, const __m512* parts) {
+#ifdef __AVX512BF16__
+  if (number == kBFloat16) {  // as `store`, but for numbers below 2^-126, which become 0
+    const __m512bh both = _mm512_cvtne2ps_pbh(parts[1], parts[0]);
+    std::memcpy(static_cast<uint16_t*>(out) + place, &both, sizeof(both));
+    return;
+  }
+#endif
+  store(out, place, number, 0xffff, parts[0]);
+  store(out, place + 16, number, 0xffff, parts[1]);
+}
+
+// One row of w to `out`.
+template <int32_t kCode>
+void widen_row(const Product& p, int64_t row, const RowNumbers& numbers) {
+  const uint8_t* codes = static_cast<const uint8_t*>(p.codes) + row * p.row_bytes;
+  const __m512 table = kCode == kNibble ? _mm512_loadu_ps(p.table) : _mm512_setzero_ps();
+  for (int64_t group = 0; group < p.groups; ++group) {
+    const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
+    const __m512 scale = _mm512_set1_ps(numbers.scales[group]);
+    const __m512 offset = _mm512_set1_ps(numbers.offsets[group]);
+    const __m512 scaled = _mm512_fmadd_ps(table, scale, offset);
+    __m512 parts[2];
+    int64_t k = group * p.group;
+    for (; k + 32 <= stop; k += 32) {
+      widen<kCode>(codes + (kCode == kNibble ? k / 2 : k), scaled, scale, offset, parts);
+      store_two(p.out, row * p.out_stride + k, Number(p.x_number), parts);
+    }
+    if (k == stop) continue;
+    if (kCode == kNibble) {  // codes are stored in whole blocks of 32
+      widen<kCode>(codes + k / 2, scaled, scale, offset, parts);
+    } else {
+      parts[0] = _mm512_fmadd_ps(eight_bits(codes + k, kCode, first(stop - k)), scale, offset);
+      if (stop - k > 16) {
+        parts[1] = _mm512_fmadd_ps(eight_bits(codes + k + 16, kCode, first(stop - k - 16)), scale, offset);
+      }
+    }
+    const int64_t place = row * p.out_stride + k;
+    store(p.out, place, Number(p.x_number), first(stop - k), parts[0]);
+    if (stop - k > 16) store(p.out, place + 16, Number(p.x_number), first(stop - k - 16), parts[1]);
+  }
+}
+
+}  // namespace
+
 // out = w, (N, K) of the dtype of `x_number`; `x` and `bias` are not read.
 extern "C" void fxopt_dequantize(const Product* given) {
   const Product p = *given;
-  const auto* all = static_cast<const uint8_t*>(p.codes);
+  const auto of_bytes = p.code == kInt8 ? widen_row<kInt8> : widen_row<kFloat8>;
+  const auto row_of = p.code == kNibble ? widen_row<kNibble> : of_bytes;
 #pragma omp parallel num_threads(p.threads)
   {
     RowNumbers numbers(p.groups);
-    const __m512 table = p.code == kNibble ? _mm512_loadu_ps(p.table) : _mm512_setzero_ps();
 #pragma omp for
     for (int64_t row = 0; row < p.N; ++row) {
       numbers.read(p, row);
-      const uint8_t* codes = all + row * p.row_bytes;
-      for (int64_t group = 0; group < p.groups; ++group) {
-        const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
-        const __m512 scale = _mm512_set1_ps(numbers.scales[group]);
-        const __m512 offset = _mm512_set1_ps(numbers.offsets[group]);
-        const __m512 scaled = _mm512_fmadd_ps(table, scale, offset);
-        for (int64_t k = group * p.group; k < stop; k += p.code == kNibble ? 32 : 16) {
-          const __mmask16 live = first(stop - k);
-          const int64_t place = row * p.out_stride + k;
-          if (p.code != kNibble) {
-            const __m512 weights = _mm512_fmadd_ps(eight_bits(codes + k, p.code, live), scale, offset);
-            store(p.out, place, Number(p.x_number), live, weights);
-            continue;
-          }
-          const __m512i wide =
-              _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k / 2)));
-          store(p.out, place, Number(p.x_number), live, _mm512_permutexvar_ps(wide, scaled));
-          if (stop - k > 16) {
-            store(p.out, place + 16, Number(p.x_number), first(stop - k - 16),
-                  _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), scaled));
-          }
-        }
-      }
+      row_of(p, row, numbers);
     }
   }
 }
