@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "product.h"
@@ -154,6 +155,78 @@ void float_rows(const Product& p, const float* x, int64_t padded, int64_t token,
   }
 }
 
+// The same with one token, row after row, as `rows_in_turn` below does it.
+void nibble_rows_in_turn(const Product& p, const float* x, int64_t padded, const uint8_t* const* codes,
+                         const RowNumbers* numbers, float* sums) {
+  const __m512 table = _mm512_loadu_ps(p.table);
+  __m512 total[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    __m512 low = _mm512_setzero_ps(), high = low, next_low = low, next_high = low;
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const __m512 scaled = _mm512_fmadd_ps(table, _mm512_set1_ps(numbers[r].scales[group]),
+                                            _mm512_set1_ps(numbers[r].offsets[group]));
+      const int64_t stop = group + 1 == p.groups ? padded : (group + 1) * p.group;
+      for (int64_t k = group * p.group; k < stop; k += 32) {
+        const __m512i wide =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[r] + k / 2)));
+        low = _mm512_fmadd_ps(_mm512_permutexvar_ps(wide, scaled), _mm512_loadu_ps(x + k), low);
+        high = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), scaled),
+                               _mm512_loadu_ps(x + k + 16), high);
+        std::swap(low, next_low);  // so that no step waits for the one before it
+        std::swap(high, next_high);
+      }
+    }
+    total[r] = _mm512_add_ps(_mm512_add_ps(low, high), _mm512_add_ps(next_low, next_high));
+  }
+  _mm_storeu_ps(sums, sums_of(total[0], total[1], total[2], total[3]));
+}
+
+// Likewise of 8-bit codes without offsets: a scale is that of the sum of its group.
+template <int32_t kCode>
+void eight_bit_rows_in_turn(const Product& p, const float* x, const uint8_t* const* codes,
+                            const RowNumbers* numbers, float* sums) {
+  __m512 total[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    total[r] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t stop = group + 1 == p.groups ? p.K : (group + 1) * p.group;
+      __m512 part[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) part[i] = _mm512_setzero_ps();
+      int64_t k = group * p.group;
+      for (; k + 64 <= stop; k += 64) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          part[i] = _mm512_fmadd_ps(eight_bits(codes[r] + k + 16 * i, kCode, 0xffff),
+                                    _mm512_loadu_ps(x + k + 16 * i), part[i]);
+        }
+      }
+      for (; k < stop; k += 16) {
+        const __mmask16 live = first(stop - k);
+        part[0] = _mm512_fmadd_ps(eight_bits(codes[r] + k, kCode, live), _mm512_maskz_loadu_ps(live, x + k),
+                                  part[0]);
+      }
+      const __m512 sum = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+      total[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(numbers[r].scales[group]), total[r]);
+    }
+  }
+  _mm_storeu_ps(sums, sums_of(total[0], total[1], total[2], total[3]));
+}
+
+// Products of kRows rows with the only token.
+void float_rows_in_turn(const Product& p, const float* x, int64_t padded, const uint8_t* const* codes,
+                        const RowNumbers* numbers, float (*sums)[kBlock]) {
+  if (p.code == kNibble) {
+    nibble_rows_in_turn(p, x, padded, codes, numbers, *sums);
+  } else if (p.offsets != nullptr) {
+    float_rows<1>(p, x, padded, 0, codes, numbers, sums);
+  } else if (p.code == kInt8) {
+    eight_bit_rows_in_turn<kInt8>(p, x, codes, numbers, *sums);
+  } else {
+    eight_bit_rows_in_turn<kFloat8>(p, x, codes, numbers, *sums);
+  }
+}
+
 }  // namespace
 
 // out = x @ w^T + bias. Every group of codes of 4 bits begins at a multiple of 32 columns.
@@ -176,6 +249,10 @@ extern "C" void fxopt_weight_only(const Product* given) {
         find_rows(p, row + r, codes);
         for (int64_t i = 0; i < kRows; ++i) numbers[i].read(p, row + r + i < p.N ? row + r + i : p.N - 1);
         auto* part = reinterpret_cast<float(*)[kBlock]>(&sums[0][r]);
+        if (p.M == 1) {
+          float_rows_in_turn(p, x.data(), padded, codes, numbers.data(), part);
+          continue;
+        }
         int64_t token = 0;
         for (; token + 4 <= p.M; token += 4) float_rows<4>(p, x.data(), padded, token, codes, numbers.data(), part);
         for (; token + 2 <= p.M; token += 2) float_rows<2>(p, x.data(), padded, token, codes, numbers.data(), part);
