@@ -22,11 +22,10 @@ _MANY = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 2.5)
 def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[str]:
     """Draw what there are figures for; the names of the pictures. Without matplotlib there are none."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         return []
 
-    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -37,7 +36,6 @@ def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[st
     kept = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in kept.items():
         figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
-        _close(figure)
     return sorted(kept)
 
 
@@ -239,14 +237,12 @@ def _under_roof(row: Row) -> bool:
 
 def _panels(count: int, width: float, height: float, *, columns: int = 3) -> tuple[Any, list[Any]]:
     """A figure with so many panels of that size in inches, `columns` in a row at most."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = min(count, columns)
     lines = -(-count // columns)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(width * columns, height * lines), layout="constrained", squeeze=False
-    )
-    panels = list(grid.flat)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for each in panels:
         each.spines[["top", "right"]].set_visible(False)
     for each in panels[count:]:
@@ -265,9 +261,3 @@ def _ratio_axis(axis: Any, axes: Any, which: str, ratios: Sequence[Row]) -> None
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_minor_formatter("")
     axis.set_tick_params(labelsize=7)
-
-
-def _close(figure: Any) -> None:
-    from matplotlib import pyplot
-
-    pyplot.close(figure)
