@@ -12,7 +12,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ _paths: ContextVar[dict[int, DecodePath] | None] = ContextVar("fxopt_paths", def
 # The layers of the cache of the current `generate` that keep a window.
 _windows: ContextVar[list[Any] | None] = ContextVar("fxopt_windows", default=None)
 _classes: weakref.WeakKeyDictionary[Any, type] = weakref.WeakKeyDictionary()
+# The backend of a compiled module, and what was asked of fxopt there.
+_options: weakref.WeakKeyDictionary[Any, tuple[Any, Options | None]] = weakref.WeakKeyDictionary()
 
 
 def extend_optimized_module(module: ModuleType) -> str:
@@ -78,6 +80,7 @@ def forget() -> None:
     from fxopt.runtime.decode_path import DecodePath
 
     _classes.clear()
+    _options.clear()
     DecodePath.forget()
 
 
@@ -104,7 +107,7 @@ def compile_config(**given: Any) -> CompileConfig:
 def _compiled(compiled: Any, found: Any) -> Any:
     """`found`, the `generate` of the original model, bound to a stand-in where fxopt is the backend."""
     model = compiled._orig_mod
-    options = options_of(getattr(compiled.dynamo_ctx, "callback", None))
+    options = _options_given(compiled)
     if options is None or not options.generate or not callable(found):
         return found
     if not isinstance(found, MethodType) or found.__self__ is not model:
@@ -169,13 +172,19 @@ def _with_warning(found: Callable[..., Any], message: str) -> Callable[..., Any]
     return generate
 
 
-def _room_for_graphs() -> AbstractContextManager[Any]:
+@contextmanager
+def _room_for_graphs() -> Iterator[None]:
     """Dynamo's limit of graphs for a function raised, in this thread, where the user has not set one."""
     config: Any = torch._dynamo.config
-    if config.recompile_limit != config._config["recompile_limit"].default:
-        return nullcontext()
-    raised: AbstractContextManager[Any] = config.patch(recompile_limit=_MOST_GRAPHS)
-    return raised
+    limit = config.recompile_limit
+    if limit != config._config["recompile_limit"].default:
+        yield
+        return
+    config.recompile_limit = _MOST_GRAPHS
+    try:
+        yield
+    finally:
+        config.recompile_limit = limit
 
 
 def _longest(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -202,6 +211,15 @@ _NOT_A_METHOD = (
     'model, so nothing of it runs compiled. Use model.compile(backend="fxopt"), or replace it by '
     "types.MethodType(function, model)."
 )
+
+
+def _options_given(compiled: Any) -> Options | None:
+    """`options_of` a compiled module, which are read once: `generate` is fetched at every call of it."""
+    callback = getattr(compiled.dynamo_ctx, "callback", None)
+    known = _options.get(compiled)
+    if known is None or known[0] is not callback:
+        known = _options[compiled] = callback, options_of(callback)
+    return known[1]
 
 
 def options_of(callback: Any) -> Options | None:

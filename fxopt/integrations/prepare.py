@@ -22,7 +22,7 @@ from fxopt.integrations.quantize_layer import (
     quantized_stack,
 )
 from fxopt.integrations.quantized_experts import QuantizedExperts, QuantizedStack, put_stack
-from fxopt.ir.linear_notes import LinearNote
+from fxopt.ir.linear_notes import DENSE, LinearNote
 from fxopt.ir.quantization_policy import Scheme
 from fxopt.ir.quantize import NotFinite
 from fxopt.options import Options
@@ -78,6 +78,8 @@ def prepare(
             notes.extend(_quantize_experts(name, module, about.stack_schemes(name, module, options)))
     notes.extend(other_notes(model, (note.name for note in notes)))
     _warn_of_patterns(options, [note.name for note in notes])
+    if options.quantize and notes and all(note.route == DENSE for note in notes):
+        _warn_of_nothing(notes)
     setattr(model, NOTES, notes)
     _describe(model)
     return model
@@ -90,6 +92,16 @@ def _warn_of_patterns(options: Options, names: Sequence[str]) -> None:
     if unused:
         listed = ", ".join(map(repr, unused))
         warnings.warn(f"fxopt.prepare: no linear layer has a name that fits {listed}", stacklevel=4)
+
+
+def _warn_of_nothing(notes: Sequence[LinearNote]) -> None:
+    """Who asks for a small model without naming layers gets it back as it was: rarely what was meant."""
+    first = f"{notes[0].name}: {notes[0].reason}"
+    warnings.warn(
+        f"fxopt.prepare: none of {len(notes)} linear layers is quantized. {first}. "
+        "print(model.fxopt_linears) has the reason for each.",
+        stacklevel=4,
+    )
 
 
 def quantize_in_place(

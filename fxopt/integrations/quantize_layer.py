@@ -14,7 +14,7 @@ from fxopt.integrations.linear_modules import is_linear, matrix_of
 from fxopt.integrations.quantized_experts import QuantizedStack, stack_names
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.calibrated_quantize import quantize_calibrated
-from fxopt.ir.linear_notes import LinearNote
+from fxopt.ir.linear_notes import DENSE, LinearNote
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
 from fxopt.ir.quantize import NotFinite, decibels, quantize_parameter
 from fxopt.ir.quantize import quantize as round_to_nearest
@@ -24,7 +24,7 @@ from fxopt.options import Options
 def dense_note(name: str, source: str, weight: torch.Tensor, reason: str) -> LinearNote:
     """Why a layer is left as it is."""
     size = weight.numel() * weight.element_size()
-    return LinearNote(name, "", source, "dense", size, size, None, reason)
+    return LinearNote(name, "", source, DENSE, size, size, None, reason)
 
 
 def other_notes(model: nn.Module, known: Iterable[str]) -> list[LinearNote]:

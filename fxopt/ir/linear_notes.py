@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The route of a layer that nobody has quantized.
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class LinearNote:
@@ -13,7 +16,7 @@ class LinearNote:
         name: of the module, with dots.
         format: what its weight is stored as, with groups; empty when it is dense.
         source: what the layer was: a class, or a parameter.
-        route: what computes it; "dense", and "its library" where that has quantized it.
+        route: what computes it; `DENSE`, and "its library" where that has quantized it.
         bytes_before: of the dense weight. bytes_after: of what is kept.
         decibels: signal-to-noise ratio of the weight; None when it is dense, or was quantized before.
         reason: why it is not quantized by fxopt's product, or nothing.

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fxopt.runtime.native_code import wait_for_builds
+
 Step = Callable[[], object]
 
 
@@ -75,6 +77,7 @@ def interleave(
         block_seconds: a block repeats its candidate until about this much time is spent.
         clock: seconds; None picks by `default_clock`.
     """
+    wait_for_builds()
     names = list(candidates)
     now = clock or default_clock()
     once = {name: _block(candidates[name], 1, now) for name in names}

@@ -17,6 +17,7 @@ Memory belongs to the views alone: it is freed with the last of them.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,14 @@ def _others(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
     return (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
 
 
+@functools.lru_cache
+def _with_rows_outermost(others: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """Strides of a tensor whose dimension `dim` is outermost in memory; `others`: sizes but for that one."""
+    counts = [max(each, 1) for each in others]
+    inner = [math.prod(counts[place + 1 :]) for place in range(len(counts))]
+    return (*inner[:dim], math.prod(counts), *inner[dim:])
+
+
 class KVState:
     """The buffers, found by the storage of what is to grow.
 
@@ -165,8 +174,7 @@ class KVState:
         self, tensor: torch.Tensor, dim: int, share: float = 1.0, *, bounded: bool = False
     ) -> torch.Tensor:
         """A copy of `tensor` with room behind its rows along `dim`. The arguments are those of `extend`."""
-        rows = tensor.shape[dim]
-        return first_rows(self._with_room(tensor, dim, rows, share, bounded=bounded), dim, rows).copy_(tensor)
+        return self._with_room(tensor, dim, tensor.shape[dim], share, bounded=bounded).copy_(tensor)
 
     def extend(
         self,
@@ -196,9 +204,9 @@ class KVState:
             self.in_place += 1
             return first_rows(past, dim, rows + new)
         self.copied += 1
-        whole = self._with_room(past, dim, rows + new, share, bounded=bounded)
-        first_rows(whole, dim, rows).copy_(past)
-        return first_rows(whole, dim, rows + new)
+        grown = self._with_room(past, dim, rows + new, share, bounded=bounded)
+        first_rows(grown, dim, rows).copy_(past)
+        return grown
 
     def room_behind(self, view: torch.Tensor) -> int | None:
         """How many rows fit behind those of a view; None for what is no view of a buffer."""
@@ -230,27 +238,26 @@ class KVState:
     def _with_room(
         self, like: torch.Tensor, dim: int, rows: int, share: float, *, bounded: bool
     ) -> torch.Tensor:
-        """A new buffer from its first row on.
+        """The first rows of a new buffer.
 
-        If bounded, there is a row in front of that: a window moves through its buffer, and for an offset of 0
+        If bounded, there is a row in front of them: a window moves through its buffer, and for an offset of 0
         Dynamo would compile a step of its own.
         """
         capacity, before = capacity_for(rows, share, bounded=bounded), int(bounded)
         whole = self._make(like, dim, before + capacity)
-        return first_rows(whole, dim, capacity, before)
+        return first_rows(whole, dim, rows, before)
 
     def _make(self, like: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:
         """All of a new buffer: `like` with another size along `dim`."""
         others = _others(like, dim)
-        order = [*range(1, dim + 1), 0, *range(dim + 1, like.dim())]
-        whole = like.new_empty(capacity, *others).permute(order)
-        buffer = Buffer(
-            StorageWeakRef(whole.untyped_storage()), dim, capacity, whole.stride(), others, like.dtype
-        )
+        strides = _with_rows_outermost(others, dim)
+        whole = like.new_empty_strided((*others[:dim], capacity, *others[dim:]), strides)
+        storage = whole.untyped_storage()
+        buffer = Buffer(StorageWeakRef(storage), dim, capacity, strides, others, like.dtype)
         if len(self._buffers) % _SWEEP == _SWEEP - 1:
             self._sweep()
         with self._lock:
-            self._buffers[whole.untyped_storage()._cdata] = buffer
+            self._buffers[storage._cdata] = buffer
         return whole
 
     def _sweep(self) -> None:

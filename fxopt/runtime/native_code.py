@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,23 @@ log = logging.getLogger("fxopt")
 
 # `Number` of wide_numbers.h.
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+_builds: list[threading.Thread] = []
+
+
+def in_background(name: str, build: Callable[[], None]) -> threading.Thread:
+    """Run a function that compiles in a thread of its own, which `wait_for_builds` waits for."""
+    thread = threading.Thread(target=build, name=f"fxopt-{name}", daemon=True)
+    _builds.append(thread)
+    thread.start()
+    return thread
+
+
+def wait_for_builds() -> None:
+    """Return when all that is compiled in the background is in use: before something is timed."""
+    while _builds:
+        _builds.pop().join()
 
 
 def kernels_of(source: Path, without: str) -> Any:

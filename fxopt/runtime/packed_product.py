@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fxopt.ir.ops.op import NAMESPACE
-from fxopt.runtime.native_code import library_of
+from fxopt.runtime.native_code import in_background, library_of
 
 log = logging.getLogger("fxopt")
 
@@ -64,8 +64,7 @@ class Shortcut:
             if self._native is not None:
                 self._native.fxopt_allow(ctypes.byref(self._kinds[key]))
             elif self._build is None:
-                self._build = threading.Thread(target=self._take_over, name="fxopt-products", daemon=True)
-                self._build.start()
+                self._build = in_background("products", self._take_over)
 
     def wait(self) -> bool:
         """Until it is compiled; whether calls go there."""

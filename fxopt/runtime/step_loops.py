@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch._C._dynamo import guards
 
-from fxopt.runtime.native_code import library_of
+from fxopt.runtime.native_code import in_background, library_of
 
 log = logging.getLogger("fxopt")
 
@@ -226,8 +226,7 @@ class Current:
     def build(self, *, wait: bool = False) -> None:
         """Compile those in C++ once, in a thread of its own, and use them from then on."""
         if self._build is None:
-            self._build = threading.Thread(target=self._use_compiled, name="fxopt-step-loops", daemon=True)
-            self._build.start()
+            self._build = in_background("step-loops", self._use_compiled)
         if wait:
             self._build.join()
 

@@ -17,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import fxopt.integrations.generate as generate_hook
 from support.compiled import all_handled
 
 EAGER = {"host": "eager"}
@@ -144,3 +145,15 @@ def test_static_cache_beam_search() -> None:
     how = {**prompts(), "do_sample": False, "num_beams": 2, "cache_implementation": "static"}
     wanted = tokens(model, **how, disable_compile=True)
     assert torch.equal(tokens(model, **how, compile_config=static(mode=None, options=EAGER)), wanted)
+
+
+def test_options_are_read_once_until_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    options_of = generate_hook.options_of
+    monkeypatch.setattr(generate_hook, "options_of", lambda given: read.append(given) or options_of(given))
+    compiled = torch.compile(llama(), backend="fxopt", options=EAGER)
+    found = [compiled.generate for _ in range(2)]
+    assert len(read) == 1
+    torch.compiler.reset()
+    found.append(compiled.generate)
+    assert len(read) == 2 and all(map(callable, found))

@@ -204,6 +204,18 @@ def test_patterns_that_fit_no_layer() -> None:
         fxopt.prepare(llama(), {"nothing.*": "int8", "*": "int8"}, skip=["lm_haed", "lm_head"])
 
 
+def test_a_model_of_which_nothing_is_quantized() -> None:
+    wanted = r"none of 2 linear layers is quantized\. 0: 64 x 64 numbers, worth it from \d+\."
+    with pytest.warns(UserWarning, match=wanted):
+        fxopt.prepare(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "int8")
+
+
+def test_a_model_without_linear_layers_is_no_mistake(recwarn: pytest.WarningsRecorder) -> None:
+    fxopt.prepare(nn.Sequential(nn.ReLU()), "int8")
+    fxopt.prepare(nn.Sequential(nn.Linear(64, 64)))
+    assert not recwarn.list
+
+
 def test_gradients_flow_to_adapters() -> None:
     with torch.enable_grad():
         model = fxopt.prepare(llama(), "int4")

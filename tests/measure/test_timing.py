@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from fxopt.measure.timing import Timings, interleave
+from fxopt.runtime.native_code import in_background
 
 
 class Clock:
@@ -88,6 +90,19 @@ def test_equal_candidates_are_equal_whoever_is_called_first() -> None:
 
     times = interleave({name: candidate(name) for name in "abc"}, block_seconds=0.01, clock=clock)
     assert times.ratio("a", "b").median == times.ratio("a", "c").median == pytest.approx(1.0)
+
+
+def test_what_compiles_in_the_background_is_waited_for() -> None:
+    built: list[bool] = []
+
+    def build() -> None:
+        time.sleep(0.2)
+        built.append(True)
+
+    in_background("test", build)
+    found: list[bool] = []
+    interleave({"one": lambda: found.append(bool(built))}, rounds=5, budget_seconds=0.01, block_seconds=0.001)
+    assert found and all(found)
 
 
 def test_budget_limits_the_rounds_but_not_below_five() -> None:
