@@ -14,6 +14,8 @@ from fxopt.measure.results import Row
 COLOURS = {SLOWER: "#c0392b", FASTER: "#2e8b57", EQUAL: "#8fa3b0", NOISY: "#d4b106"}
 # More bars than these are drawn in columns side by side.
 _BARS = 34
+# The names of more lines than these stand below a panel.
+_LEGEND = 10
 # Where a scale of ratios has its numbers.
 _FEW = (0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
 _MANY = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 2.5)
@@ -26,16 +28,17 @@ def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[st
     except ImportError:
         return []
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     drawn = {run.name: bars(run) for run in found}
     drawn |= {"length": by_length(found), "roofline": roofline(found), "memory": memory(found)}
     drawn |= {"quantized": quantized(found)}
     drawn |= {"depth": by_depth(found), "history": over_time(past)}
     kept = {name: figure for name, figure in drawn.items() if figure is not None}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in kept.items():
         figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
+    for old in folder.glob("*.png"):
+        if old.stem not in kept:
+            old.unlink()
     return sorted(kept)
 
 
@@ -63,7 +66,9 @@ def bars(run: Run) -> Any:
 
 def by_length(found: Sequence[Run]) -> Any:
     """The ratio over the length of the sequence, a line for all else that names a row."""
-    kept = [(run, _lines(run, "length")) for run in found if "length" in run.keys]
+    # The tiny size has two lengths that are both of no interest.
+    long = [run for run in found if "length" in run.keys and run.plan.get("size") != "tiny"]
+    kept = [(run, _lines(run, "length")) for run in long]
     kept = [(run, lines) for run, lines in kept if any(len(line) > 1 for line in lines.values())]
     if not kept:
         return None
@@ -80,7 +85,10 @@ def by_length(found: Sequence[Run]) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("tokens")
         axes.set_title(run.name, fontsize=9)
-        if any(lines):
+        if len(lines) > _LEGEND:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+            axes.legend(fontsize=6, frameon=False, **below)
+        elif any(lines):
             axes.legend(fontsize=6, frameon=False)
     panels[0].set_ylabel("times faster than Inductor")
     return figure
@@ -143,7 +151,7 @@ _WHO = {
 
 def quantized(found: Sequence[Run]) -> Any:
     """How near each comes to the time in which the memory hands over its weights, and their size."""
-    kept = [(run, [row for row in run.good if "weight_bytes" in row]) for run in found]
+    kept = [(run, [row for row in run.good if _is_of_quantized_weights(row)]) for run in found]
     kept = [(run, rows) for run, rows in kept if rows]
     if not kept:
         return None
@@ -170,6 +178,12 @@ def quantized(found: Sequence[Run]) -> Any:
         floor.set_title(f"{run.name} ({run.hardware})", fontsize=9)
         floor.legend(fontsize=6, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.3, 1.06))
     return figure
+
+
+def _is_of_quantized_weights(row: Row) -> bool:
+    """There are dense rows in some runs, and rows that nobody can say a least time of."""
+    size = row.get("weight_bytes")
+    return "floor" in row and size is not None and size["fxopt"] < size["inductor"]
 
 
 def by_depth(found: Sequence[Run]) -> Any:

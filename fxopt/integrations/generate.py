@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.runtime.kv_state import expected_length
-from fxopt.runtime.read_lengths import of_any_length, reading
+from fxopt.runtime.read_lengths import OfAnyLength, reading
 from fxopt.runtime.step_loops import CURRENT
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _stand_in_class(compiled: Callable[[], Any], kind: Any, options: Options) ->
         if called is not None:
             called[0] = True
         module = compiled()
-        with of_any_length(kwargs):
+        with OfAnyLength(kwargs):
             return (_paths.get() or {}).get(id(module), module)(*args, **kwargs)
 
     def get_compiled_call(self: Any, compile_config: Any = None) -> Any:

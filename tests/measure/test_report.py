@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from benchmarks import report
 from benchmarks.report_against import changes
 from benchmarks.report_page import MARKS, render
-from benchmarks.report_plots import quantized
+from benchmarks.report_plots import draw_all, quantized
 from benchmarks.report_runs import HISTORY, RESULTS, Run, history, record, run_of, runs
 from benchmarks.suite import file_name
 from fxopt.measure.noise import NOISY, SLOWER
@@ -112,6 +113,24 @@ class TestPictures:
         assert set(drawn) == {"inductor", "fxopt", "torchao"}
         assert drawn["fxopt"] == [[80.0, 0.0], [60.0, 1.0]]
         assert weights.collections[-1].get_offsets().tolist() == [[0.3, 0.0], [0.3, 1.0]]
+
+    def test_rows_of_dense_weights_and_of_prompts_are_left_out(self, tmp_path: Path) -> None:
+        row = {"ratio": ratio(2.0), "noise": ratio(1.0), "weight_bytes": {"inductor": 100, "fxopt": 100}}
+        read = {"floor": {"inductor": 0.5, "fxopt": 0.8}}
+        small = {**row, "weight_bytes": {"inductor": 100, "fxopt": 30}}
+        rows = {"dense prompt": row, "dense decode": row | read, "int8 prompt": small}
+        assert quantized([written(tmp_path, rows, "generate.jsonl")]) is None
+        figure = quantized([written(tmp_path, rows | {"int8 decode": small | read}, "generate.jsonl")])
+        assert [len(one.get_offsets()) for one in figure.axes[0].collections] == [1, 1]
+
+    def test_pictures_that_cannot_be_drawn_leave_the_old_ones(self, tmp_path: Path) -> None:
+        run = written(tmp_path, {"bert": 1.0})
+        assert "old" not in draw_all([run], [], tmp_path)
+        before = sorted(each.name for each in tmp_path.glob("*.png"))
+        broken = dataclasses.replace(run, rows=({"ratio": {}},))
+        with pytest.raises(KeyError):
+            draw_all([broken], [], tmp_path)
+        assert before and before == sorted(each.name for each in tmp_path.glob("*.png"))
 
     def test_without_quantized_weights_there_is_no_picture(self, tmp_path: Path) -> None:
         assert quantized([written(tmp_path, {"bert": 1.0})]) is None
