@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +24,8 @@ _MANY = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 2.5)
 
 def draw_all(found: Sequence[Run], past: Sequence[Row], folder: Path) -> list[str]:
     """Draw what there are figures for; the names of the pictures. Without matplotlib there are none."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return []
-
     drawn = {run.name: bars(run) for run in found}
     drawn |= {"length": by_length(found), "roofline": roofline(found), "memory": memory(found)}
     drawn |= {"quantized": quantized(found)}
@@ -85,11 +83,9 @@ def by_length(found: Sequence[Run]) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("tokens")
         axes.set_title(run.name, fontsize=9)
-        if len(lines) > _LEGEND:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-            axes.legend(fontsize=6, frameon=False, **below)
-        elif any(lines):
-            axes.legend(fontsize=6, frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        if any(lines):
+            axes.legend(fontsize=6, frameon=False, **(below if len(lines) > _LEGEND else {}))
     panels[0].set_ylabel("times faster than Inductor")
     return figure
 

@@ -78,8 +78,7 @@ def prepare(
             notes.extend(_quantize_experts(name, module, about.stack_schemes(name, module, options)))
     notes.extend(other_notes(model, (note.name for note in notes)))
     _warn_of_patterns(options, [note.name for note in notes])
-    if options.quantize and notes and all(note.route == DENSE for note in notes):
-        _warn_of_nothing(notes)
+    _warn_of_nothing(options, notes)
     setattr(model, NOTES, notes)
     _describe(model)
     return model
@@ -94,8 +93,10 @@ def _warn_of_patterns(options: Options, names: Sequence[str]) -> None:
         warnings.warn(f"fxopt.prepare: no linear layer has a name that fits {listed}", stacklevel=4)
 
 
-def _warn_of_nothing(notes: Sequence[LinearNote]) -> None:
+def _warn_of_nothing(options: Options, notes: Sequence[LinearNote]) -> None:
     """Who asks for a small model without naming layers gets it back as it was: rarely what was meant."""
+    if not options.quantize or not notes or any(note.route != DENSE for note in notes):
+        return
     first = f"{notes[0].name}: {notes[0].reason}"
     warnings.warn(
         f"fxopt.prepare: none of {len(notes)} linear layers is quantized. {first}. "
