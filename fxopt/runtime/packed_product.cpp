@@ -18,14 +18,14 @@
 
 #include "product.h"
 
-// What is allowed. `whole`: one scale a row, and no offsets.
+// What is allowed. `whole`: one scale a row, and no offsets. `in_blocks`: groups begin at multiples of kBlock.
 struct Kind {
   const char* format;
   const char* activation;
   const float* table;
   void (*compute)(const Product*);
-  int64_t most_tokens;
-  int32_t x_number, code, bits, whole;
+  int64_t least_tokens, most_tokens;
+  int32_t x_number, code, bits, whole, in_blocks;
 };
 
 namespace {
@@ -33,7 +33,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t kBlock = 32;  // columns that codes of 4 bits are padded to
+constexpr int64_t kBlock = 32;  // columns that codes of 4 bits are padded to, and that panels widen at once
 
 struct Allowed : Kind {
   std::string format_name, activation_name;
@@ -62,8 +62,8 @@ const Kind* find(const Tensor& x, std::string_view format, std::string_view acti
   const int32_t number = number_of(x);
   for (size_t i = 0, all = count.load(std::memory_order_acquire); i < all; ++i) {
     const Allowed& each = kinds[i];
-    if (each.x_number == number && tokens <= each.most_tokens && each.format_name == format &&
-        each.activation_name == activation) {
+    const bool within = each.least_tokens <= tokens && tokens <= each.most_tokens;
+    if (within && each.x_number == number && each.format_name == format && each.activation_name == activation) {
       return &each;
     }
   }
@@ -80,7 +80,7 @@ bool fits(const Kind& kind, const Tensor& x, const Tensor& codes, const Tensor& 
   if (!x.is_contiguous() || codes.dim() != 2 || scales.dim() != 2 || group <= 0) return false;
   const int64_t K = x.size(-1), N = codes.size(0), groups = (K + group - 1) / group;
   const int64_t bytes = kind.bits == 4 ? (K + kBlock - 1) / kBlock * kBlock / 2 : K;
-  const bool aligned = kind.bits == 8 || group % kBlock == 0 || groups == 1;
+  const bool aligned = !kind.in_blocks || group % kBlock == 0 || groups == 1;
   if (!aligned || codes.scalar_type() != storage_of(kind.code) || !is_matrix(codes, N, bytes)) return false;
   if (kind.whole && (groups != 1 || offsets.has_value())) return false;
   if (number_of(scales) < 0 || !is_matrix(scales, N, groups)) return false;

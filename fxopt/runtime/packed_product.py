@@ -34,8 +34,8 @@ class Kind(ctypes.Structure):
         ("activation", ctypes.c_char_p),
         ("table", ctypes.c_void_p),
         ("compute", ctypes.c_void_p),
-        ("most_tokens", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("x_number", "code", "bits", "whole")),
+        *((name, ctypes.c_int64) for name in ("least_tokens", "most_tokens")),
+        *((name, ctypes.c_int32) for name in ("x_number", "code", "bits", "whole", "in_blocks")),
     )
 
 

@@ -9,8 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "pair_products.h"
+#include "panels.h"
 #include "product.h"
+#include "weight_numbers.h"
 #include "wide_numbers.h"
+#include "widened_products.h"
 
 #if defined(FXOPT_HAS_WIDE_NUMBERS) && defined(__AVX512VNNI__)
 #define FXOPT_HAS_KERNELS 1
@@ -29,18 +33,6 @@ extern "C" int fxopt_has_kernels() {
 namespace {
 
 // ---- weights alone are quantized: what a code stands for is multiplied in float32 ----
-
-// Scales and offsets of one row, in float32.
-struct RowNumbers {
-  std::vector<float> scales, offsets;
-  explicit RowNumbers(int64_t groups) : scales(groups), offsets(groups, 0.0f) {}
-  void read(const Product& p, int64_t row) {
-    to_float(p.scales, row * p.groups, Number(p.scale_number), p.groups, scales.data());
-    if (p.offsets != nullptr) {
-      to_float(p.offsets, row * p.groups, Number(p.offset_number), p.groups, offsets.data());
-    }
-  }
-};
 
 // Results are finished 16 features at a time, kRows of which are computed together.
 constexpr int kRows = 4;
@@ -127,12 +119,6 @@ void eight_bit_rows(const Product& p, const float* x, int64_t padded, const uint
   for (int t = 0; t < T; ++t) {
     _mm_storeu_ps(sums[t], sums_of(total[0][t], total[1][t], total[2][t], total[3][t]));
   }
-}
-
-// Adds the bias and stores up to 16 features of a token.
-inline void finish(const Product& p, int64_t token, int64_t row, __mmask16 live, __m512 sums) {
-  if (p.bias != nullptr) sums = _mm512_add_ps(sums, load(p.bias, row, Number(p.bias_number), live));
-  store(p.out, token * p.out_stride + row, Number(p.x_number), live, sums);
 }
 
 // Where kRows rows begin; beyond the last row it stands for those that are missing.
@@ -232,6 +218,17 @@ void float_rows_in_turn(const Product& p, const float* x, int64_t padded, const 
 // out = x @ w^T + bias. Every group of codes of 4 bits begins at a multiple of 32 columns.
 extern "C" void fxopt_weight_only(const Product* given) {
   const Product p = *given;
+  // One token: rows in turn are faster, see below, but for float8, which is widened faster to bfloat16.
+  if (has_pairs(p) && (p.M > 1 || p.code == kFloat8)) {
+    if (p.code == kNibble) {
+      pair_products<kNibble>(p);
+    } else if (p.code == kInt8) {
+      pair_products<kInt8>(p);
+    } else {
+      pair_products<kFloat8>(p);
+    }
+    return;
+  }
   const int64_t padded = (p.K + 31) / 32 * 32;
   std::vector<float> x(p.M * padded, 0.0f);
   for (int64_t token = 0; token < p.M; ++token) {
@@ -267,20 +264,6 @@ extern "C" void fxopt_weight_only(const Product* given) {
 
 namespace {
 
-// What 32 codes stand for. `table`: of 4 bits, scaled.
-template <int32_t kCode>
-inline void widen(const uint8_t* codes, __m512 table, __m512 scale, __m512 offset, __m512* parts) {
-  if (kCode == kNibble) {
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    parts[0] = _mm512_permutexvar_ps(wide, table);
-    parts[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
-    return;
-  }
-  for (int i = 0; i < 2; ++i) {
-    parts[i] = _mm512_fmadd_ps(eight_bits(codes + 16 * i, kCode, 0xffff), scale, offset);
-  }
-}
-
 inline void store_two(void* out, int64_t place, Number number, const __m512* parts) {
 #ifdef __AVX512BF16__
   if (number == kBFloat16) {  // as `store`, but for numbers below 2^-126, which become 0
@@ -310,14 +293,7 @@ void widen_row(const Product& p, int64_t row, const RowNumbers& numbers) {
       store_two(p.out, row * p.out_stride + k, Number(p.x_number), parts);
     }
     if (k == stop) continue;
-    if (kCode == kNibble) {  // codes are stored in whole blocks of 32
-      widen<kCode>(codes + k / 2, scaled, scale, offset, parts);
-    } else {
-      parts[0] = _mm512_fmadd_ps(eight_bits(codes + k, kCode, first(stop - k)), scale, offset);
-      if (stop - k > 16) {
-        parts[1] = _mm512_fmadd_ps(eight_bits(codes + k + 16, kCode, first(stop - k - 16)), scale, offset);
-      }
-    }
+    widen<kCode>(codes + (kCode == kNibble ? k / 2 : k), scaled, scale, offset, parts, stop - k);
     const int64_t place = row * p.out_stride + k;
     store(p.out, place, Number(p.x_number), first(stop - k), parts[0]);
     if (stop - k > 16) store(p.out, place + 16, Number(p.x_number), first(stop - k - 16), parts[1]);
@@ -339,6 +315,18 @@ extern "C" void fxopt_dequantize(const Product* given) {
       numbers.read(p, row);
       row_of(p, row, numbers);
     }
+  }
+}
+
+// out = x @ w^T + bias, for many tokens. Every group begins at a multiple of 32 columns.
+extern "C" void fxopt_widened_products(const Product* given) {
+  const Product p = *given;
+  if (p.code == kNibble) {
+    widened_products<kNibble>(p);
+  } else if (p.code == kInt8) {
+    widened_products<kInt8>(p);
+  } else {
+    widened_products<kFloat8>(p);
   }
 }
 
@@ -470,44 +458,10 @@ void integer_sums(const Product& p, int64_t padded, const uint8_t* x, int64_t ro
 
 // ---- the same for many tokens: weights are packed, 64 features at a time, such that features are lanes ----
 
-constexpr int kLanes = 16;
-constexpr int kParts = 4;                    // vectors of features
-constexpr int kPanel = kParts * kLanes;      // features that are packed together
 constexpr int64_t kDepth = 256;              // and their columns: 16 KB, which stay in the first cache
 // From this many tokens on packing pays. One core of a Zen 4, 2048 x 2048: 1.13x of the time without it at 16
 // tokens, 1.01x at 32; 512 x 512: 0.75x at 128.
 constexpr int64_t kPackedTokens = 40;
-
-// Vectors as the rows of a matrix of 32-bit numbers -> its columns.
-inline void transpose(__m512i* v) {
-  __m512i w[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; i += 2) {
-    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-  }
-  // v[4 i + j], lane l: column 4 l + j of rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i left = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
-    const __m512i right = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512i left_odd = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
-    const __m512i right_odd = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-    w[j] = _mm512_shuffle_i32x4(left, right, 0x88);
-    w[8 + j] = _mm512_shuffle_i32x4(left, right, 0xdd);
-    w[4 + j] = _mm512_shuffle_i32x4(left_odd, right_odd, 0x88);
-    w[12 + j] = _mm512_shuffle_i32x4(left_odd, right_odd, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = w[i];
-}
 
 // kPanel rows from `row` on, `depth` columns from `start` on (a multiple of 64), to `panel`: of each four
 // columns one vector for each part. Adds the sums of the rows to `of_rows`.

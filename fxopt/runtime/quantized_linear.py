@@ -1,12 +1,14 @@
-"""``fxopt::packed_linear`` on a processor: which of three ways computes it, by the number of tokens M.
+"""``fxopt::packed_linear`` on a processor: which of four ways computes it, by the number of tokens M.
 
     integers   int8 weights and int8 activations: products of bytes (`quantized_linear.cpp`, AVX-512 VNNI),
                and `torch._int_mm` for many tokens on processors where that is faster
     codes      weights are widened in registers (`quantized_linear.cpp`), for few tokens
-    dense      some rows of the weight at a time are widened, and multiplied by torch's own product
+    panels     weights are widened into the first cache (`widened_products.h`), for many tokens
+    dense      some rows of the weight at a time are widened, and multiplied by torch's own product: on
+               processors where that is faster for many tokens, and for groups of odd sizes
 
-None keeps a second copy of the weight. Which is faster for many tokens depends on the machine: the first call
-of a kind measures it, once per process, within a few milliseconds. Without AVX-512 and VNNI, or a C++
+None keeps a second copy of the weight. Which is faster depends on the machine: the first call of a kind
+measures it, once per process, within a few milliseconds. Without AVX-512 and VNNI, or a C++
 compiler, weights are widened by torch.
 """
 
@@ -30,12 +32,14 @@ from fxopt.runtime.packed_product import Kind, Shortcut
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
+# Columns that are widened together.
+_BLOCK = 32
 # Of the weight, widened at once: they stay in the processor's cache.
 _DENSE_NUMBERS = 2**20
 # From this many tokens on `torch._int_mm` is considered, which has matrix units (AMX) where a processor does.
-_INT_MM_TOKENS = 128
+_INT_MM_TOKENS = _MANY_TOKENS = 128
 # Numbers of tokens at which ways are compared, and the weight (N, K) that they are compared with.
-_PROBED, _PROBED_SHAPE = (4, 8, 16, 32, 64), (256, 1024)
+_PROBED, _PROBED_SHAPE = (4, 8, 16, 24, 32, 64), (256, 1024)
 
 _TENSORS = ("x", "codes", "scales", "offsets", "bias", "table", "out")
 _SIZES = ("tokens", "rows", "columns", "group", "groups", "row_bytes", "out_stride")
@@ -102,13 +106,13 @@ def packed_linear_on_processor(
     way = route(weight, tokens, activation)
     way(tokens, weight, bias, out)
     if way in _FUNCTIONS:
-        shortcut().allow((format, activation, x.dtype), functools.partial(_kind, way, weight, x.dtype))
+        shortcut().allow((way, format, x.dtype), functools.partial(_kind, way, weight, x.dtype))
     return out.view((*x.shape[:-1], codes.shape[0]))
 
 
 def _is_native(tokens: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> bool:
     numbers = [each.dtype for each in (tokens, weight.scales, weight.offsets, bias) if each is not None]
-    aligned = weight.format.bits == 8 or weight.group_size % 32 == 0 or weight.scales.shape[1] == 1
+    aligned = weight.format.bits == 8 or _in_blocks(weight)
     contiguous = all(each.is_contiguous() for each in weight.tensors.values())
     if not aligned or not contiguous or not NUMBERS.keys() >= set(numbers):
         return False
@@ -123,12 +127,24 @@ def route(weight: QuantizedWeight, tokens: torch.Tensor, activation: str) -> Way
     count = tokens.shape[0]
     if count == 0:
         return lambda *_: None
-    if activation:
-        whole = weight.scales.shape[1] == 1 and weight.offsets is None
-        if activation == "int8" and weight.format.name == "int8" and whole:
-            return many_integers if count >= _INT_MM_TOKENS and int_mm_is_faster() else integers
-        return lambda x, *rest: _in_dense(_rounded(x, activation), *rest)
-    return codes_in_registers if count < dense_from(weight.format.name, tokens.dtype) else dense
+    if not activation:
+        return _of_wide_tokens(weight, tokens.dtype, count)
+    whole = weight.scales.shape[1] == 1 and weight.offsets is None
+    if activation == "int8" and weight.format.name == "int8" and whole:
+        return many_integers if count >= _INT_MM_TOKENS and int_mm_is_faster() else integers
+    return functools.partial(_rounded_first, activation)
+
+
+def _of_wide_tokens(weight: QuantizedWeight, dtype: torch.dtype, count: int) -> Way:
+    name = weight.format.name
+    if count < many_from(name, dtype):
+        return codes_in_registers
+    return panels if panels_are_faster(name, dtype) and _in_blocks(weight) else dense
+
+
+def _in_blocks(weight: QuantizedWeight) -> bool:
+    """Its groups begin where blocks of columns do that are widened at once."""
+    return weight.group_size % _BLOCK == 0 or weight.scales.shape[1] == 1
 
 
 def integers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
@@ -148,22 +164,31 @@ def codes_in_registers(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out:
     _call(_FUNCTIONS[codes_in_registers], x, weight, bias, out)
 
 
+def panels(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
+    """Weights are widened into the first cache, 64 features at a time."""
+    _call(_FUNCTIONS[panels], x, weight, bias, out)
+
+
 def dense(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
     """Rows of the weight are widened in turn, for torch's product."""
     # That of float16 takes ten times as long as that of float32.
-    _in_dense(x.float() if x.dtype is torch.float16 else x, weight, bias, out)
-
-
-def _rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
-    codes, scale = round_tokens(x.float(), activation)
-    return codes.float() * scale
-
-
-def _in_dense(x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor) -> None:
-    for start, rows in widened_rows(weight, x.dtype):
+    given = x.float() if x.dtype is torch.float16 else x
+    for start, rows in widened_rows(weight, given.dtype):
         stop = start + rows.shape[0]
-        part = None if bias is None else bias[start:stop].to(x.dtype)
-        out[:, start:stop] = torch.nn.functional.linear(x, rows, part)
+        part = None if bias is None else bias[start:stop].to(given.dtype)
+        out[:, start:stop] = torch.nn.functional.linear(given, rows, part)
+
+
+def _rounded_first(
+    activation: str, x: torch.Tensor, weight: QuantizedWeight, bias: Any, out: torch.Tensor
+) -> None:
+    """The product in float32 with tokens that are rounded to 8 bits."""
+    codes, scale = round_tokens(x.float(), activation)
+    given = codes.float().mul_(scale)
+    wide = out if out.dtype is given.dtype else torch.empty_like(out, dtype=given.dtype)
+    _of_wide_tokens(weight, given.dtype, given.shape[0])(given, weight, bias, wide)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def widened_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
@@ -204,26 +229,35 @@ def backward_on_processor(
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-_FUNCTIONS: dict[Way, str] = {integers: "fxopt_int8_dynamic", codes_in_registers: "fxopt_weight_only"}
+_FUNCTIONS: dict[Way, str] = {
+    integers: "fxopt_int8_dynamic",
+    codes_in_registers: "fxopt_weight_only",
+    panels: "fxopt_widened_products",
+}
 
 
 def _kind(way: Way, weight: QuantizedWeight, dtype: torch.dtype) -> Kind:
     """What `route` computes in this way, for all numbers of tokens."""
     form = weight.format
+    least, most = 1, 2**62
     if way is integers:
-        most = _INT_MM_TOKENS - 1 if int_mm_is_faster() else 2**62
+        most = _INT_MM_TOKENS - 1 if int_mm_is_faster() else most
+    elif way is codes_in_registers:
+        most = many_from(form.name, dtype) - 1
     else:
-        most = dense_from(form.name, dtype) - 1
+        least = many_from(form.name, dtype)
     return Kind(
         form.name.encode(),
         b"int8" if way is integers else b"",
         form.table.data_ptr() if form.values else None,
         ctypes.cast(getattr(native(), _FUNCTIONS[way]), ctypes.c_void_p),
+        least,
         most,
         NUMBERS[dtype],
         _CODES[form.storage],
         form.bits,
         way is integers,
+        way is panels or form.bits == 4,
     )
 
 
@@ -252,26 +286,36 @@ def _call(
 @functools.cache
 def int_mm_is_faster() -> bool:
     """Whether `torch._int_mm` is faster for many tokens than products of bytes here: measured once."""
-    from fxopt.ir.quantize import quantize
-
-    weight = quantize(torch.linspace(-1, 1, _PROBED_SHAPE[0] * _PROBED_SHAPE[1]).view(_PROBED_SHAPE), "int8")
-    x = torch.ones(_INT_MM_TOKENS, _PROBED_SHAPE[1])
-    out = x.new_empty(_INT_MM_TOKENS, _PROBED_SHAPE[0])
+    weight, x, out = _probe("int8", torch.float32, _INT_MM_TOKENS)
     return _seconds(many_integers, x, weight, out) < _seconds(integers, x, weight, out)
 
 
 @functools.cache
-def dense_from(format: str, dtype: torch.dtype) -> int:
-    """The number of tokens from which on widened rows are faster than codes in registers: measured once."""
-    from fxopt.ir.quantize import quantize
+def panels_are_faster(format: str, dtype: torch.dtype) -> bool:
+    """Whether, for many tokens, `panels` are faster than `dense` here: measured once."""
+    weight, x, out = _probe(format, dtype, _MANY_TOKENS)
+    return _seconds(panels, x, weight, out) < _seconds(dense, x, weight, out)
 
-    weight = quantize(torch.linspace(-1, 1, _PROBED_SHAPE[0] * _PROBED_SHAPE[1]).view(_PROBED_SHAPE), format)
+
+@functools.cache
+def many_from(format: str, dtype: torch.dtype) -> int:
+    """The number of tokens from which on weights are not widened in registers: measured once."""
+    many = panels if panels_are_faster(format, dtype) else dense
     for count in _PROBED:
-        x = torch.ones(count, _PROBED_SHAPE[1], dtype=dtype)
-        out = x.new_empty(count, _PROBED_SHAPE[0])
-        if _seconds(dense, x, weight, out) < _seconds(codes_in_registers, x, weight, out):
+        weight, x, out = _probe(format, dtype, count)
+        if _seconds(many, x, weight, out) < _seconds(codes_in_registers, x, weight, out):
             return count
     return 2 * _PROBED[-1]
+
+
+def _probe(format: str, dtype: torch.dtype, count: int) -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
+    """A weight, that many tokens, and the memory of their product."""
+    from fxopt.ir.quantize import quantize
+
+    rows, columns = _PROBED_SHAPE
+    weight = quantize(torch.linspace(-1, 1, rows * columns).view(rows, columns), format)
+    x = torch.ones(count, columns, dtype=dtype)
+    return weight, x, x.new_empty(count, rows)
 
 
 def _seconds(way: Way, x: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor) -> float:

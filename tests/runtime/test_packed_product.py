@@ -99,20 +99,32 @@ def test_other_activations_go_to_python(change: Callable[[torch.Tensor], torch.T
     )
 
 
-def test_many_tokens_and_columns_go_to_python(in_python: list[int]) -> None:
+@pytest.mark.parametrize("group", [16, 32])
+def test_many_tokens(group: int, in_python: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels are called in C++, too; for groups that they do not have, torch is, from Python."""
+    monkeypatch.setattr(quantized_linear, "panels_are_faster", lambda *_: True)
+    many = quantized_linear.many_from("int8", torch.bfloat16)
+    args, kinds = operands(torch.randn(many, K).bfloat16(), made("int8", group))
+    for other in (32, group):
+        torch.ops.fxopt.packed_product(
+            *operands(args[0], made("int8", other))[0], **kinds | {"group_size": other}
+        )
+    assert shortcut().wait()
+    in_python.clear()
+    found = torch.ops.fxopt.packed_product(*args, **kinds)
+    assert in_python == ([] if group == 32 else [many])
+    assert torch.equal(found, packed_linear_on_processor(*args, **kinds))
+
+
+def test_columns_in_another_order_go_to_python(in_python: list[int]) -> None:
     weight = made("int4", 32)
     allowed(weight, torch.float32, "")
-    many = shortcut()._kinds["int4", "", torch.float32].most_tokens + 1
+    (x, codes, scales, offsets, _, bias), kinds = operands(torch.randn(1, K), weight)
     in_python.clear()
-    args, kinds = operands(torch.randn(many, K), weight)
-    torch.ops.fxopt.packed_product(*args, **kinds)
-    assert in_python == [many]
-    order = torch.randperm(K)
-    x, *rest = args
-    rest[3] = order
-    found = torch.ops.fxopt.packed_product(x[:1], *rest, **kinds)
-    assert torch.equal(found, packed_linear_on_processor(x[:1], *rest, **kinds))
-    assert in_python == [many, 1, 1]
+    args = (x, codes, scales, offsets, torch.randperm(K), bias)
+    found = torch.ops.fxopt.packed_product(*args, **kinds)
+    assert in_python == [1]
+    assert torch.equal(found, packed_linear_on_processor(*args, **kinds))
 
 
 def test_scales_of_another_shape_are_pythons_error() -> None:
