@@ -47,6 +47,12 @@ def reads_nibbles(operand: fx.Node) -> bool:
     return is_dequantized(base) and bool(base.args[6] == 4)
 
 
+def reads_table(operand: fx.Node) -> bool:
+    """Whether a table has what the codes of a product's operand stand for."""
+    base = view_base(operand)
+    return is_dequantized(base) and base.args[3] is not None
+
+
 def halves(place: sympy.Symbol) -> tuple[sympy.Expr, sympy.Expr]:
     """The two columns whose codes are in the byte `place` of a row."""
     first = BLOCK * FloorDiv(place, _HALF) + Mod(place, _HALF)

@@ -80,7 +80,7 @@ class Products:
         dtype: of the operands: ``"bfloat16"``. on_matrix_units: whether these multiply. pairs: whether what
             follows mixes columns.
         summands: that a step of the depth adds to an element: two, where codes share a byte. stored: bytes of
-            a weight's step, where they are codes; else 0.
+            a weight's step, where they are codes; else 0. looked_up: whether a table has what they stand for.
     """
 
     batch: int
@@ -94,6 +94,7 @@ class Products:
     pairs: bool = False
     summands: int = 1
     stored: int = 0
+    looked_up: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxopt.codegen.dequantize import reads_codes, reads_nibbles
+from fxopt.codegen.dequantize import reads_codes, reads_nibbles, reads_table
 from fxopt.codegen.elementwise import formula_of, operations_of
 from fxopt.codegen.homes import homes_from, same_shape
 from fxopt.codegen.indexing import Axis, Index, axis, ranges_of, same
@@ -99,6 +99,11 @@ class MatmulBody(Body):
     def widens(self) -> bool:
         """Whether a weight is codes that are widened in registers."""
         return any(reads_codes(known_operands(one.origin).right) for one in self.products)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether what a weight's codes stand for is in a table."""
+        return any(reads_table(known_operands(one.origin).right) for one in self.products)
 
     @property
     def columns_of_step(self) -> int:

@@ -110,6 +110,7 @@ def products_of(body: MatmulBody) -> Products:
         pairs=any(part.distance for part in body.parts),
         summands=body.columns_of_step,
         stored=body.bytes_of_step if body.widens else 0,
+        looked_up=body.looks_up,
     )
 
 

@@ -29,6 +29,8 @@ _SUMS_AND_MORE = 64  # the same where products meet or other tensors are read
 # The same without the matrix units, where a thread holds its operands for a whole block, too, and where the
 # sums are exchanged between threads.
 _FEWEST_SUMS = 32
+_WIDENED = 64  # weights that a thread widens for a block
+_LOOKED_UP = 4  # bytes of shared memory for an entry of a table, which Triton loads ahead like operands
 _UNROLLED = 512  # multiplications of a thread for a block, without the matrix units: all are written out
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)
 WARPS, STAGES = (4, 8), (2, 3, 4)  # more warps than 8 have too few registers each for what follows
@@ -68,7 +70,11 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         registers = _ADDRESSES + math.ceil(sums)
         shared = block.stages * _bytes_of_step(sizes, block)
         if sizes.stored:  # weights are in shared memory again on their way to the matrix units
-            shared += block.columns * sizes.together * block.depth * sizes.summands * width
+            widened = block.columns * sizes.together * block.depth * sizes.summands
+            shared += widened * (width + (_LOOKED_UP if sizes.looked_up else 0))
+            # Before Hopper more warps are more rows: each widens the weights for its own.
+            if widened / (threads if target.arch >= 90 else 4 * target.warp_size) > _WIDENED:
+                return 0
     if registers > target.max_registers or shared > target.shared_per_block or threads > 1024:
         return 0
     return min(

@@ -216,6 +216,12 @@ def test_e4m3_is_widened_by_its_bits_where_the_gpu_does_not_have_it() -> None:
     assert "ftz" not in found.ptx, "small codes are numbers that float32 holds without a leading one"
 
 
+@pytest.mark.parametrize(("target", "scheme", "rows"), [("sm_90", "nf4", 64), ("sm_80", "fp8", 512)])
+def test_tables_and_wide_weights_fit(target: str, scheme: str, rows: int) -> None:
+    """Entries of a table go through shared memory; e4m3 takes registers where a GPU does not have it."""
+    check(compiled(product_kernels(large(scheme, rows, "gated"), target), target), rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 512])
 @pytest.mark.parametrize("scheme", SCHEMES)
