@@ -36,6 +36,10 @@ from fxopt.runtime.kv_growth import Append, Begin, Length
 aten = torch.ops.aten
 NAME = "append-kv-cache"
 _END = 2**63 - 1
+_COPIED = "wanted a cache that keeps its rows where they are, saw it keep a copy of them, perhaps offloaded"
+_COPIES = (
+    aten._to_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.clone.default,
+)  # fmt: skip
 _COMPLETE = "wanted rows of tokens, saw what is made of floating-point inputs alone"
 
 
@@ -55,8 +59,13 @@ def insert_appends(
     search, plan = _Search(gm, inputs, stored), Plan()
     notes: dict[fx.Node, Evidence] = {}
     for place, result in enumerate(search.outputs):
-        cat = _joined(result) if place in stored else None
+        if place not in stored:
+            continue
+        cat = _joined(result)
         if cat is None:
+            moved = _joined(_before_copies(result))
+            if moved is not None:
+                notes[moved] = _note(moved, _COPIED, Status.ILLEGAL)
             continue
         try:
             if _begins(cat) and not _made_of_tokens(_operands(cat)[1]):
@@ -84,6 +93,13 @@ def _joined(result: Any) -> fx.Node | None:
     while is_call(result, aten.slice.Tensor, aten.alias.default):  # an alias is a slice of everything
         result = result.args[0]
     return result if is_call(result, aten.cat.default) and len(_operands(result)) == 2 else None
+
+
+def _before_copies(result: Any) -> Any:
+    """What `result` is a copy of: in other memory, or in another dtype."""
+    while is_call(result, *_COPIES):
+        result = result.args[0]
+    return result
 
 
 def _operands(cat: fx.Node) -> list[fx.Node]:
