@@ -38,8 +38,13 @@ NAME = "append-kv-cache"
 _END = 2**63 - 1
 _COPIED = "wanted a cache that keeps its rows where they are, saw it keep a copy of them, perhaps offloaded"
 _COPIES = (
-    aten._to_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.clone.default,
-)  # fmt: skip
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.other,
+)
 _COMPLETE = "wanted rows of tokens, saw what is made of floating-point inputs alone"
 
 
