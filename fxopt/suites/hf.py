@@ -11,7 +11,7 @@ from fxopt.commands.targets import Request, resolve
 from fxopt.measure.full_models import FULL
 from fxopt.measure.jobs import Job
 from fxopt.measure.results import Row
-from fxopt.measure.suite import LONG_TO_TRAIN, NAMED, SUITE, Case, cases, expanded, measure, suite_of
+from fxopt.measure.suite import NAMED, SUITE, UNTRAINED, Case, cases, expanded, measure, suite_of
 from fxopt.suites.plan import Plan, megabytes, milliseconds, over
 
 TITLE = "time of inductor / time of fxopt: more than 1 means that fxopt is faster"
@@ -46,7 +46,7 @@ def _is_trained(plan: Plan, case: Case) -> bool:
         return FULL[case.model].trained
     if plan.size != "tiny" or plan.models or not plan.infer:
         return True
-    return case.model in SUITE and case.model not in LONG_TO_TRAIN
+    return case.model in SUITE and case.model not in UNTRAINED
 
 
 def _one(plan: Plan, case: Case) -> Row:

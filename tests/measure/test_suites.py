@@ -20,7 +20,7 @@ from fxopt.measure.full_models import FULL
 from fxopt.measure.models import build, model_class
 from fxopt.measure.noise import name_of
 from fxopt.measure.shrink import SCALES
-from fxopt.measure.suite import LONG_TO_TRAIN, SUITE, Case
+from fxopt.measure.suite import SUITE, UNTRAINED, Case
 from fxopt.measure.timing import Timings
 from fxopt.suites import attention, compile, fusion, generate, hf, quant, quant_rivals, train
 from fxopt.suites.plan import SUITES, Plan, UnknownSuite, load
@@ -61,7 +61,7 @@ def test_the_quick_size_infers_with_all_and_trains_one_layer_of_some() -> None:
 
     models = {phase: [model for model, its in rows() if its == phase] for phase in ("infer", "train")}
     assert len(models["infer"]) >= 40
-    assert models["train"] == [model for model in SUITE if model not in LONG_TO_TRAIN]
+    assert models["train"] == [model for model in SUITE if model not in UNTRAINED]
     assert rows(infer=False) == [(model, "train") for model in models["infer"]]
     assert rows(models=("glm4",)) == [("glm4", "infer"), ("glm4", "train")]
     plan = Plan(size="tiny")
