@@ -66,7 +66,7 @@ def test_matches_float64_at_every_number_of_tokens(
             monkeypatch.setattr(quantized_linear, "panels_are_faster", lambda *_, so=in_panels: so)
             for added in (None, bias):
                 pairs = []
-                for tokens in (1, 2, 3, 4, 7, 9, 14):
+                for tokens in (1, 2, 3, 4, 7, 9, 14, 26, 40, 57, 81):
                     x = torch.randn(tokens, shape[1]).to(dtype)
                     found = call(x, weight, added)
                     assert found.dtype is dtype
