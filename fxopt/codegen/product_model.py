@@ -32,6 +32,7 @@ _FEWEST_SUMS = 32
 _WIDENED = 64  # weights that a thread widens for a block
 _LOOKED_UP = 4  # bytes of shared memory for an entry of a table, which Triton loads ahead like operands
 _UNROLLED = 512  # multiplications of a thread for a block, without the matrix units: all are written out
+_DEEPEST_AT_ONCE = 64  # columns of the depth, without them, where one block is all of it
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)
 WARPS, STAGES = (4, 8), (2, 3, 4)  # more warps than 8 have too few registers each for what follows
 WARPS_OF_A_ROW = (1, 2, 4, 8)
@@ -65,7 +66,7 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         registers, shared = _ADDRESSES + math.ceil(each * (1 + width / 4)), 0
     else:
         most = _most_sums(sizes, block, target)
-        if sums > most or (not sizes.on_matrix_units and sums * block.depth > _UNROLLED):
+        if sums > most or (not sizes.on_matrix_units and _is_too_deep(sizes, block, sums)):
             return 0
         registers = _ADDRESSES + math.ceil(sums)
         shared = block.stages * _bytes_of_step(sizes, block)
@@ -83,6 +84,12 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         target.shared_per_sm // shared if shared else BLOCKS_PER_SM,
         BLOCKS_PER_SM,
     )
+
+
+def _is_too_deep(sizes: Products, block: Block, sums: float) -> bool:
+    """Without the matrix units: more is written out than there are registers for, soonest without a loop."""
+    is_loop = block.depth < sizes.depth / sizes.pieces
+    return sums * block.depth > _UNROLLED or (not is_loop and block.depth > _DEEPEST_AT_ONCE)
 
 
 def _most_sums(sizes: Products, block: Block, target: Target) -> int:

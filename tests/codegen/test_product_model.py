@@ -53,6 +53,14 @@ def test_products_of_one_weight_are_products_that_meet() -> None:
     assert blocks_per_sm(sizes, replace(block, operands=5), HOPPER) == 0, "a residual is one"
 
 
+@pytest.mark.parametrize(("depth", "fits"), [(80, False), (128, False), (200, True)])
+def test_a_deep_block_without_matrix_units_needs_a_loop(depth: int, fits: bool) -> None:
+    """Where all of it is written out at once the assembler spills registers."""
+    sizes = Products(1, 26, (48,), depth, 1, 1, "float32", False)
+    assert bool(blocks_per_sm(sizes, Block(16, 16, 128, 4, 4, 3), HOPPER)) is fits
+    assert blocks_per_sm(sizes, Block(16, 16, 64, 4, 4, 3), HOPPER)
+
+
 def test_proposals_differ_in_their_tiles() -> None:
     kernel = kernel_for(4096, torch.bfloat16, HOPPER)
     tiles = {one.launches[0].constants[:2] for one in proposals(kernel, HOPPER)}
