@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,17 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
+from fxopt.codegen.attention_emit import kernel_serves
 from fxopt.frontend.lower import lower
 from fxopt.frontend.normalize import normalize
+from fxopt.ir.graph_facts import Kernels
 from fxopt.ir.ops import register_ops
 from fxopt.options import Options
 from fxopt.pipeline import rewrite
 from fxopt.report.record import GraphRecord
+
+_CPU = frozenset({"cpu"})
+_KERNELS = Kernels(_CPU, functools.partial(kernel_serves, devices=_CPU))
 
 
 def graphs_of(
@@ -24,8 +30,9 @@ def graphs_of(
     training: bool,
     dynamic: bool | None = None,
     decompositions: Mapping[Any, Any] | None = None,
+    kernels: bool = False,
 ) -> list[fx.GraphModule]:
-    """The forward and backward graphs of a call, after AOTAutograd."""
+    """The forward and backward graphs of a call, after AOTAutograd. `kernels`: attention stays, for them."""
     register_ops()
     seen: list[fx.GraphModule] = []
 
@@ -37,7 +44,7 @@ def graphs_of(
         record = GraphRecord(index=0)
         normal = normalize(gm, inputs)
         rewrite(normal, Options(strict=True), record)
-        lowered = lower(normal, record)
+        lowered = lower(normal, record, _KERNELS if kernels else None)
         return aot_module_simplified(
             lowered, inputs, fw_compiler=compiler, bw_compiler=compiler, decompositions=decompositions
         )
