@@ -72,20 +72,23 @@ inline __m512i nibble_pairs(const uint8_t* codes, __m512i table) {
   return _mm512_permutexvar_epi16(both, table);
 }
 
-// Codes of e4m3, as they are: exponents of another bias; subnormal numbers are looked up.
+// Codes of e4m3, as they are: exponents of another bias. Subnormal numbers and NaN are looked up, at the five
+// lowest bits of their magnitude.
 inline __m512i float8_pairs(const uint8_t* codes, int64_t left) {
-  alignas(16) static const uint16_t subnormal[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  alignas(64) static const uint16_t looked_up[32] = {0,      0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
+                                                     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                     0, 0, 0, 0, 0, 0, 0, 0x7fc0};
   const __mmask32 live = left >= kWidenedBlock ? ~0u : (1u << left) - 1;
-  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes));
-  const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
-  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16((127 - 7) << 7));
-  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(subnormal)));
-  const __mmask32 is_subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-  const __m512i any = _mm512_mask_permutexvar_epi16(normal, is_subnormal, magnitude, table);
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  const __m512i kept = _mm512_mask_mov_epi16(any, nan, _mm512_set1_epi16(0x7fc0));
-  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
-  return _mm512_or_si512(kept, sign);
+  const __m256i loaded = _mm256_maskz_loadu_epi8(live, codes);
+  const __m256i low = _mm256_set1_epi8(0x7f), magnitude = _mm256_and_si256(loaded, low);
+  // NaN, of magnitude 127, and those below 8.
+  const __m256i next = _mm256_and_si256(_mm256_add_epi8(magnitude, _mm256_set1_epi8(1)), low);
+  const __mmask32 is_looked_up = _mm256_cmplt_epu8_mask(next, _mm256_set1_epi8(9));
+  const __m512i wide = _mm512_cvtepu8_epi16(magnitude);
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(wide, 4), _mm512_set1_epi16((127 - 7) << 7));
+  const __m512i table = _mm512_load_si512(looked_up);
+  const __m512i any = _mm512_mask_permutexvar_epi16(normal, is_looked_up, wide, table);
+  return _mm512_mask_add_epi16(any, _mm256_movepi8_mask(loaded), any, _mm512_set1_epi16(INT16_MIN));
 }
 
 // 32 columns in bfloat16.
