@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,16 +37,33 @@ from fxopt.codegen.attention_learned import (
 from fxopt.codegen.attention_program import short_type, with_captured
 from fxopt.codegen.attention_reference import backward_reference
 from fxopt.codegen.attention_spec import Spec
-from fxopt.codegen.attention_tiles import Tiles, key_tiles, padded_width, query_tiles, score_tiles
+from fxopt.codegen.attention_tiles import (
+    Tiles,
+    beside,
+    key_tiles,
+    padded_width,
+    query_tiles,
+    score_tiles,
+)
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.ir.target import Target
 
 
 def backward_kernel(
-    spec: Spec, learned: Sequence[int], target: Target | None, example: str, about: About | None = None
+    spec: Spec,
+    learned: Sequence[int],
+    target: Target | None,
+    example: str,
+    about: About | None = None,
+    *,
+    tiles: tuple[Tiles, Tiles, Tiles] | None = None,
 ) -> KernelFile:
     """(grad, out, sums, query, key, value, captures, sinks, seed, sizes) -> gradients of query, key, value,
     sinks if there are any, and of the captures at the places `learned`.
+
+    Args:
+        tiles: for dQ, for dK and dV, and for gradients of matrices and tables: others than `attention_tiles`
+            chooses.
 
     Raises:
         Unsupported: a formula, or a gradient, that kernels do not cover.
@@ -52,7 +71,7 @@ def backward_kernel(
     entries = learned_entries(spec, learned)
     number = number_of(entries)
     apart = [each for each in entries if each is not number]
-    queries, keys = query_tiles(spec, target), key_tiles(spec, target)
+    queries, keys, scores = tiles or _tiles(spec, target)
     extra = extra_arguments(spec)
     names = [one.name for one in extra]
     parts = (
@@ -66,7 +85,7 @@ def backward_kernel(
         jit=with_captured(with_helpers("\n\n\n".join(parts)), names),
         launches=(
             *_launches(spec, entries, queries, keys, extra),
-            *_apart(spec, apart, score_tiles(spec, target), extra, target),
+            *_apart(spec, apart, scores, extra, target),
         ),
         outputs=tuple(_outputs(spec, entries)),
         reference=backward_reference(spec, learned),
@@ -74,7 +93,26 @@ def backward_kernel(
         sizes=SIZES,
         scratch=(*_scratch(number), *(parts_of_table(each, target) for each in apart if not each.is_matrix)),
         about=about_of(about or About(), spec, f"dQ: {queries.why}", f"dK, dV: {keys.why}"),
+        modelled=False,
     )
+
+
+def with_other_tiles(
+    kernel: KernelFile, spec: Spec, learned: Sequence[int], target: Target | None, about: About
+) -> KernelFile:
+    """The backward `kernel`, with what is `beside` the tiles of each launch as alternatives."""
+    chosen = _tiles(spec, target)
+    others = itertools.zip_longest(*map(beside, chosen))
+    forms = []
+    for row in others:
+        queries, keys, scores = (other or own for other, own in zip(row, chosen, strict=True))
+        tiles = queries, keys, scores
+        forms.append(backward_kernel(spec, learned, target, kernel.example_inputs, about, tiles=tiles))
+    return replace(kernel, alternatives=tuple(forms))
+
+
+def _tiles(spec: Spec, target: Target | None) -> tuple[Tiles, Tiles, Tiles]:
+    return query_tiles(spec, target), key_tiles(spec, target), score_tiles(spec, target)
 
 
 _TEMPLATES = ("attention_forward", "attention_backward", "attention_delta", "attention_sums")

@@ -13,9 +13,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.codegen.attention_backward import backward_kernel
+from fxopt.codegen.attention_backward import with_other_tiles as other_backward_tiles
 from fxopt.codegen.attention_descriptors import with_descriptors
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
+from fxopt.codegen.attention_kernel import with_other_tiles as other_forward_tiles
 from fxopt.codegen.attention_learned import check_extents
 from fxopt.codegen.attention_program import Capture
 from fxopt.codegen.attention_spec import Spec, alignment, are_far
@@ -187,9 +189,11 @@ def _kernel(node: fx.Node, backward: bool, target: Target | None) -> KernelFile:
         more: list[torch.Tensor] = pytree.tree_map_only(fx.Node, val, list(node.args[:2]))
         known = math.gcd(spec.alignment, alignment(more))
         spec = replace(spec, alignment=known, far=spec.far or are_far(more))
-        return backward_kernel(spec, learned, target, example, about)
+        kernel = backward_kernel(spec, learned, target, example, about)
+        return other_backward_tiles(kernel, spec, learned, target, about)
     kernel = forward_kernel(spec, target, example, about)
-    return with_descriptors(kernel, spec, target, about, values)
+    kernel = with_descriptors(kernel, spec, target, about, values)
+    return other_forward_tiles(kernel, spec, target, about)
 
 
 def _about(node: fx.Node, spec: Spec, values: Sequence[Any], backward: bool) -> About:

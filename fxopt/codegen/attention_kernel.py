@@ -12,7 +12,7 @@ from fxopt.codegen.attention_functions import extra_arguments, forward_functions
 from fxopt.codegen.attention_program import with_captured
 from fxopt.codegen.attention_reference import forward_reference, operand_names
 from fxopt.codegen.attention_spec import Spec, parts_of
-from fxopt.codegen.attention_tiles import Tiles, forward_tiles, padded_width
+from fxopt.codegen.attention_tiles import Tiles, beside, forward_tiles, padded_width
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.ir.target import Target
 
@@ -40,19 +40,21 @@ def forward_kernel(
     example: str,
     about: About | None = None,
     *,
+    tiles: Tiles | None = None,
     described: bool = False,
 ) -> KernelFile:
     """The forward: (query, key, value, captures, sinks, seed, sizes) -> (out, sums).
 
     Args:
         example: text of `example_inputs`.
+        tiles: others than `attention_tiles` chooses.
         described: load keys and values through tensor descriptors, which is for operands that
             `fxopt.codegen.attention_descriptors.takes_descriptors` accepts.
 
     Raises:
         Unsupported: a formula has what Triton's text does not cover.
     """
-    tiles = forward_tiles(spec, target)
+    tiles = tiles or forward_tiles(spec, target)
     extra = extra_arguments(spec)
     text = f"{forward_functions(spec)}\n\n{template('attention_forward')}"
     return KernelFile(
@@ -70,6 +72,15 @@ def forward_kernel(
         about=about_of(about or About(), spec, tiles.why),
         modelled=False,
     )
+
+
+def with_other_tiles(kernel: KernelFile, spec: Spec, target: Target | None, about: About) -> KernelFile:
+    """The forward `kernel`, with what is `beside` its tiles as alternatives."""
+    forms = [
+        forward_kernel(spec, target, kernel.example_inputs, about, tiles=tiles)
+        for tiles in beside(forward_tiles(spec, target))
+    ]
+    return replace(kernel, alternatives=(*kernel.alternatives, *forms))
 
 
 def _launch(spec: Spec, tiles: Tiles, extra: Sequence[Argument], described: bool) -> Launch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,8 +27,21 @@ class Tiles:
     def why(self) -> str:
         return (
             f"BLOCK_M={self.rows}, BLOCK_N={self.columns}, {self.num_warps} warps, {self.num_stages} stages: "
-            "operands in shared memory and sums in registers, without spills"
+            "for operands in shared memory and sums in registers"
         )
+
+
+def beside(tiles: Tiles) -> tuple[Tiles, ...]:
+    """What else to try: tiles that need fewer registers or less shared memory, and last one of more keys."""
+    rows, columns = max(LEAST_WIDTH, tiles.rows // 2), max(LEAST_WIDTH, tiles.columns // 2)
+    found = (
+        replace(tiles, num_stages=1),
+        replace(tiles, columns=columns),
+        replace(tiles, rows=rows),
+        replace(tiles, rows=rows, columns=columns, num_stages=1),
+        replace(tiles, columns=2 * tiles.columns),
+    )
+    return tuple(one for one in dict.fromkeys(found) if one != tiles)
 
 
 def padded_width(width: int) -> int:

@@ -44,10 +44,10 @@ def proposals(kernel: KernelFile, target: Target, count: int = 6) -> list[Kernel
     first.
 
     The model does not tell apart what differs by less than a twentieth. Among those, 8 elements a thread are
-    preferred: accesses of 16 or 32 bytes. Of a kernel that it does not know there are the alternatives alone.
+    preferred: accesses of 16 or 32 bytes. Of a kernel that it does not know there are all alternatives.
     """
     if not kernel.modelled:
-        return [kernel, *kernel.alternatives][:count]
+        return [kernel, *kernel.alternatives]
     moved = _moved(kernel)
     apart = [estimate(*one, target).seconds for one in zip(kernel.launches, moved, strict=True)]
     ranks: dict[KernelFile, tuple[int, tuple[float, ...], str]] = {}

@@ -46,12 +46,14 @@ class Emitted:
 class Decision:
     """What becomes of a region: `kernel` computes it, or with None the host does. `reason` says why.
 
-    `faster`: whether the kernel was measured to be faster than the host.
+    `faster`: whether the kernel was measured to be faster than the host. `best`: the kernel in the fastest
+    configuration that was measured, for those that have no host to be left to.
     """
 
     kernel: KernelFile | None
     reason: str = ""
     faster: bool = False
+    best: KernelFile | None = None
 
 
 Decide = Callable[[Sequence[KernelFile]], Sequence[Decision]]
@@ -150,10 +152,12 @@ def _fastest(kernel: KernelFile, decide: Decide | None) -> KernelFile:
     if decide is None or not kernel.alternatives:
         return kernel
     (decision,) = decide([kernel])
-    found = decision.kernel or kernel
-    how = "by the copy engine" if found.describes else "by addresses"
-    why = (*kernel.about.configuration, f"tiles are loaded {how}, {decision.reason}")
-    return replace(found, about=replace(kernel.about, configuration=why), alternatives=())
+    found, said = decision.best, kernel.about.configuration
+    if found is None:
+        return replace(kernel, about=replace(kernel.about, configuration=(*said, decision.reason)))
+    loaded = "; tiles are loaded by the copy engine" if found.describes else ""
+    about = replace(kernel.about, configuration=(*said, f"taken: {found.about.configuration[0]}{loaded}"))
+    return replace(found, about=about, alternatives=())
 
 
 def slower_quantized(

@@ -169,13 +169,12 @@ class Tuner:
         reason = f"measured on {self.timer.device}: {figures}"
         if found["verdict"] != "faster":
             reason += f", {found['verdict']}"
-        if not self.always and found["verdict"] != "faster":
-            return Decision(None, reason)
         forms = (kernel, *kernel.alternatives)
         chosen = with_settings(forms[found["alternative"]], found["settings"])
         why = (f"{configuration(chosen)}: {reason}", *kernel.about.configuration[-1:])
         chosen = replace(chosen, about=replace(kernel.about, configuration=why), alternatives=())
-        return Decision(chosen, reason, faster=found["verdict"] == "faster")
+        faster = found["verdict"] == "faster"
+        return Decision(chosen if faster or self.always else None, reason, faster, best=chosen)
 
 
 def verdict(ours: Samples, host: Samples) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def cross_compile(model: Callable[..., Any], *args: Any, target: str, **kwargs: 
         UnsupportedTarget: kernels cannot be compiled for it here.
         CannotCompile: Triton refuses a kernel; names its file.
     """
-    from fxopt.codegen.compile import compile_launches
+    from fxopt.codegen.fit import fitted
     from fxopt.ir.target import Target
     from fxopt.report.record import collect
 
@@ -99,18 +100,16 @@ def cross_compile(model: Callable[..., Any], *args: Any, target: str, **kwargs: 
     with collect() as records:
         _run(compiled, args, kwargs)
     kernels = [kernel for record in records for kernel in record.kernels]
+    uses = Counter(kernel.digest for kernel in kernels)
     unique = list({kernel.digest: kernel for kernel in kernels}.values())
-    launches = [(kernel, place) for kernel in unique for place in range(len(kernel.launches))]
-    done = iter(compile_launches(launches, card) if launches else [])
-    return CrossCompiled(card, tuple(_cross(one, card, done, kernels) for one in unique))
+    pairs = zip(unique, fitted(unique, card), strict=True)
+    return CrossCompiled(card, tuple(_cross(*made, card, uses[one.digest]) for one, made in pairs))
 
 
-def _cross(kernel: KernelFile, card: Target, done: Any, kernels: list[KernelFile]) -> CrossKernel:
+def _cross(kernel: KernelFile, compiled: tuple[CompiledKernel, ...], card: Target, count: int) -> CrossKernel:
     from fxopt.codegen.price import least_seconds
 
-    compiled = tuple(next(done) for _ in kernel.launches)
     seconds = least_seconds(kernel.about, card)
-    count = sum(one.digest == kernel.digest for one in kernels)
     return CrossKernel(f"{kernel.name}_{kernel.digest[:8]}", kernel.render(), compiled, seconds, count)
 
 

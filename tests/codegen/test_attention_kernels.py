@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from fxopt.codegen.attention_backward import backward_kernel
+from fxopt.codegen.attention_backward import with_other_tiles as other_backward_tiles
 from fxopt.codegen.attention_example import example_text
 from fxopt.codegen.attention_kernel import forward_kernel
+from fxopt.codegen.attention_kernel import with_other_tiles as other_forward_tiles
 from fxopt.codegen.attention_learned import check_extents
-from fxopt.codegen.compile import compile_launches
+from fxopt.codegen.fit import fitted
+from fxopt.codegen.kernel_file import About
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.target import Target
 from support.attention_kernels import BATCH, CASES, COLUMNS, HEADS, ROWS, Case, operands_of, spec_of
@@ -125,9 +128,15 @@ def problems(
     spec = spec_of(replace(case, width=width, width_v=width_v or width), dtype)
     spec = replace(spec, alignment=math.gcd(16, width, spec.width_v))
     example = example_text(spec, ())
-    kernels = [forward_kernel(spec, target, example), backward_kernel(spec, case.learned, target, example)]
-    launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
-    compiled = compile_launches(launches, target)
+    forward, backward = (
+        forward_kernel(spec, target, example),
+        backward_kernel(spec, case.learned, target, example),
+    )
+    kernels = (
+        other_forward_tiles(forward, spec, target, About()),
+        other_backward_tiles(backward, spec, case.learned, target, About()),
+    )
+    compiled = [one for _, launches in fitted(kernels, target) for one in launches]
     return [(one.entry, one.problems()) for one in compiled if one.problems()]
 
 

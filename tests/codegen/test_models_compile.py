@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxopt.codegen.compile import compile_launches
+from fxopt.codegen.fit import fitted
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.ir.target import Target
 from fxopt.report.record import collect
@@ -38,8 +38,7 @@ def has_gradient(value: object) -> bool:
 def check(model: str, dtype: torch.dtype, arch: str) -> None:
     kernels = kernels_of(model, dtype, arch)
     assert kernels
-    launches = [(kernel, place) for kernel in kernels for place in range(len(kernel.launches))]
-    compiled = compile_launches(launches, Target.named(arch))
+    compiled = [one for _, launches in fitted(kernels, Target.named(arch)) for one in launches]
     assert [(one.entry, one.problems()) for one in compiled if one.problems()] == []
 
 
