@@ -93,10 +93,14 @@ _QUERIES_HEAVY = {
 _KEYS_HEAVY = {80: (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 2))}
 _WIDE = Tiles(32, 32, 4, 1)
 _FLOAT32 = Tiles(32, 32, 4, 1)
+# Float32 is multiplied by the vector units, whose operands are in registers.
+_FLOAT32_WIDE, _FLOAT32_FORWARD_WIDE = Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1)
 
 
 def forward_tiles(spec: Spec, target: Target | None) -> Tiles:
     """Of the forward."""
+    if spec.dtype is torch.float32 and max(spec.width, spec.width_v) > 128:
+        return _FLOAT32_FORWARD_WIDE
     if spec.reads_pairs:
         return _chosen(_FORWARD_PAIRS, spec, target, Tiles(32, 32, 8, 2))
     return _chosen(_FORWARD_HEAVY if spec.is_heavy else _FORWARD, spec, target, Tiles(64, 32, 8, 2))
@@ -125,7 +129,7 @@ def _chosen(
     """The row of the newest architecture that the target is not older than."""
     width = max(padded_width(spec.width), padded_width(spec.width_v))
     if spec.dtype is torch.float32:
-        return _FLOAT32
+        return _FLOAT32 if width <= 128 else _FLOAT32_WIDE
     if width > 128:
         return wide
     arch = (

@@ -37,6 +37,7 @@ aten = torch.ops.aten
 NAME = "append-kv-cache"
 _END = 2**63 - 1
 _COPIED = "wanted a cache that keeps its rows where they are, saw it keep a copy of them, perhaps offloaded"
+_RETURNED = "wanted a result that takes the place of {}, saw it returned, alone or in a tuple or list"
 _COPIES = (
     aten._to_copy.default,
     aten.clone.default,
@@ -64,9 +65,11 @@ def insert_appends(
     search, plan = _Search(gm, inputs, stored), Plan()
     notes: dict[fx.Node, Evidence] = {}
     for place, result in enumerate(search.outputs):
-        if place not in stored:
-            continue
         cat = _joined(result)
+        if place not in stored:
+            if cat is not None and (past := _operands(cat)[0]).op == "placeholder":
+                notes.setdefault(cat, _note(cat, _RETURNED.format(past.name), Status.ILLEGAL))
+            continue
         if cat is None:
             moved = _joined(_before_copies(result))
             if moved is not None:
