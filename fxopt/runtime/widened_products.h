@@ -1,5 +1,6 @@
 // Products of many tokens with weights that alone are quantized: 48 rows of the weight are widened into the
-// first cache, some columns at a time, and multiplied with all tokens from there.
+// first cache, some columns at a time, and multiplied with all tokens from there. Their next columns are widened
+// meanwhile: products keep only the units busy that multiply.
 //
 // Tokens are the lanes of vectors, and are packed so once. Weights need no other order then: each is given to
 // all lanes. Both consist of slots of 32 bits: one float32, or two columns in bfloat16 where x is and the
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "panels.h"
@@ -19,8 +21,9 @@
 
 namespace {
 
-constexpr int64_t kSlots = 64;         // of a row at a time
-constexpr int64_t kWidenedRows = 48;   // 12 KB of them stay in the first cache
+constexpr int64_t kSlots = 64;        // of a row at a time
+constexpr int64_t kWidenedRows = 48;  // 12 KB of them stay in the first cache
+constexpr int64_t kStep = 4;          // slots that are multiplied for each 32 columns that are widened
 
 using Rows = float[kWidenedRows][kSlots];
 
@@ -35,6 +38,17 @@ inline void add_slots(__m512& sum, __m512 left, __m512 right) {
   } else {
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
   }
+}
+
+// body(0), body(1), to body(N - 1), each a constant: of loops GCC unrolls too late to keep an array in registers.
+template <class Body, int... I>
+inline __attribute__((always_inline)) void each_of(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+
+template <int N, class Body>
+inline __attribute__((always_inline)) void each(const Body& body) {
+  each_of(body, std::make_integer_sequence<int, N>());
 }
 
 // ---- tokens ----
@@ -78,69 +92,91 @@ inline void widen_slots(const uint8_t* codes, const GroupNumbers& group, int64_t
   _mm512_storeu_ps(out + kLanes, parts[1]);
 }
 
-// `count` rows from `row` on, the columns of `slots` slots from slot `start` on.
+// `count` rows from `row` on, some columns of which are widened at a time: 32 with each step.
 template <int32_t kCode, bool kPairs, bool kScaledLater>
-void widen_rows(const Product& p, const std::vector<RowNumbers>& numbers, int64_t row, int64_t count,
-                int64_t start, int64_t slots, Rows& rows) {
-  constexpr int64_t kColumns = kPairs ? 2 : 1;
-  const int64_t begin = start * kColumns, end = std::min(begin + slots * kColumns, p.K);
-  const int64_t first_group = kScaledLater ? 0 : begin / p.group;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* codes = static_cast<const uint8_t*>(p.codes) + std::min(row + i, p.N - 1) * p.row_bytes;
-    float* out = rows[i];
-    int64_t column = begin;
-    for (int64_t group = first_group; column < end; ++group) {
-      const int64_t stop = kScaledLater ? end : std::min((group + 1) * p.group, end);
-      const GroupNumbers numbers_of_group = group_numbers<kCode, kScaledLater>(p, numbers[i], group);
-      for (; column < stop; column += kWidenedBlock, out += kWidenedBlock / kColumns) {
-        const uint8_t* place = codes + (kCode == kNibble ? column / 2 : column);
-        widen_slots<kCode, kPairs, kScaledLater>(place, numbers_of_group, p.K - column, out);
-      }
-    }
-    const int64_t next = kCode == kNibble ? end / 2 : end;  // what the next slots of this row are made of
-    for (int64_t byte = next; byte < std::min(next + slots * kColumns, p.row_bytes); byte += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + byte), _MM_HINT_T1);
-    }
+class Widening {
+ public:
+  Widening(const Product& p, const std::vector<RowNumbers>& numbers, int64_t row, int64_t count)
+      : p_(p), numbers_(numbers.data()), count_(count) {
+    first_ = static_cast<const uint8_t*>(p.codes) + row * p.row_bytes;
   }
-}
+
+  // What is next: slots from slot `start` on, to `rows`.
+  void begin(int64_t start, Rows& rows) {
+    begin_ = start * kColumns;
+    end_ = std::min(begin_ + kSlots * kColumns, p_.K);
+    column_ = begin_;
+    row_ = begin_ < end_ ? 0 : count_;
+    codes_ = first_ + bytes(begin_);
+    out_ = rows[0];
+  }
+
+  inline __attribute__((always_inline)) void step() {
+    if (row_ >= count_) return;
+    const int64_t group = kScaledLater ? 0 : column_ / p_.group, done = column_ - begin_;
+    const GroupNumbers numbers = group_numbers<kCode, kScaledLater>(p_, numbers_[row_], group);
+    const uint8_t* codes = codes_ + bytes(done);
+    widen_slots<kCode, kPairs, kScaledLater>(codes, numbers, p_.K - column_, out_ + done / kColumns);
+    // What comes next of this row.
+    _mm_prefetch(reinterpret_cast<const char*>(codes + bytes(kSlots * kColumns)), _MM_HINT_T1);
+    column_ += kWidenedBlock;
+    if (column_ < end_) return;
+    column_ = begin_;
+    ++row_;
+    codes_ += p_.row_bytes;
+    out_ += kSlots;
+  }
+
+  void finish() {
+    while (row_ < count_) step();
+  }
+
+ private:
+  static constexpr int64_t kColumns = kPairs ? 2 : 1;  // of a slot
+  static constexpr int64_t bytes(int64_t columns) { return kCode == kNibble ? columns / 2 : columns; }
+
+  const Product& p_;
+  const RowNumbers* numbers_;
+  const uint8_t *first_, *codes_ = nullptr;
+  float* out_ = nullptr;
+  int64_t count_, row_ = 0, begin_ = 0, end_ = 0, column_ = 0;
+};
 
 // ---- products ----
 
 // Adds the products of R rows with V vectors of tokens to their sums, which are `stride` apart for a row.
-template <bool kPairs, int V, int R = rows_with(V)>
-void tile(const float (*rows)[kSlots], int64_t slots, const float* x, float* sums, int64_t stride) {
-  __m512 total[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) total[r][v] = _mm512_setzero_ps();
-  }
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    __m512 here[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) here[v] = _mm512_loadu_ps(x + (slot * V + v) * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const __m512 weight = _mm512_set1_ps(rows[r][slot]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) add_slots<kPairs>(total[r][v], weight, here[v]);
+template <bool kPairs, int V, class Beside, int R = rows_with(V)>
+void tile(const float (*rows)[kSlots], int64_t slots, const float* x, float* sums, int64_t stride, Beside& beside) {
+  __m512 total[R * V];
+  each<R * V>([&](auto i) __attribute__((always_inline)) { total[i] = _mm512_setzero_ps(); });
+  for (int64_t begin = 0; begin < slots; begin += kStep) {
+    beside.step();
+    for (int64_t slot = begin; slot < begin + kStep; ++slot) {
+      asm volatile("" ::: "memory");  // loads of later slots would take registers from sums
+      __m512 here[V];
+      each<V>([&](auto v) __attribute__((always_inline)) { here[v] = _mm512_loadu_ps(x + (slot * V + v) * kLanes); });
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        const __m512 weight = _mm512_set1_ps(rows[r][slot]);
+        each<V>([&](auto v) __attribute__((always_inline)) {
+          __m512 sum = total[r * V + v];
+          add_slots<kPairs>(sum, weight, here[v]);
+          total[r * V + v] = sum;
+        });
+      });
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {  // columns are added up in parts: sums err less
-      float* place = sums + r * stride + v * kLanes;
-      _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), total[r][v]));
-    }
-  }
+  each<R * V>([&](auto i) __attribute__((always_inline)) {  // columns are added up in parts: sums err less
+    float* place = sums + i / V * stride + i % V * kLanes;
+    _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), total[i]));
+  });
 }
 
 // All tiles of `count` rows with V vectors of tokens.
-template <bool kPairs, int V>
-void tiles(const Rows& rows, int64_t count, int64_t slots, const float* x, float* sums, int64_t stride) {
+template <bool kPairs, int V, class Beside>
+void tiles(const Rows& rows, int64_t count, int64_t slots, const float* x, float* sums, int64_t stride,
+           Beside& beside) {
   for (int64_t r = 0; r < count; r += rows_with(V)) {
-    tile<kPairs, V>(rows + r, slots, x, sums + r * stride, stride);
+    tile<kPairs, V>(rows + r, slots, x, sums + r * stride, stride, beside);
   }
 }
 
@@ -163,22 +199,26 @@ void finish_square(const Product& p, int64_t token, int64_t row, const float* su
 template <int32_t kCode, bool kPairs, bool kScaledLater>
 void widened_block(const Product& p, std::vector<RowNumbers>& numbers, const float* x, int64_t all_slots,
                    int64_t row, std::vector<float>& sums) {
-  alignas(64) Rows rows;
+  alignas(64) Rows both[2];
   const int64_t tokens = (p.M + kLanes - 1) / kLanes * kLanes, count = std::min(kWidenedRows, p.N - row);
   std::fill(sums.begin(), sums.end(), 0.0f);
   for (int64_t i = 0; i < count && !kScaledLater; ++i) numbers[i].read(p, row + i);
+  Widening<kCode, kPairs, kScaledLater> widening(p, numbers, row, count);
+  widening.begin(0, both[0]);
   for (int64_t start = 0; start < all_slots; start += kSlots) {
     const int64_t slots = std::min(kSlots, all_slots - start);
-    widen_rows<kCode, kPairs, kScaledLater>(p, numbers, row, count, start, slots, rows);
+    const Rows& rows = both[start / kSlots % 2];
+    widening.finish();
+    widening.begin(start + slots, both[(start / kSlots + 1) % 2]);
     for (int64_t token = 0; token < tokens; token += kPanel) {
       const int64_t vectors = std::min<int64_t>(kParts, (tokens - token) / kLanes);
       const float* here = x + token * all_slots + start * vectors * kLanes;
       float* place = sums.data() + token;
       switch (vectors) {
-        case 1: tiles<kPairs, 1>(rows, count, slots, here, place, tokens); break;
-        case 2: tiles<kPairs, 2>(rows, count, slots, here, place, tokens); break;
-        case 3: tiles<kPairs, 3>(rows, count, slots, here, place, tokens); break;
-        default: tiles<kPairs, 4>(rows, count, slots, here, place, tokens);
+        case 1: tiles<kPairs, 1>(rows, count, slots, here, place, tokens, widening); break;
+        case 2: tiles<kPairs, 2>(rows, count, slots, here, place, tokens, widening); break;
+        case 3: tiles<kPairs, 3>(rows, count, slots, here, place, tokens, widening); break;
+        default: tiles<kPairs, 4>(rows, count, slots, here, place, tokens, widening);
       }
     }
   }
