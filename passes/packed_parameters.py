@@ -131,9 +131,13 @@ def packed_inputs(graph: fx.Graph, source: fx.Node, chosen: Chosen) -> list[fx.N
     found = {node.meta[PACKED_KEY][1]: node for node in made}
     mode, last = fake_mode_of(graph), placeholders[-1]
     assert mode is not None
+    # A weight that is read as it is and transposed has two forms.
+    others = {node.meta[PACKED_KEY][0] for node in placeholders if PACKED_KEY in node.meta}
+    count = len([each for each in others if each.source == packed.source])
+    label = f"{source.name}_{count}" if count else source.name
     for name, tensor in () if found else weight.tensors.items():
         with graph.inserting_after(last):
-            last = graph.placeholder(f"{source.name}_{name}")
+            last = graph.placeholder(f"{label}_{name}")
         last._dynamo_source = None  # AOTAutograd asks each input for one
         last.meta[PACKED_KEY] = packed, name
         last.meta["val"] = last.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
