@@ -67,6 +67,28 @@ class QuantizedLinear(nn.Module):
         meaning: dict[str, Any] = json.loads(self._meaning())
         return meaning | {"out_features": self.out_features, "dtypes": dtypes}
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Codes of another format may have the same shape and dtype: what they mean has to be the same."""
+        given = state_dict.get(prefix + MEANING)
+        told = None if given is None or given.is_meta else json.loads(bytes(given.tolist()))
+        if told is not None and any(told.get(key, each) != each for key, each in self._kept().items()):
+            error_msgs.append(
+                f"{prefix.removesuffix('.')} is {_told(self._kept())}, its state is {_told(told)}: "
+                "fxopt.load_quantized takes such a state into a model that is not prepared."
+            )
+            return
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _parts(self) -> list[tuple[str, torch.Tensor | None]]:
         return [(name, getattr(self, name)) for name in PARTS]
 
@@ -174,6 +196,10 @@ def _computed(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def _told(meaning: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {each}" for name, each in meaning.items() if each)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,43 @@ def test_state_that_does_not_fit(tmp_path: Path) -> None:
         fxopt.load_quantized(llama(), state)
     with pytest.raises(RuntimeError, match="no \\*.safetensors"):
         fxopt.load_quantized(llama(), tmp_path)
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "fewer": (lambda: nn.Sequential(nn.Linear(384, 512)), "1 is not in the model"),
+    "shape": (lambda: nn.Sequential(nn.Linear(384, 384), nn.BatchNorm1d(512)), r"0 is of \(384, 384\)"),
+    "kind": (lambda: nn.Sequential(nn.Conv1d(384, 512, 1), nn.BatchNorm1d(512)), "0 is a Conv1d, no linear"),
+    "more": (lambda: nn.Sequential(nn.Linear(384, 512), nn.BatchNorm1d(512), nn.BatchNorm1d(512)),
+             r"missing in the state: .*'2.running_mean'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_state_of_another_model(case: str) -> None:
+    make, reason = OTHERS[case]
+    state = fxopt.prepare(nn.Sequential(nn.Linear(384, 512), nn.BatchNorm1d(512)), "int8").state_dict()
+    if case == "fewer":
+        state = {name.replace("0.", "1."): each for name, each in state.items() if name.startswith("0.")}
+    with pytest.raises(RuntimeError, match=reason):
+        fxopt.load_quantized(make(), state)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "meaning"])
+def test_damaged_state(part: str) -> None:
+    state = fxopt.prepare(nn.Sequential(nn.Linear(384, 512)), "int4").state_dict()
+    state[f"0.{part}"] = state[f"0.{part}"][:7]
+    with pytest.raises(RuntimeError, match="the state of 0 is damaged"):
+        fxopt.load_quantized(nn.Sequential(nn.Linear(384, 512)), state)
+    del state[f"0.{part}"]
+    with pytest.raises(RuntimeError):
+        fxopt.load_quantized(nn.Sequential(nn.Linear(384, 512)), state)
+
+
+def test_state_of_another_format() -> None:
+    """The codes of both have one shape and one dtype."""
+    prepared = [fxopt.prepare(nn.Sequential(nn.Linear(384, 384)), each) for each in ("nf4", "fp4")]
+    with pytest.raises(RuntimeError, match="0 is format fp4, .* its state is format nf4"):
+        prepared[1].load_state_dict(prepared[0].state_dict())
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4"])
