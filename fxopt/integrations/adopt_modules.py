@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
@@ -103,7 +104,8 @@ def _format(layer: Layer) -> str:
 def _bytes(module: nn.Module) -> int:
     """Of the parameters and buffers that a module holds."""
     held = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    return sum(each.numel() * each.element_size() for one in held for each in leaves(one))
+    loaded = (one for one in held if not is_lazy(one))
+    return sum(each.numel() * each.element_size() for one in loaded for each in leaves(one))
 
 
 def _remove_decompression(model: nn.Module) -> None:

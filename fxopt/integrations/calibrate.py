@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fxopt.integrations.linear_modules import check_module, is_linear, matrix_of
+from fxopt.errors import OptionTypeError
+from fxopt.integrations.linear_modules import check_module, is_linear, matrix_of, plain_module
 
 
 @dataclass
@@ -40,19 +42,25 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> Calibration:
 
     Raises:
         NotAModule: `model` is no module.
+        OptionTypeError: `data` is one batch, or nothing that has batches.
         ValueError: there was no batch.
     """
     check_module(model)
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        wanted = "an iterable of batches, as a list of mappings"
+        raise OptionTypeError(name="data", wanted=wanted, value=reprlib.repr(data), kind=type(data).__name__)
+    model = plain_module(model)
     seen = _Seen(Calibration())
     handles = seen.watch(model)
-    was_training, count = model.training, 0
+    modes, count = [(module, module.training) for module in model.modules()], 0
     model.eval()
     try:
         for count, batch in enumerate(data, 1):  # noqa: B007 - counted
             _call(model, batch)
             seen.forget_inputs()
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     if not count:
@@ -74,11 +82,11 @@ class _Seen:
 
     def __init__(self, found: Calibration) -> None:
         self.found = found
-        self._added: dict[int, tuple[torch.Tensor, str]] = {}
+        self._added: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
 
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         return [
-            module.register_forward_pre_hook(self._hook(name))
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in model.named_modules()
             if is_linear(module)
         ]
@@ -87,8 +95,8 @@ class _Seen:
         self._added.clear()
 
     def _hook(self, name: str) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._add(name, module, args[0])
+        def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._add(name, module, args[0] if args else next(iter(named.values())))
 
         return before
 
@@ -97,7 +105,9 @@ class _Seen:
         rows = x.detach().reshape(-1, columns)
         self.found.tokens[name] = self.found.tokens.get(name, 0) + rows.shape[0]
         # The tensor is kept until the call ends, so that its id is not given to another one.
-        first = self._added.setdefault(id(x), (x, name))[1]
+        # Written to in between, it is another input.
+        version = 0 if x.is_inference() else x._version
+        first = self._added.setdefault((id(x), version), (x, name))[1]
         known = self.found.hessians.get(name)
         if first != name and (known is None or known is self.found.hessians[first]):
             self.found.hessians[name] = self.found.hessians[first]

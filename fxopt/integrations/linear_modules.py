@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from fxopt.errors import NotAModule
 
@@ -14,6 +15,12 @@ def check_module(model: object) -> None:
     """Raises NotAModule for whatever is none."""
     if not isinstance(model, nn.Module):
         raise NotAModule(value=model, kind=type(model).__name__)
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """What `torch.compile` has wrapped: names of layers and of parameters are those of the model itself."""
+    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def is_linear(module: nn.Module) -> bool:

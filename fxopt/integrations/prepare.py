@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxopt.errors import OptionTypeError
 from fxopt.integrations.adopt_modules import KEPT, adopt_modules
 from fxopt.integrations.calibrate import Calibration
 from fxopt.integrations.checkpoint_names import is_of_transformers
-from fxopt.integrations.linear_modules import check_module, is_linear
+from fxopt.integrations.linear_modules import check_module, is_linear, plain_module
 from fxopt.integrations.quantize_layer import (
     LayerFacts,
     dense_note,
@@ -22,6 +24,8 @@ from fxopt.integrations.quantize_layer import (
     quantized_stack,
 )
 from fxopt.integrations.quantized_experts import QuantizedExperts, QuantizedStack, put_stack
+from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.integrations.replaceable import keep_hooks
 from fxopt.ir.linear_notes import DENSE, LinearNote
 from fxopt.ir.quantization_policy import Scheme
 from fxopt.ir.quantize import NotFinite
@@ -58,19 +62,37 @@ def prepare(
     Raises:
         NotAModule: `model` is no module.
         OptionTypeError, OptionValueError: as for options.
+        ValueError: the calibration was of layers of other widths.
     """
     check_module(model)
+    _check_calibration(calibration)
+    _prepare(plain_module(model), quantize, group_size, skip, calibration)
+    return model
+
+
+def _check_calibration(given: Any) -> None:
+    if given is not None and not isinstance(given, Calibration):
+        kind, wanted = type(given).__name__, "what fxopt.calibrate returns"
+        raise OptionTypeError(name="calibration", wanted=wanted, value=reprlib.repr(given), kind=kind)
+
+
+def _prepare(
+    model: nn.Module, quantize: Any, group_size: Any, skip: Any, calibration: Calibration | None
+) -> None:
     given = {"quantize": quantize, "group_size": group_size, "skip": skip}
     options = Options.parse(options=given, environ={})
     notes = adopt_modules(model)
+    notes.extend(_earlier_notes(model, {note.name for note in notes}))
     known = {note.name for note in notes}
     names = [name for name, module in model.named_modules() if is_linear(module) and name not in known]
-    about = LayerFacts(model)
+    about, shared = LayerFacts(model), _shared_modules(model)
     for name in names:
         module: Any = model.get_submodule(name)
         chosen = about.scheme(name, module, options)
         if isinstance(chosen, Scheme):
             notes.append(quantize_in_place(model, name, chosen, calibration))
+            for other in shared.get(name, ()):
+                replace(model, other, model.get_submodule(name))
         else:
             notes.append(dense_note(name, type(module).__name__, module.weight, chosen))
     for name, module in list(model.named_modules()):
@@ -81,7 +103,23 @@ def prepare(
     _warn_of_nothing(options, notes)
     setattr(model, NOTES, notes)
     _describe(model)
-    return model
+
+
+def _earlier_notes(model: nn.Module, known: set[str]) -> list[LinearNote]:
+    """What an earlier call has quantized."""
+    modules = dict(model.named_modules())
+    earlier = [note for note in getattr(model, NOTES, ()) if note.name not in known]
+    return [note for note in earlier if isinstance(modules.get(note.name), QuantizedLinear)]
+
+
+def _shared_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Other names of linear layers that have several."""
+    first: dict[int, str] = {}
+    others: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_linear(module) and first.setdefault(id(module), name) != name:
+            others.setdefault(first[id(module)], []).append(name)
+    return others
 
 
 def _warn_of_patterns(options: Options, names: Sequence[str]) -> None:
@@ -90,7 +128,7 @@ def _warn_of_patterns(options: Options, names: Sequence[str]) -> None:
     unused = [one for one in patterns if one != "*" and not any(fnmatchcase(name, one) for name in names)]
     if unused:
         listed = ", ".join(map(repr, unused))
-        warnings.warn(f"fxopt.prepare: no linear layer has a name that fits {listed}", stacklevel=4)
+        warnings.warn(f"fxopt.prepare: no linear layer has a name that fits {listed}", stacklevel=5)
 
 
 def _warn_of_nothing(options: Options, notes: Sequence[LinearNote]) -> None:
@@ -101,7 +139,7 @@ def _warn_of_nothing(options: Options, notes: Sequence[LinearNote]) -> None:
     warnings.warn(
         f"fxopt.prepare: none of {len(notes)} linear layers is quantized. {first}. "
         "print(model.fxopt_linears) has the reason for each.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -161,6 +199,8 @@ def replace(model: nn.Module, name: str, made: nn.Module) -> None:
     """Put `made` in the place of the sub-module `name`, or of the stack of that name."""
     parent, _, own = name.rpartition(".")
     made.train(model.training)
+    if isinstance(before := getattr(model.get_submodule(parent), own), nn.Module):
+        keep_hooks(before, made)
     if isinstance(made, QuantizedStack):
         put_stack(model.get_submodule(parent), own, made)
     else:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.integrations.calibrate import Calibration
 from fxopt.integrations.linear_modules import is_linear, matrix_of
 from fxopt.integrations.quantized_experts import QuantizedStack, stack_names
 from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.integrations.replaceable import obstacle
 from fxopt.ir.calibrated_quantize import quantize_calibrated
 from fxopt.ir.linear_notes import DENSE, LinearNote
 from fxopt.ir.quantization_policy import Layer, Scheme, scheme_of
@@ -28,13 +30,21 @@ def dense_note(name: str, source: str, weight: torch.Tensor, reason: str) -> Lin
 
 
 def other_notes(model: nn.Module, known: Iterable[str]) -> list[LinearNote]:
-    """Weights of three dimensions that are no experts' which fxopt knows: what else is large in a model."""
+    """What else is large in a model: stacks that are no experts' which fxopt knows, subclasses of Linear."""
     told = set(known)
-    return [
+    stacks = [
         dense_note(name, "a parameter", parameter, "no linear layer, and no module of experts, holds it")
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and name not in told
+        if not is_lazy(parameter) and parameter.dim() == 3 and name not in told
     ]
+    own = [
+        dense_note(
+            name, type(module).__name__, module.weight, "a subclass of Linear: it may do anything else"
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in told and not is_lazy(module.weight)
+    ]
+    return stacks + own
 
 
 def quantized_stack(
@@ -63,28 +73,45 @@ def quantized_layer(
         NotFinite: the weight has an infinity or NaN.
     """
     dense = matrix_of(module)
-    hessian = None if calibration is None else calibration.hessians.get(name)
+    if dense.is_meta:
+        raise NotFinite("it has no numbers yet, as on the meta device")
     if not bool(dense.isfinite().all()):
         raise NotFinite("it has entries that are not finite")
+    hessian, how = _calibrated(name, dense, scheme, calibration)
     if hessian is None:
         weight = round_to_nearest(dense, scheme.format, scheme.group_size)
     else:
         weight = quantize_calibrated(dense, hessian.to(dense.device), scheme.format, scheme.group_size)
-    how = (
-        f"{scheme}, calibrated on {calibration.tokens[name]} tokens"
-        if hessian is not None and calibration
-        else str(scheme)
-    )
     size = dense.numel() * dense.element_size()
     kept, lost = weight.nbytes, decibels(dense, weight)
     note = LinearNote(name, how, type(module).__name__, "fxopt::qlinear", size, kept, lost, "")
     return QuantizedLinear(weight, scheme.activation, module.bias), note
 
 
+def _calibrated(
+    name: str, dense: torch.Tensor, scheme: Scheme, calibration: Calibration | None
+) -> tuple[torch.Tensor | None, str]:
+    """What a layer has been calibrated with, and how it is quantized then.
+
+    Raises:
+        ValueError: it was of another width then.
+    """
+    found = None if calibration is None else calibration.hessians.get(name)
+    if found is None or calibration is None:
+        return None, str(scheme)
+    if found.shape[0] != dense.shape[1]:
+        raise ValueError(f"{name} has {dense.shape[1]} input features, calibrated were {found.shape[0]}")
+    if not bool(found.isfinite().all()):
+        return None, f"{scheme}, not calibrated: its inputs were not finite"
+    tokens = calibration.tokens[name]
+    return found if tokens else None, f"{scheme}, calibrated on {tokens} tokens"
+
+
 class LayerFacts:
     """What a model says of its layers; looked up before any is replaced, or has its weights."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         found = getattr(model, "get_output_embeddings", None)
         self.head = found() if callable(found) else None
         listed = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
@@ -103,11 +130,12 @@ class LayerFacts:
     def scheme(self, name: str, module: Any, options: Options) -> Scheme | str:
         """How to quantize a layer, or why it is left alone."""
         rows, columns = matrix_of(module).shape
-        others = [reader for reader in self.readers[id(module.weight)] if reader != name]
+        others = [reader for reader in self.readers.get(id(module.weight), ()) if reader != name]
         wide = not self.wide.isdisjoint(name.split("."))
         wide = wide or (self.narrow and module.weight.dtype is torch.float32)
         tied, is_head = "".join(others[:1]) or self.tied.get(name, ""), module is self.head
-        return scheme_of(Layer(name, (rows, columns), tied, wide, is_head), options)
+        chosen = scheme_of(Layer(name, (rows, columns), tied, wide, is_head), options)
+        return obstacle(self.model, name) or chosen if isinstance(chosen, Scheme) else chosen
 
     def stack_schemes(self, name: str, module: Any, options: Options) -> dict[str, Scheme | str]:
         """How to quantize the stacks of a module of experts, by the names of the parameters, or why not.

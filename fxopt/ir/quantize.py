@@ -93,7 +93,7 @@ def decibels(dense: torch.Tensor, weight: QuantizedWeight, *, transposed: bool =
             wide, kept = rows.double(), weight.rows(start, start + rows.shape[0]).dequantize().double()
             signal, noise = signal + wide.square().sum(), noise + (wide - kept).square().sum()
             start += rows.shape[0]
-    return float(10 * torch.log10(signal / noise))
+    return float(10 * torch.log10(signal / noise)) if noise else float("inf")
 
 
 def _rounded(

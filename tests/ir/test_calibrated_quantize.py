@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
+from fxopt.errors import OptionTypeError
 from fxopt.integrations.calibrate import calibrate
+from fxopt.integrations.prepare import prepare
 from fxopt.ir.calibrated_quantize import quantize_calibrated
 from fxopt.ir.quantize import quantize
 from fxopt.ir.quantized_weight import QuantizedWeight
@@ -99,3 +104,53 @@ def test_batches_of_any_form(wrap: object) -> None:
 def test_no_batch() -> None:
     with pytest.raises(ValueError, match="no batch"):
         calibrate(Net(), [])
+
+
+@pytest.mark.parametrize("data", [{"x": torch.zeros(4, 8)}, "text", None, 3])
+def test_what_has_no_batches(data: Any) -> None:
+    with pytest.raises(OptionTypeError, match="data wants an iterable of batches"):
+        calibrate(Net(), data)
+
+
+def test_modes_of_all_modules_are_kept() -> None:
+    model = Net().train()
+    model.q.eval()
+    calibrate(model, [torch.zeros(4, 8)])
+    assert model.training
+    assert not model.q.training
+
+
+class Writes(Net):
+    """Changes an input in place, and passes it by name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x)
+        return self.out(q * self.k(input=x.mul_(2)))  # type: ignore[no-any-return]
+
+
+def test_an_input_that_is_written_to() -> None:
+    x = torch.randn(4, 8)
+    found = calibrate(Writes(), [x.clone()])
+    assert torch.allclose(found.hessians["q"], x.T @ x, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found.hessians["k"], 4 * x.T @ x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "note"),
+    [(torch.full((4, 256), torch.nan), "were not finite"), (torch.zeros(0, 256), "on 0 tokens")],
+)
+def test_inputs_that_say_nothing(x: torch.Tensor, note: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512))
+    plain = prepare(copy.deepcopy(model), "int4")
+    found: Any = prepare(model, "int4", calibration=calibrate(model, [x]))
+    assert note in found.fxopt_linears[0].format
+    assert torch.equal(found[0].codes, plain[0].codes)
+
+
+def test_calibrations_that_do_not_fit() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512))
+    with pytest.raises(OptionTypeError, match=r"calibration wants what fxopt\.calibrate returns"):
+        prepare(model, "int4", calibration={"0": 1})  # type: ignore[arg-type]
+    seen = calibrate(torch.nn.Sequential(torch.nn.Linear(128, 512)), [torch.zeros(4, 128)])
+    with pytest.raises(ValueError, match="0 has 256 input features, calibrated were 128"):
+        prepare(model, "int4", calibration=seen)
