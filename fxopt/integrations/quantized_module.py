@@ -126,8 +126,8 @@ class QuantizedLinear(nn.Module):
         kept: dict[str, Any] = json.loads(bytes(state[prefix + MEANING].tolist()))
         kind = FORMATS[kept["format"]]
         codes = state[prefix + "codes"].view(kind.storage)
-        parts = (state.get(prefix + name) for name in PARTS[1:])
-        weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, *parts)  # type: ignore[arg-type]
+        scales, rest = state[prefix + "scales"], {name: state.get(prefix + name) for name in PARTS[2:]}
+        weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, scales, **rest)
         return QuantizedLinear._made(weight, state.get(prefix + "bias"), kept)
 
     codes: torch.Tensor

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from fxopt.ir.weight_formats import FORMATS, Format
 
@@ -161,7 +162,9 @@ class QuantizedWeight:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         codes = self.unpacked()
         if self.format.values:
-            found = self.format.table.to(device=self.device, dtype=wide)[codes.long()]
+            # While a graph is captured, tensors that are no part of it have no place in it.
+            table = torch.tensor(self.format.values, device="cpu") if is_fake(codes) else self.format.table
+            found = table.to(device=self.device, dtype=wide)[codes.long()]
         else:
             found = codes.to(wide)
         found = found * self.per_column(self.scales.to(wide))

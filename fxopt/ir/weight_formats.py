@@ -60,7 +60,9 @@ class Format:
 
 @functools.cache
 def _table(values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+    # It is kept: not on a default device, nor as a tensor of the inference mode that it is made in.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _signed(magnitudes: tuple[float, ...]) -> tuple[float, ...]:

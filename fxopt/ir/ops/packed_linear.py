@@ -58,6 +58,29 @@ def packed_linear(
     return wide.to(x.dtype)
 
 
+@without_autocast
+def differentiable(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: _Maybe,
+    columns: _Maybe,
+    bias: _Maybe,
+    *,
+    format: str,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """The same in ops that every transform of torch knows, with the gradient that is told above."""
+    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets, columns)
+    computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
+    given = x.to(computed)
+    if activation:
+        given = given + (per_token(given.detach(), activation) - given).detach()
+    wide = linear(given, weight.dequantize(computed), None if bias is None else bias.to(computed))
+    return wide.to(x.dtype)
+
+
 def per_token(x: torch.Tensor, activation: str) -> torch.Tensor:
     """x (..., K) of float32 or wider, rounded to 8 bits with a scale for each token; widened again."""
     if not activation:
