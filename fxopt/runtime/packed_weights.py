@@ -124,9 +124,17 @@ def stamp(dense: torch.Tensor) -> tuple[Any, ...]:
     version = None if dense.is_inference() else dense._version
     if dense.device.type != "cpu" or dense.dim() == 0:
         return place, version
-    size: Any = dense.untyped_storage().nbytes() - dense.storage_offset() * dense.element_size()
+    # From its first to its last number: it may be a view of a buffer that holds all weights.
+    size: Any = dense.nbytes if dense.is_contiguous() else _reach(dense)
     middle = size // 2 // 8 * 8
     return place, version, ctypes.string_at(place + middle, min(_LOOKED_AT, size - middle))
+
+
+def _reach(dense: torch.Tensor) -> int:
+    """Bytes from the first number of a tensor to its last."""
+    steps = zip(dense.shape, dense.stride(), strict=True)
+    count = 1 + sum((size - 1) * stride for size, stride in steps) if dense.numel() else 0
+    return count * dense.element_size()
 
 
 @dataclass(frozen=True)
