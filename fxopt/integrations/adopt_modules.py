@@ -15,12 +15,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.integrations.replaceable import keep_hooks
 from fxopt.ir.linear_notes import LinearNote, LinearNotes
 from fxopt.ir.sources import CannotConvert
 from fxopt.ir.sources.modules import Layer, has_processor_op, read_module
 from fxopt.runtime.held_weights import leaves
 from fxopt.runtime.rivals import faster_rival
 
+_LIBRARIES = ("bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "optimum", "torchao")
 ROUTE, KEPT = "fxopt::qlinear", "its library"
 
 
@@ -78,6 +80,8 @@ def _converted(module: nn.Module, name: str, notes: LinearNotes, wide: torch.dty
         threshold=layer.threshold,
         compute_dtype=layer.compute_dtype,
     )
+    _drop_own_hooks(module)
+    keep_hooks(module, new)
     return new.train(module.training)
 
 
@@ -106,6 +110,14 @@ def _bytes(module: nn.Module) -> int:
     held = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     loaded = (one for one in held if not is_lazy(one))
     return sum(each.numel() * each.element_size() for one in loaded for each in leaves(one))
+
+
+def _drop_own_hooks(module: nn.Module) -> None:
+    """Those that a library has put on its module are for its tensors; the others are the user's."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES:
+                del hooks[key]
 
 
 def _remove_decompression(model: nn.Module) -> None:

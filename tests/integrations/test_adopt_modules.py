@@ -149,3 +149,20 @@ def test_a_layer_with_a_faster_op_stays(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_layer_with_a_slower_op_is_taken_over(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
     """In training it has no op of its own."""
     assert isinstance(prepared_4bit(monkeypatch, None, train)[0], QuantizedLinear)  # type: ignore[index]
+
+
+def test_hooks_of_the_user_are_carried_over() -> None:
+    own, x = model(), torch.randn(2, K)
+    own.first.register_forward_hook(lambda module, args, out: out * 2)
+
+    def of_library(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        raise AssertionError
+
+    own.second.register_forward_hook(of_library)
+    of_library.__module__ = "compressed_tensors.quantization"
+    with torch.no_grad():
+        wanted = own.first(x)
+        fxopt.prepare(own)
+        assert isinstance(own.first, QuantizedLinear)
+        assert float((own.first(x) - wanted).norm() / wanted.norm()) < 2e-2  # tokens are rounded
+        own(x)
