@@ -19,6 +19,13 @@ from fxopt.ir.ops.qlinear import QLINEAR
 from fxopt.report.record import GraphRecord
 from fxopt.runtime.packed_weights import HELD_KEY, PACKED_KEY, STORE
 
+aten = torch.ops.aten
+
+_PRODUCTS = (
+    aten.addbmm.default, aten.addmm.default, aten.addmv.default, aten.baddbmm.default, aten.bilinear.default,
+    aten._trilinear.default, aten.bmm.default, aten.einsum.default, aten.linear.default, aten.matmul.default,
+    aten.mm.default, aten.mv.default,
+)  # fmt: skip
 NAMES = ("substitute-qlinear", "substitute-expert-products")
 
 
@@ -37,10 +44,11 @@ def linear_notes(gm: fx.GraphModule, evidence: Iterable[Evidence]) -> LinearNote
         weight = _weight_of(nodes.get(entry.anchor))
         if weight is not None:
             found.append(_dense(weight, "a parameter", entry.reason))
+    told = {note.name for note in found}
+    others = [node for node in _multiplied(gm) if _name(node) not in told]
     if found:
-        told = {note.name for note in found}
-        stacks = [node for node in _stacks(gm) if parameter_name(node) not in told]
-        found += [_dense(node, "a parameter", "no product that fxopt knows reads it") for node in stacks]
+        others += [node for node in _stacks(gm) if _name(node) not in told and node not in others]
+    found += [_dense(node, "a parameter", "no product that fxopt knows reads it") for node in others]
     return found
 
 
@@ -114,6 +122,18 @@ def _weight_of(node: fx.Node | None) -> fx.Node | None:
 def _stacks(gm: fx.GraphModule) -> Iterator[fx.Node]:
     for node in gm.graph.find_nodes(op="placeholder"):
         if isinstance(node.meta.get(HELD_KEY), torch.nn.Parameter) and val(node).dim() == 3 and node.users:
+            yield node
+
+
+def _multiplied(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """Matrices that products of other kinds read, as `einsum` or `bilinear`, themselves or through views."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if HELD_KEY not in node.meta or val(node).dim() < 2 or not val(node).is_floating_point():
+            continue
+        readers = list(node.users)
+        for reader in readers:  # those behind a view are added to its end
+            readers += reader.users if getattr(reader.target, "is_view", False) else ()
+        if any(reader.target in _PRODUCTS for reader in readers):
             yield node
 
 

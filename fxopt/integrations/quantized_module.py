@@ -59,6 +59,7 @@ class QuantizedLinear(nn.Module):
         names = ("format", "activation", "group_size", "in_features", "threshold")
         kept = {name: getattr(self, name) for name in names}
         kept["compute_dtype"] = "" if self.compute_dtype is None else str(self.compute_dtype)
+        kept["parts"] = [name for name, part in self._parts() if part is not None]
         return kept
 
     def description(self) -> dict[str, Any]:
@@ -126,6 +127,9 @@ class QuantizedLinear(nn.Module):
         kept: dict[str, Any] = json.loads(bytes(state[prefix + MEANING].tolist()))
         kind = FORMATS[kept["format"]]
         codes = state[prefix + "codes"].view(kind.storage)
+        missing = [name for name in kept.get("parts", ()) if prefix + name not in state]
+        if missing:
+            raise KeyError(prefix + missing[0])
         scales, rest = state[prefix + "scales"], {name: state.get(prefix + name) for name in PARTS[2:]}
         weight = QuantizedWeight(kind, kept["in_features"], kept["group_size"], codes, scales, **rest)
         return QuantizedLinear._made(weight, state.get(prefix + "bias"), kept)

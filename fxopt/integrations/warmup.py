@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ def warmup(
 
     Sizes become symbols when they change for the first time: two lengths of prompts stand for all others. A
     batch of one sequence is a kind of its own, and so is every other size until a second one has been seen.
+    Prompts that are shorter than a model's window, and fill it while they are answered, are of another kind
+    than longer ones. All come with an `attention_mask`, as tokenizers give it; models with an encoder need
+    other graphs without one.
 
     Args:
         model: with a `generate`, and compiled with fxopt: ``torch.compile(model, backend="fxopt")``, or
@@ -51,13 +54,7 @@ def warmup(
     if not callable(getattr(model, "generate", None)):
         raise CannotGenerate(kind=type(model).__name__)
     sizes = _checked(batch_sizes, max_length)
-    lengths = (max_length // 2 - _NEW, max_length - _NEW)
-    cases = [
-        (size, length, pad)
-        for size in sizes
-        for pad in ((False, True) if padded and size > 1 else (False,))
-        for length in lengths
-    ]
+    cases = list(_cases(sizes, max_length, _window(model), padded))
     with collect(private=True) as records:
         for size, length, pad in track(cases, "warming up", transient=True):
             _generate(model, size, length, pad, how)
@@ -83,6 +80,27 @@ def _may_be_compiled(model: Any, how: dict[str, Any]) -> bool:
         isinstance(module, OptimizedModule) or module._compiled_call_impl or "forward" in vars(module)
         for module in model.modules()
     )
+
+
+def _cases(sizes: Sequence[int], longest: int, window: int, padded: bool) -> Iterator[tuple[int, int, bool]]:
+    """The size of the batch, the length of the prompt, and whether it is padded, of each request."""
+    lengths = [longest // 2 - _NEW, longest - _NEW]
+    if _NEW < window < longest:
+        lengths.append(window - _NEW // 2)
+    for size in sizes:
+        for pad in (False, True) if padded and size > 1 else (False,):
+            yield from ((size, length, pad) for length in lengths)
+
+
+def _window(model: Any) -> int:
+    """How many tokens its layers with windows see; 0 without such layers."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return 0
+    return getattr(config, "sliding_window", None) or 0
 
 
 def _checked(batch_sizes: Iterable[int] | int, max_length: int) -> Sequence[int]:

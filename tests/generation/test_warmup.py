@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fxopt
 from fxopt.errors import CannotGenerate, OptionValueError
@@ -43,6 +43,20 @@ def test_requests_behind_it_compile_nothing() -> None:
             request(compiled, 3, length, pad=True)
     assert not records, [record.location for record in records]
     assert fxopt.warmup(compiled, batch_sizes=(1, 3), max_length=40) == 0
+
+
+def test_prompts_shorter_than_a_window_compile_nothing() -> None:
+    torch.compiler.reset()
+    config = MistralConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, bos_token_id=1, sliding_window=14,
+    )  # fmt: skip
+    compiled = compile_fxopt(MistralForCausalLM(config).eval())
+    fxopt.warmup(compiled, max_length=40)
+    with collect() as records:
+        for length in (5, 9, 20):
+            request(compiled, 1, length)
+    assert not records, [record.location for record in records]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_state_of_another_model(case: str) -> None:
         fxopt.load_quantized(make(), state)
 
 
-@pytest.mark.parametrize("part", ["codes", "scales", "meaning"])
+@pytest.mark.parametrize("part", ["codes", "scales", "offsets", "meaning"])
 def test_damaged_state(part: str) -> None:
     state = fxopt.prepare(nn.Sequential(nn.Linear(384, 512)), "int4").state_dict()
     state[f"0.{part}"] = state[f"0.{part}"][:7]

@@ -12,6 +12,9 @@ import torch
 from torch import func, nn
 
 import fxopt
+from fxopt.integrations.quantized_module import QuantizedLinear
+from fxopt.ir.ops import register_ops
+from fxopt.ir.quantize import quantize, quantize_parameter
 from support.compiled import compile_fxopt
 
 K, N = 384, 512
@@ -38,6 +41,42 @@ def test_is_that_of_the_rounded_weight(name: str, scheme: str) -> None:
     for found in (TRANSFORMS[name](model, x), compiled(x)):
         assert float((found - wanted).norm() / wanted.norm()) < (2e-2 if scheme == "int8-dynamic" else 1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_features_apart(name: str) -> None:
+    """Rounding one feature of three tokens, or of one, is another rounding: values differ by it."""
+    dense = nn.Linear(K, N)
+    layer = QuantizedLinear(quantize(dense.weight.detach(), "int8"), "int8", dense.bias, threshold=6.0)
+    x = torch.randn(3, K)
+    x[1, 7] = 20.0
+    wanted = TRANSFORMS[name](
+        lambda each: nn.functional.linear(each, layer.quantized.dequantize(), layer.bias), x
+    )
+    compiled = compile_fxopt(lambda given: TRANSFORMS[name](layer, given))
+    for found in (TRANSFORMS[name](layer, x), compiled(x)):
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_jvp_and_gradient_of_experts(scheme: str) -> None:
+    register_ops()
+    weight = quantize_parameter(torch.randn(4, 48, 96), scheme, transposed=False)
+    kinds = {"format": weight.format.name, "group_size": weight.group_size, "activation": "", "count": 4}
+    dense = weight.dequantize().view(4, 48, 96)
+    experts, x = torch.tensor([3, 0, 0, 2, 1]), torch.randn(5, 96)
+
+    def product(given: torch.Tensor) -> Any:
+        parts = (weight.codes, weight.scales, weight.offsets)
+        return torch.ops.fxopt.expert_linear(given, experts, *parts, **kinds)
+
+    def plain(given: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("snk,sk->sn", dense[experts], given)
+
+    for name in ("jvp", "grad"):
+        found, wanted = (TRANSFORMS[name](each, x) for each in (product, plain))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("context", ["torch.device('meta')", "torch.inference_mode()"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,34 @@ def test_prepared_modules() -> None:
     up = notes["up"]
     assert (up.format, up.source) == ("fp8_e4m3, fp8 activations", "QuantizedLinear")
     assert (up.bytes_before, up.bytes_after) == (4 * N * K, N * K + 4 * N)
+
+
+class Other(nn.Module):
+    """A layer whose weight is used as a test says, and one that is called."""
+
+    def __init__(self, product: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.product = nn.Linear(K, N), nn.Linear(K, K), product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(self, self.down(x))
+
+
+OTHER_PRODUCTS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "einsum": lambda m, x: torch.einsum("bk,nk->bn", x, m.up.weight),
+    "mv": lambda m, x: torch.mv(m.up.weight, x[0]),
+    "left": lambda m, x: m.up.weight @ x.t(),
+    "a_bias_of_two_dimensions": lambda m, x: torch.addmm(x[:, :1], x, m.up.weight.t()),
+    "baddbmm": lambda m, x: torch.baddbmm(x[None, :, :1], x[None], m.up.weight.t()[None]),
+    "bilinear": lambda m, x: nn.functional.bilinear(x[:, :1], x, m.up.weight[:, None]),
+    "table": lambda m, x: (x + m.up.weight[: x.shape[0]]).sin(),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PRODUCTS)
+def test_weights_that_other_products_read_are_told(case: str) -> None:
+    with torch.no_grad():
+        options = {"host": "eager", "strict": True, "quantize": "int8"}
+        report = fxopt.explain.with_options(options=options)(Other(OTHER_PRODUCTS[case]), torch.randn(3, K))
+    dense = {note.name: note.reason for note in report.graphs[0].linears if not note.is_quantized}
+    assert dense == ({} if case == "table" else {"up": "no product that fxopt knows reads it"})

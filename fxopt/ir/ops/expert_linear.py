@@ -23,7 +23,7 @@ from torch import fx
 from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp, define_op, without_autocast
-from fxopt.ir.ops.packed_linear import per_token
+from fxopt.ir.ops.packed_linear import is_transformed, straight_through
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
 
@@ -76,7 +76,7 @@ def picked_product(
     }
     computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
     wide = weight.replaced(**parts).dequantize(computed).view(tokens, rows, x.shape[-1])
-    out = torch.bmm(wide, per_token(x.to(computed), activation).unsqueeze(-1)).squeeze(-1)
+    out = torch.bmm(wide, straight_through(x.to(computed), activation).unsqueeze(-1)).squeeze(-1)
     return out.masked_fill((experts != places).unsqueeze(-1), 0).to(x.dtype)
 
 
@@ -163,8 +163,27 @@ def expert_linear(
     **attributes: Any,
 ) -> torch.Tensor:
     """The result (S, N), of the dtype of x."""
+    if is_transformed():
+        return _in_plain_ops(x, experts, codes, scales, offsets, **attributes)
     out: torch.Tensor = torch.ops.fxopt.packed_experts(x, experts, codes, scales, offsets, **attributes)
     return out
+
+
+def _in_plain_ops(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    *,
+    count: int,
+    format: str,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """The same for transforms of `torch.func`: no number is read."""
+    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets)
+    return picked_product(x, experts, weight, count, activation)
 
 
 def _always(_: fx.Node, __: Facts) -> Verdict:

@@ -7,6 +7,8 @@ device: there, both products are of all features. On a processor the features ar
     x                 (..., K), floating
     codes, scales     int8 (N, K) and (N, 1), as `fxopt.ir.quantized_weight` has them
     bias              (N,) or None
+
+A composite of ``packed_outliers``, which is opaque to the host as ``packed_linear`` is, for the same reason.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 
 from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
+from fxopt.ir.ops.packed_linear import differentiable, is_transformed
 
-SCHEMA = "outlier_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, *, float threshold) -> Tensor"
+SCHEMA = "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, *, float threshold) -> Tensor"
 _INT8 = {"format": "int8", "activation": "int8"}
 
 
@@ -31,8 +34,34 @@ def outlier_linear(
     threshold: float,
 ) -> torch.Tensor:
     """The result (..., N), of the dtype of x."""
+    if not is_transformed():
+        found: torch.Tensor = torch.ops.fxopt.packed_outliers(x, codes, scales, bias, threshold=threshold)
+        return found
+    apart, group = _apart(x, threshold), x.shape[-1]
+    given = x.masked_fill(apart, 0), codes, scales, None, None, bias
+    rest = x.masked_fill(apart.logical_not(), 0), codes, scales, None, None, None
+    rounded: torch.Tensor = differentiable(*given, group_size=group, **_INT8)
+    exact: torch.Tensor = differentiable(*rest, group_size=group, **_INT8 | {"activation": ""})
+    return rounded + exact
+
+
+def _apart(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which features (K,) have a large entry."""
+    return (x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
+
+
+@without_autocast
+def packed_outliers(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """The same."""
     group, product = x.shape[-1], torch.ops.fxopt.packed_linear
-    apart = (x.abs() >= threshold).flatten(0, -2).any(0)
+    apart = _apart(x, threshold)
     on_processor = x.device.type == "cpu"
     if on_processor and not apart.any():
         found: torch.Tensor = product(x, codes, scales, None, None, bias, group_size=group, **_INT8)
@@ -75,8 +104,10 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Make the op and its gradient known to torch's dispatcher."""
-    define_op(library, SCHEMA, outlier_linear, _fake)
+    """Make the ops and their gradient known to torch's dispatcher."""
+    library.define(f"outlier_linear{SCHEMA}")
+    library.impl("outlier_linear", outlier_linear, "CompositeImplicitAutograd")
+    define_op(library, f"packed_outliers{SCHEMA}", packed_outliers, _fake)
     torch.library.register_autograd(
-        f"{NAMESPACE}::outlier_linear", _gradients, setup_context=_save, lib=library
+        f"{NAMESPACE}::packed_outliers", _gradients, setup_context=_save, lib=library
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from fxopt.ir.ops.op import NAMESPACE, define_op, without_autocast
@@ -74,11 +75,19 @@ def differentiable(
     """The same in ops that every transform of torch knows, with the gradient that is told above."""
     weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets, columns)
     computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
-    given = x.to(computed)
-    if activation:
-        given = given + (per_token(given.detach(), activation) - given).detach()
+    given = straight_through(x.to(computed), activation)
     wide = linear(given, weight.dequantize(computed), None if bias is None else bias.to(computed))
     return wide.to(x.dtype)
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside of a transform of `torch.func`, or is differentiated forward."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def straight_through(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """`per_token`, which counts as the identity where it is differentiated."""
+    return x + (per_token(x.detach(), activation) - x).detach() if activation else x
 
 
 def per_token(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import forward_ad
 
 from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.op import Provider, SemanticOp
-from fxopt.ir.ops.packed_linear import SCHEMA, differentiable
+from fxopt.ir.ops.packed_linear import SCHEMA, differentiable, is_transformed
 
 
 def qlinear(
@@ -24,18 +23,13 @@ def qlinear(
     **attributes: Any,
 ) -> torch.Tensor:
     """The result (..., N), of the dtype of x; see `fxopt.ir.ops.packed_linear`, whose body is its meaning."""
-    if _is_transformed():
+    if is_transformed():
         plain: torch.Tensor = differentiable(x, codes, scales, offsets, columns, bias, **attributes)
         return plain
     trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     op = torch.ops.fxopt.packed_linear if trains else torch.ops.fxopt.packed_product
     out: torch.Tensor = op(x, codes, scales, offsets, columns, bias, **attributes)
     return out
-
-
-def _is_transformed() -> bool:
-    """Whether this runs inside of a transform of `torch.func`, or is differentiated forward."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def with_gradients(*operands: torch.Tensor | None, **attributes: Any) -> torch.Tensor:
