@@ -103,6 +103,8 @@ def _rounded(
     if checked and not wide.isfinite().all():
         raise NotFinite("it has entries that are not finite")
     scales, offsets = group_scales(wide, kind, group, symmetric)
+    if checked and not all(each.isfinite().all() for each in (scales, offsets) if each is not None):
+        raise NotFinite("it has entries that are too far apart for a scale")
     codes = nearest_codes(wide, kind, *(spread(each, group, wide.shape[1]) for each in (scales, offsets)))
     return (pack_nibbles(codes) if kind.bits == 4 else codes), scales, offsets
 

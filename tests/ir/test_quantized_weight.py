@@ -134,6 +134,14 @@ def test_refuses_what_is_not_finite(bad: float) -> None:
         quantize(weight, "int8")
 
 
+def test_refuses_numbers_whose_distance_is_not_finite() -> None:
+    weight = dense()
+    weight[2, 3:5] = torch.tensor([3e38, -3e38])
+    with pytest.raises(NotFinite, match="too far apart"):
+        quantize(weight, "int4")
+    assert quantize(weight, "int8").dequantize().isfinite().all()
+
+
 @pytest.mark.parametrize(
     "change",
     [
