@@ -128,14 +128,9 @@ def _last_writer(part: list[fx.Node], node: fx.Node) -> int:
         if each.op == "call_function" and each.args and each.args[0] in views:
             if each.target._schema.is_mutable:  # type: ignore[union-attr]
                 last = place
-            elif _is_view(each):
+            elif each.target.is_view:  # type: ignore[union-attr]
                 views.add(each)
     return last
-
-
-def _is_view(node: fx.Node) -> bool:
-    returned = node.target._schema.returns  # type: ignore[union-attr]
-    return any(each.alias_info is not None for each in returned)
 
 
 def _is_index(user: fx.Node, codes: fx.Node) -> bool:

@@ -23,7 +23,7 @@ from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.quantization_policy import SCHEMES
 from support.compiled import compile_fxopt
 from support.held import live_bytes
-from support.quantizable import ids, llama
+from support.quantizable import distance, ids, llama
 from support.quantizing import with_rounded
 
 
@@ -35,10 +35,6 @@ def projections(model: nn.Module) -> list[str]:
 def _without_gradients() -> Any:
     with torch.no_grad():
         yield
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

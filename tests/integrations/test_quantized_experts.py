@@ -32,7 +32,7 @@ from fxopt.ir.quantize import quantize_parameter
 from fxopt.report.record import collect
 from support.compiled import compile_fxopt
 from support.held import live_bytes
-from support.quantizable import ids
+from support.quantizable import distance, ids
 
 SIZES = {"hidden_size": 384, "vocab_size": 640, "num_hidden_layers": 1, "num_attention_heads": 6}
 HEADS = {"num_key_value_heads": 6, "num_experts_per_tok": 2}
@@ -99,10 +99,6 @@ def with_rounded_stacks(model: Any, format: str) -> Any:
         stored = rows.view(weight.shape[0], -1, rows.shape[1])
         weight.copy_(stored.mT if turned else stored)
     return model
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("name", MODELS)

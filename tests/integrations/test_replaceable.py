@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomModel, MambaConfig, MambaModel, T5Con
 
 import fxopt
 from fxopt.integrations.quantized_module import QuantizedLinear
-from support.quantizable import ids
+from support.quantizable import distance, ids
 
 K = 384
 
@@ -23,10 +23,6 @@ K = 384
 def _without_gradients() -> Any:
     with torch.no_grad():
         yield
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def one(**kind: Any) -> nn.Sequential:

@@ -16,6 +16,7 @@ from fxopt.integrations.quantized_module import QuantizedLinear
 from fxopt.ir.ops import register_ops
 from fxopt.ir.quantize import quantize, quantize_parameter
 from support.compiled import compile_fxopt
+from support.quantizable import distance
 
 K, N = 384, 512
 Transform = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -39,7 +40,7 @@ def test_is_that_of_the_rounded_weight(name: str, scheme: str) -> None:
     wanted = TRANSFORMS[name](lambda each: nn.functional.linear(each, weight, bias), x)
     compiled = compile_fxopt(lambda given: TRANSFORMS[name](model, given))
     for found in (TRANSFORMS[name](model, x), compiled(x)):
-        assert float((found - wanted).norm() / wanted.norm()) < (2e-2 if scheme == "int8-dynamic" else 1e-5)
+        assert distance(found, wanted) < (2e-2 if scheme == "int8-dynamic" else 1e-5)
     torch._dynamo.reset()
 
 
@@ -55,7 +56,7 @@ def test_features_apart(name: str) -> None:
     )
     compiled = compile_fxopt(lambda given: TRANSFORMS[name](layer, given))
     for found in (TRANSFORMS[name](layer, x), compiled(x)):
-        assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+        assert distance(found, wanted) < 2e-2
     torch._dynamo.reset()
 
 
@@ -76,7 +77,7 @@ def test_jvp_and_gradient_of_experts(scheme: str) -> None:
 
     for name in ("jvp", "grad"):
         found, wanted = (TRANSFORMS[name](each, x) for each in (product, plain))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert distance(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("context", ["torch.device('meta')", "torch.inference_mode()"])

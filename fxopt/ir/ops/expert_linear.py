@@ -23,7 +23,7 @@ from torch import fx
 from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.op import NAMESPACE, Provider, SemanticOp, define_op, without_autocast
-from fxopt.ir.ops.packed_linear import is_transformed, straight_through
+from fxopt.ir.ops.packed_linear import Rounding, is_transformed, per_token, straight_through
 from fxopt.ir.quantized_weight import QuantizedWeight
 from fxopt.ir.weight_formats import FORMATS
 
@@ -65,7 +65,12 @@ def packed_experts(
 
 
 def picked_product(
-    x: torch.Tensor, experts: torch.Tensor, weight: QuantizedWeight, count: int, activation: str
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weight: QuantizedWeight,
+    count: int,
+    activation: str,
+    rounded: Rounding = per_token,
 ) -> torch.Tensor:
     """`packed_experts` with a matrix for each token, for few tokens."""
     tokens, rows = x.shape[0], weight.shape[0] // count
@@ -76,7 +81,7 @@ def picked_product(
     }
     computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
     wide = weight.replaced(**parts).dequantize(computed).view(tokens, rows, x.shape[-1])
-    out = torch.bmm(wide, straight_through(x.to(computed), activation).unsqueeze(-1)).squeeze(-1)
+    out = torch.bmm(wide, rounded(x.to(computed), activation).unsqueeze(-1)).squeeze(-1)
     return out.masked_fill((experts != places).unsqueeze(-1), 0).to(x.dtype)
 
 
@@ -183,7 +188,7 @@ def _in_plain_ops(
 ) -> torch.Tensor:
     """The same for transforms of `torch.func`: no number is read."""
     weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets)
-    return picked_product(x, experts, weight, count, activation)
+    return picked_product(x, experts, weight, count, activation, straight_through)
 
 
 def _always(_: fx.Node, __: Facts) -> Verdict:

@@ -13,6 +13,7 @@ A composite of ``packed_outliers``, which is opaque to the host as ``packed_line
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,12 +38,22 @@ def outlier_linear(
     if not is_transformed():
         found: torch.Tensor = torch.ops.fxopt.packed_outliers(x, codes, scales, bias, threshold=threshold)
         return found
-    apart, group = _apart(x, threshold), x.shape[-1]
-    given = x.masked_fill(apart, 0), codes, scales, None, None, bias
-    rest = x.masked_fill(apart.logical_not(), 0), codes, scales, None, None, None
-    rounded: torch.Tensor = differentiable(*given, group_size=group, **_INT8)
-    exact: torch.Tensor = differentiable(*rest, group_size=group, **_INT8 | {"activation": ""})
-    return rounded + exact
+    return _of_all_features(x, codes, scales, bias, _apart(x, threshold), differentiable)
+
+
+def _of_all_features(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    apart: torch.Tensor,
+    product: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """The sum of both products, without reading which features are apart."""
+    weight, group = (codes, scales, None, None), x.shape[-1]
+    rounded = product(x.masked_fill(apart, 0), *weight, bias, group_size=group, **_INT8)
+    rest = x.masked_fill(apart.logical_not(), 0)
+    return rounded + product(rest, *weight, None, group_size=group, format="int8", activation="")
 
 
 def _apart(x: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -62,21 +73,16 @@ def packed_outliers(
     """The same."""
     group, product = x.shape[-1], torch.ops.fxopt.packed_linear
     apart = _apart(x, threshold)
-    on_processor = x.device.type == "cpu"
-    if on_processor and not apart.any():
-        found: torch.Tensor = product(x, codes, scales, None, None, bias, group_size=group, **_INT8)
+    if x.device.type != "cpu":
+        return _of_all_features(x, codes, scales, bias, apart, product)
+    parts = (codes, scales, None, None, bias)
+    if not apart.any():
+        found: torch.Tensor = product(x, *parts, group_size=group, **_INT8)
         return found
-    rounded = product(x.masked_fill(apart, 0), codes, scales, None, None, bias, group_size=group, **_INT8)
-    if on_processor:
-        places = apart.nonzero().flatten()
-        part = codes.index_select(1, places).to(x.dtype) * scales.to(x.dtype)
-        exact = torch.nn.functional.linear(x.index_select(-1, places), part)
-    else:
-        rest = x.masked_fill(apart.logical_not(), 0)
-        kinds = {"format": "int8", "group_size": group, "activation": ""}
-        exact = product(rest, codes, scales, None, None, None, **kinds)
-    summed: torch.Tensor = rounded + exact
-    return summed
+    rounded: torch.Tensor = product(x.masked_fill(apart, 0), *parts, group_size=group, **_INT8)
+    places = apart.nonzero().flatten()
+    part = codes.index_select(1, places).to(x.dtype) * scales.to(x.dtype)
+    return rounded + torch.nn.functional.linear(x.index_select(-1, places), part)
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

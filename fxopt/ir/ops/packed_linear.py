@@ -18,6 +18,7 @@ al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,58 +37,7 @@ BACKWARD = (
     " -> Tensor"
 )
 _Maybe = torch.Tensor | None
-
-
-@without_autocast
-def packed_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: _Maybe,
-    columns: _Maybe,
-    bias: _Maybe,
-    *,
-    format: str,
-    group_size: int,
-    activation: str,
-) -> torch.Tensor:
-    """The result (..., N), of the dtype of x."""
-    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets, columns)
-    computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
-    given = per_token(x.to(computed), activation)
-    wide = linear(given, weight.dequantize(computed), None if bias is None else bias.to(computed))
-    return wide.to(x.dtype)
-
-
-@without_autocast
-def differentiable(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: _Maybe,
-    columns: _Maybe,
-    bias: _Maybe,
-    *,
-    format: str,
-    group_size: int,
-    activation: str,
-) -> torch.Tensor:
-    """The same in ops that every transform of torch knows, with the gradient that is told above."""
-    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets, columns)
-    computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
-    given = straight_through(x.to(computed), activation)
-    wide = linear(given, weight.dequantize(computed), None if bias is None else bias.to(computed))
-    return wide.to(x.dtype)
-
-
-def is_transformed() -> bool:
-    """Whether this runs inside of a transform of `torch.func`, or is differentiated forward."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def straight_through(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """`per_token`, which counts as the identity where it is differentiated."""
-    return x + (per_token(x.detach(), activation) - x).detach() if activation else x
+Rounding = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 def per_token(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -106,6 +56,44 @@ def round_tokens(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.
     if activation == "int8":
         scaled = scaled.round()
     return scaled.clamp(-kind.largest, kind.largest).to(kind.storage), scale
+
+
+def straight_through(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """`per_token`, which counts as the identity where it is differentiated."""
+    return x + (per_token(x.detach(), activation) - x).detach() if activation else x
+
+
+@without_autocast
+def packed_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: _Maybe,
+    columns: _Maybe,
+    bias: _Maybe,
+    *,
+    format: str,
+    group_size: int,
+    activation: str,
+    rounded: Rounding = per_token,
+) -> torch.Tensor:
+    """The result (..., N), of the dtype of x. `rounded`: what is done to tokens."""
+    weight = QuantizedWeight(FORMATS[format], x.shape[-1], group_size, codes, scales, offsets, columns)
+    computed = torch.promote_types(x.dtype, torch.float32) if activation else x.dtype
+    given = rounded(x.to(computed), activation)
+    wide = linear(given, weight.dequantize(computed), None if bias is None else bias.to(computed))
+    return wide.to(x.dtype)
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside of a transform of `torch.func`, or is differentiated forward."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiable(*operands: _Maybe, **attributes: Any) -> torch.Tensor:
+    """`packed_linear` in ops that every transform of torch knows, with the gradient that is told above."""
+    out: torch.Tensor = packed_linear(*operands, rounded=straight_through, **attributes)
+    return out
 
 
 @without_autocast
