@@ -30,7 +30,7 @@ VERIFY = ("nothing", "masks")
 KERNELS = ("auto", "always", "never")
 GEMM = ("auto", "always", "never")
 SPLIT_K = ("deterministic", "atomic", "never")
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "a100", "l40s", "h100", "h200", "b200")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "a100", "l40s", "h100", "h200", "b200")
 # What `disable` calls the kernels that take regions.
 EMIT_KERNELS = "emit-kernels"
 # Those of the fields that can change the compiled result.
@@ -88,8 +88,8 @@ class Options:
         split_k: how the pieces of a product are added up that is cut along what it sums over:
             ``"deterministic"``, by a second launch in one order; ``"atomic"``, in any order, into one result
             in float32; ``"never"``: it is not cut.
-        tune_seconds: for how long kernels may be measured in the compilation of one graph, on a GPU. None is
-            no limit with ``mode="max-autotune"`` (or its kin), and 0, nothing is measured, with other modes.
+        tune_seconds: for how long kernels of attention, and then those of regions, may be measured on a GPU
+            for one graph. None is no limit with ``mode="max-autotune"`` (or its kin), 0 with other modes.
         interpret: run emitted kernels in Triton's interpreter, on tensors of any device, with the eager host.
             Follows the variable ``TRITON_INTERPRET``, which Triton itself reads.
         cache_dir: directory of the kernels' files. None is ``fxopt/kernels`` in the user's cache directory.

@@ -7,6 +7,7 @@ Order is the source text. Nothing registers itself: a pass runs because it is in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from fxopt.frontend.subgraphs import link_subgraphs, unlink_subgraphs
 from fxopt.hosts import choose_host
 from fxopt.hosts.host import CONTROL_FLOW, RESTARTS, Host
 from fxopt.hosts.inductor import without_graphs
-from fxopt.hosts.kernels import kernel_devices
+from fxopt.hosts.kernels import contest_devices, kernel_devices
 from fxopt.ir.contract import Evidence, Rewrite
 from fxopt.ir.facts import val
 from fxopt.ir.graph_facts import Kernels
@@ -235,8 +236,9 @@ def _optimize(
             record.evidence += notes
             if kernels is not None:
                 rewrite(normal, options, record, dump, kernels, late=True)
-        with record.timed("lower"):
-            lowered = lower(normal, record, kernels)
+        contested = contest_devices(host, options, example_inputs)
+        with record.timed("lower"), _measured_kernels(contested, options) as faster:
+            lowered = lower(normal, record, kernels or faster)
             note_routes(record)
             known, notes = settle(lowered, known)
             record.evidence += notes
@@ -296,6 +298,17 @@ def _kernels(host: str, options: Options, example_inputs: Sequence[Any]) -> Kern
     from fxopt.codegen.attention_emit import kernel_serves
 
     return Kernels(devices, functools.partial(kernel_serves, devices=devices))
+
+
+def _measured_kernels(
+    devices: frozenset[str], options: Options
+) -> contextlib.AbstractContextManager[Kernels | None]:
+    """What says so of those that are measured to be faster; they may be none."""
+    if not devices:
+        return contextlib.nullcontext()
+    from fxopt.hosts.gpu_contest import measured_kernels
+
+    return measured_kernels(devices, options)
 
 
 def _growing(

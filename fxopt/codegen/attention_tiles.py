@@ -126,15 +126,12 @@ def score_tiles(spec: Spec, target: Target | None) -> Tiles:
 def _chosen(
     table: Mapping[int, tuple[Tiles, Tiles]], spec: Spec, target: Target | None, wide: Tiles
 ) -> Tiles:
-    """The row of the newest architecture that the target is not older than."""
+    """The row of the newest architecture that the target is not older than; the oldest row where operands
+    are in registers, as they are there."""
     width = max(padded_width(spec.width), padded_width(spec.width_v))
     if spec.dtype is torch.float32:
         return _FLOAT32 if width <= 128 else _FLOAT32_WIDE
     if width > 128:
         return wide
-    arch = (
-        min(table)
-        if target is None
-        else max((each for each in table if each <= target.arch), default=min(table))
-    )
-    return table[arch][int(width > 64)]
+    arch = target.arch if target is not None and target.multiplies_from_shared else min(table)
+    return table[max((each for each in table if each <= arch), default=min(table))][int(width > 64)]

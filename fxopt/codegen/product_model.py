@@ -73,8 +73,8 @@ def blocks_per_sm(sizes: Products, block: Block, target: Target) -> int:
         if sizes.stored:  # weights are in shared memory again on their way to the matrix units
             widened = block.columns * sizes.together * block.depth * sizes.summands
             shared += widened * (width + (_LOOKED_UP if sizes.looked_up else 0))
-            # Before Hopper more warps are more rows: each widens the weights for its own.
-            if widened / (threads if target.arch >= 90 else 4 * target.warp_size) > _WIDENED:
+            # Where operands are in registers more warps are more rows: each widens the weights for its own.
+            if widened / (threads if target.multiplies_from_shared else 4 * target.warp_size) > _WIDENED:
                 return 0
     if registers > target.max_registers or shared > target.shared_per_block or threads > 1024:
         return 0
@@ -94,13 +94,11 @@ def _is_too_deep(sizes: Products, block: Block, sums: float) -> bool:
 
 def _most_sums(sizes: Products, block: Block, target: Target) -> int:
     """Sums in the registers of a thread, beside what is computed with them behind the product."""
-    # From Hopper on operands go from shared memory, or a memory of their own, to the matrix units.
-    through_registers = target.arch < 90
     if not sizes.on_matrix_units or sizes.pairs:
         # Hopper alone keeps sums where they are exchanged with few registers more.
         return _FEWEST_SUMS // 2 if sizes.pairs and target.arch // 10 != 9 else _FEWEST_SUMS
     others = max(0, block.operands - 2 - sizes.together)  # products may share their right operand, too
-    meet = sizes.together > 1 and through_registers
+    meet = sizes.together > 1 and not target.multiplies_from_shared
     return _SUMS_AND_MORE if others or meet else _SUMS
 
 

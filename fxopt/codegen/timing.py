@@ -1,34 +1,22 @@
-"""Kernels timed on a GPU, beside what TorchInductor makes of the same: in a process of its own.
-
-What crashes, hangs or runs out of memory there leaves the compilation whole. The process starts with the
-first question and ends with `close`. A question is a pickled tuple on its standard input, the answer a
-pickled value on its standard output.
-"""
+"""Kernels timed on a GPU, beside what TorchInductor makes of the same: in a process of its own."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import pickle
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxopt.codegen.kernel_file import KernelFile
-from fxopt.codegen.tune import CannotMeasure, Samples
-from fxopt.options import environment_without
+from fxopt.codegen.measuring_process import MeasuringProcess, serve
+from fxopt.codegen.tune import Samples
 from fxopt.runtime.kernel_cache import KernelCache
 
 ROUNDS = 21
 SAMPLE = 3e-4  # seconds that a sample takes, so that the resolution of events does not matter
-PATIENCE = 300  # seconds after which an answer is not waited for
 
 
 @dataclass
@@ -42,52 +30,18 @@ class GpuTimer:
     cache: KernelCache
     config: Mapping[str, Any]
     device: str = field(default_factory=lambda: torch.cuda.get_device_name())
-    _process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self._process = MeasuringProcess("fxopt.codegen.timing", self.cache)
 
     def samples(self, kernels: Sequence[KernelFile]) -> list[Samples]:
-        return list(self._ask("samples", list(kernels), dict(self.config)))
+        return list(self._process.ask("samples", list(kernels), dict(self.config)))
 
     def problems(self, kernel: KernelFile) -> list[str]:
-        return list(self._ask("problems", kernel))
+        return list(self._process.ask("problems", kernel))
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _ask(self, *question: Any) -> Any:
-        if self._process is None:
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        hung = threading.Timer(PATIENCE, process.kill)
-        hung.start()
-        try:
-            pickle.dump(question, process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            code = process.wait()
-            self.close()
-            raise CannotMeasure(f"the measuring process ended with {code}") from error
-        finally:
-            hung.cancel()
-        if isinstance(answer, CannotMeasure):
-            self.close()
-            raise answer
-        return answer
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        place = (str(self.cache.directory), str(self.cache.limit), str(torch.cuda.current_device()))
-        return subprocess.Popen(
-            [sys.executable, "-m", "fxopt.codegen.timing", *place],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment_without("TRITON_INTERPRET"),
-        )
+        self._process.close()
 
 
 def interleaved(samplers: Sequence[Callable[[], float] | None], rounds: int) -> list[tuple[float, ...]]:
@@ -104,36 +58,13 @@ def interleaved(samplers: Sequence[Callable[[], float] | None], rounds: int) -> 
     return [tuple(one) for one in found]
 
 
-def main() -> None:
-    directory, limit, device = sys.argv[1:]
-    torch.cuda.set_device(int(device))
-    cache = KernelCache(Path(directory), int(limit))
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed meanwhile is not an answer
-    while True:
-        try:
-            name, *given = pickle.load(questions)
-        except EOFError:
-            return
-        pickle.dump(_answer(cache, name, given), answers)
-        answers.flush()
-
-
-def _answer(cache: KernelCache, name: str, given: Sequence[Any]) -> Any:
-    try:
-        answer: Any = (_samples if name == "samples" else _problems)(cache, *given)
-        torch.cuda.synchronize()  # raises what a kernel has done to the device, for all that follow
-    except Exception as error:
-        return CannotMeasure(f"{type(error).__name__}: {error}"[:500])
-    return answer
-
-
-def _problems(cache: KernelCache, kernel: KernelFile) -> list[str]:
+def problems(cache: KernelCache, kernel: KernelFile, device: str = "cuda") -> list[str]:
+    """In what a kernel differs from its reference, on its example."""
     from fxopt.codegen.kernel_check import differences
 
     module = cache.load(kernel)
     written = [place for place, one in enumerate(kernel.parameters) if one.name in kernel.mutates]
-    return differences(module.launch, module.reference, module.example_inputs("cuda"), written)
+    return differences(module.launch, module.reference, module.example_inputs(device), written)
 
 
 def _samples(cache: KernelCache, kernels: Sequence[KernelFile], config: dict[str, Any]) -> list[Samples]:
@@ -144,7 +75,7 @@ def _samples(cache: KernelCache, kernels: Sequence[KernelFile], config: dict[str
     errors: list[str] = []
     for function in (*(module.launch for module in modules), host):
         try:
-            samplers.append(_sampler(functools.partial(function, *inputs)))
+            samplers.append(sampler(functools.partial(function, *inputs)))
             errors.append("")
         except Exception as error:
             samplers.append(None)
@@ -154,8 +85,9 @@ def _samples(cache: KernelCache, kernels: Sequence[KernelFile], config: dict[str
     return [Samples(*pair) for pair in zip(found, errors, strict=True)]
 
 
-def _sampler(run: Callable[[], Any]) -> Callable[[], float]:
-    """Captured as a CUDA graph, so that it is the device that is timed, however short the kernels are."""
+def sampler(run: Callable[[], Any]) -> Callable[[], float]:
+    """What measures `run` once more, in seconds. It is captured as a CUDA graph: the device is timed, however
+    short the kernels are."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -189,7 +121,4 @@ def _timed(graph: torch.cuda.CUDAGraph) -> float:
 
 
 if __name__ == "__main__":
-    # The classes must be those of the module that the asking process knows.
-    from fxopt.codegen import timing as this_module
-
-    this_module.main()
+    serve({"samples": _samples, "problems": problems})

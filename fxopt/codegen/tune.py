@@ -82,6 +82,11 @@ class Budget:
             self._end = self.clock() + self.seconds
         return self.clock() < self._end
 
+    @property
+    def left(self) -> float:
+        """Seconds; none are left once it is negative."""
+        return self._end - self.clock() if self._end is not None else self.seconds
+
 
 @dataclass
 class Tuner:
@@ -165,7 +170,7 @@ class Tuner:
             return Decision(
                 None, f"{found['verdict']} on {self.timer.device}: {_first_error(found['tried'])}"
             )
-        figures = f"{_micro(found['kernel'])} in the kernel, {_micro(found['host'])} in TorchInductor"
+        figures = f"{micro(found['kernel'])} in the kernel, {micro(found['host'])} in TorchInductor"
         reason = f"measured on {self.timer.device}: {figures}"
         if found["verdict"] != "faster":
             reason += f", {found['verdict']}"
@@ -222,5 +227,6 @@ def _first_error(tried: dict[str, Any]) -> str:
     return next((one for one in tried.values() if isinstance(one, str)), "none was proposed")
 
 
-def _micro(seconds: float | str) -> str:
+def micro(seconds: float | str) -> str:
+    """Seconds, or why there are none, as a reader wants them."""
     return f"{seconds * 1e6:.1f} us" if isinstance(seconds, float) else f"an error ({seconds})"

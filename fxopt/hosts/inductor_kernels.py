@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fxopt.codegen.emit import Decide
 
 UNMEASURED = (
-    "all is left to TorchInductor: kernels of regions are used where they were measured to be faster, under "
-    'mode="max-autotune" or options={"tune_seconds": 60}, and all of them, also those of attention, '
-    'unmeasured with options={"kernels": "always"}'
+    "all is left to TorchInductor: kernels are used where they were measured to be faster, under "
+    'mode="max-autotune" or options={"tune_seconds": 60}, and all of them, unmeasured, with '
+    'options={"kernels": "always"}'
 )
 
 
@@ -96,8 +96,13 @@ def _config(options: Options) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     mode = {} if options.mode == "default" else list_mode_options(options.mode)
-    given = {**mode, **options.host_config, "triton.cudagraphs": False}
-    return {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+    return {**mode, **plain_config(options), "triton.cudagraphs": False}
+
+
+def plain_config(options: Options) -> dict[str, Any]:
+    """What the user gave for Inductor, as far as another process can be given it."""
+    given = options.host_config.items()
+    return {name: value for name, value in given if isinstance(value, (bool, int, float, str))}
 
 
 def _restore(graph: fx.Graph, before: fx.Graph) -> None:

@@ -36,16 +36,22 @@ def for_target(options: Options, example_inputs: Sequence[Any]) -> bool:
 
 
 def kernel_devices(host: str, options: Options, example_inputs: Sequence[Any]) -> frozenset[str]:
-    """Types of devices for whose semantic ops the host of this name puts kernels.
-
-    Nothing measures these kernels against what Inductor makes of the op, so there they are for those who ask.
-    """
+    """Types of devices for whose semantic ops the host of this name puts kernels, unmeasured, for those who
+    ask for that."""
     if not wants_kernels(options):
         return frozenset()
     if host == "eager":
         return frozenset({"cpu", "cuda"} if makes_kernels(options, example_inputs) else ())
-    if options.kernels != "always":
-        return frozenset()
+    return _with_kernels(example_inputs) if options.kernels == "always" else frozenset()
+
+
+def contest_devices(host: str, options: Options, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """Types of devices on which it is measured whether semantic ops are faster with kernels."""
+    measured = wants_kernels(options) and options.kernels == "auto" and options.measuring_seconds > 0
+    return _with_kernels(example_inputs) if measured and host == "inductor" else frozenset()
+
+
+def _with_kernels(example_inputs: Sequence[Any]) -> frozenset[str]:
     devices = {value.device for value in example_inputs if hasattr(value, "device")}
     return frozenset({"cuda"} if any(map(_runs_kernels, devices)) else ())
 

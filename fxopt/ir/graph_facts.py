@@ -26,14 +26,23 @@ class Kernels:
 
     Attributes:
         devices: types of devices on which they run. attention: says of a call of ``fxopt::attention`` whether
-            one takes its place.
+            one can take its place. referee: says of a call of a semantic op that a kernel can take the place
+            of whether it is faster there; None: all that can are taken.
     """
 
     devices: frozenset[str]
     attention: Callable[[fx.Node, Facts], Verdict]
+    referee: Callable[[fx.Node, Facts], Verdict] | None = None
 
     def __call__(self, node: fx.Node, facts: Facts) -> Verdict:
-        return self.attention(node, facts)
+        return self.judged(node, facts, self.attention(node, facts))
+
+    def judged(self, node: fx.Node, facts: Facts, verdict: Verdict) -> Verdict:
+        """`verdict`, of whether a kernel can take the place of a call; where it can, the referee's."""
+        if self.referee is None or not verdict:
+            return verdict
+        found = self.referee(node, facts)
+        return Verdict(found.ok, f"{verdict.reason}; {found.reason}" if found else found.reason)
 
 
 class Facts:

@@ -50,6 +50,12 @@ class Target:
     registers_per_sm: int = 65536
     max_registers: int = 255
 
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether matrix units take operands from shared memory: those of Hopper and of Blackwell's data
+        center cards, not of GeForce ones (sm_120), which take them from registers as Ampere's do."""
+        return self.backend == "cuda" and self.arch // 10 in (9, 10, 11)
+
     @staticmethod
     def named(text: str) -> Target:
         """The target of an architecture (``"sm_90"``) or of a card (``"h200"``).
@@ -233,9 +239,31 @@ _B200 = Target(
     matrix_rates=_tera(fp64=37, tf32=1125, bf16=2250, fp16=2250, fp8=4500, int8=4500),
     source="NVIDIA HGX B200 datasheet, an eighth of the board; CUDA Blackwell Tuning Guide; driver (SMs, L2)",
 )
+_RTX_5090 = Target(
+    name="sm_120",
+    card="GeForce RTX 5090",
+    arch=120,
+    sms=170,
+    shared_per_sm=100 * KIB,
+    shared_per_block=99 * KIB,
+    threads_per_sm=1536,
+    l2_bytes=96 * MIB,
+    bandwidth=1.792e12,
+    vector_rates=_tera(fp64=1.64, fp32=104.8),
+    matrix_rates=_tera(tf32=104.8, bf16=209.5, fp16=209.5, fp8=419, int8=838),
+    source="NVIDIA RTX Blackwell GPU Architecture, appendix A; CUDA C++ Programming Guide",
+)
 
-_CARDS = {"a100": _A100, "3090": _RTX_3090, "l40s": _L40S, "h100": _H100, "h200": _H200, "b200": _B200}
-_ARCHITECTURES = {one.name: one for one in (_A100, _RTX_3090, _L40S, _H100, _B200)}
+_CARDS = {
+    "a100": _A100,
+    "3090": _RTX_3090,
+    "l40s": _L40S,
+    "h100": _H100,
+    "h200": _H200,
+    "b200": _B200,
+    "5090": _RTX_5090,
+}
+_ARCHITECTURES = {one.name: one for one in (_A100, _RTX_3090, _L40S, _H100, _B200, _RTX_5090)}
 _BY_NAME = _ARCHITECTURES | {key: one for key, one in _CARDS.items() if key in TARGETS}
 
 

@@ -31,5 +31,5 @@ def test_a_process_that_ends_is_said_so_and_replaced(tmp_path: Path, monkeypatch
     timer = GpuTimer(KernelCache(tmp_path), {}, device="none")
     with pytest.raises(CannotMeasure, match="the measuring process ended with 1"):
         timer.samples([kernels.add()])
-    assert timer._process is None
+    assert timer._process._process is None
     timer.close()

@@ -29,6 +29,16 @@ def test_a_length_on_the_device_takes_two_launches_and_no_mask(found: dict[str, 
     assert not case["opaque"]
 
 
+def test_where_it_was_measured_to_be_faster_the_kernels_are_the_same(found: dict[str, Any]) -> None:
+    for name in ("length", "mask"):
+        case = found[f"{name}, faster"]
+        assert launches(case) == launches(found[name])
+        assert {provider[1] for provider in case["providers"]} == {"cached"}
+    # Half of the 512 keys are live.
+    (asked,) = found["length, faster"]["asked"]
+    assert asked[-1] == 256
+
+
 def test_layers_share_what_is_known_of_a_mask(found: dict[str, Any]) -> None:
     case = found["mask"]
     assert launches(case) == BOTH * 2

@@ -135,6 +135,35 @@ def test_a_kernel_that_was_measured_to_be_slower_is_not(found: dict[str, Any]) -
     assert one["evidence"] == [["unprofitable", reason]]
 
 
+def test_attention_is_fxopts_kernels_where_it_was_measured_to_be_faster_with_them(
+    found: dict[str, Any],
+) -> None:
+    one = found["window, faster"]
+    assert one["runs"] == found["window"]["runs"]
+    assert one["failures"] == []
+    # A training step: gradients of Q, K and V, within the time that there is for measuring.
+    (asked,) = one["asked"]
+    assert (asked["op"], asked["learned"][:3]) == ("attention", [True] * 3)
+    assert 0 < asked["seconds"] <= 5
+    (provider,) = one["providers"]
+    assert provider[:2] == ["attention", "triton"]
+
+
+def test_attention_is_left_to_inductor_where_it_was_measured_to_be_slower_with_kernels(
+    found: dict[str, Any],
+) -> None:
+    one = found["window, slower"]
+    assert not any("_attention_" in each for runs in one["runs"] for each in runs)
+    (provider,) = one["providers"]
+    assert provider[1] != "triton"
+    assert "triton: measured on a card: 20.0 us in the kernel, 10.0 us without, slower" in provider[2]
+
+
+def test_what_flash_has_is_not_measured(found: dict[str, Any]) -> None:
+    assert found["causal, faster"]["asked"] == []
+    assert found["causal, faster"]["runs"] == found["causal"]["runs"]
+
+
 def test_options_are_in_the_keys_of_inductors_cache(found: dict[str, Any]) -> None:
     same, others = found["keys"]["same"], found["keys"]["others"]
     assert len(set(same)) == 1

@@ -48,7 +48,7 @@ def test_every_name_has_a_target_with_plausible_figures(name: str) -> None:
 def test_names_are_read_leniently() -> None:
     assert Target.named(" SM-90 ") == Target.named("sm_90")
     assert Target.named("h200").bandwidth > Target.named("h100").bandwidth
-    assert len({target.card for target in all_targets()}) == 6
+    assert len({target.card for target in all_targets()}) == 7
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,14 @@ def test_bandwidth_comes_from_the_table_where_the_driver_is_silent() -> None:
 
 
 def test_a_newer_card_takes_the_rates_of_the_newest_older_one() -> None:
-    found = from_properties(_properties(name="GeForce RTX 5090", major=12, multi_processor_count=148))
-    assert (found.name, found.arch) == ("sm_120", 120)
-    assert found.matrix_rates == Target.named("sm_100").matrix_rates
+    found = from_properties(_properties(name="GeForce RTX 6090", major=13, multi_processor_count=170))
+    assert (found.name, found.arch) == ("sm_130", 130)
+    assert found.matrix_rates == Target.named("sm_120").matrix_rates
+
+
+def test_matrix_units_of_geforce_cards_are_not_those_of_the_data_center() -> None:
+    found = {target.name: target.multiplies_from_shared for target in all_targets()}
+    assert [name for name, shared in found.items() if shared] == ["sm_90", "sm_100"]
 
 
 def test_a_card_that_is_too_old_is_refused() -> None:

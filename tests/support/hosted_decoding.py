@@ -9,12 +9,17 @@ TARGET = install("sm_90")
 import json  # noqa: E402
 import re  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest.mock import patch  # noqa: E402
 
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from fxopt.codegen.contest import Contest  # noqa: E402
+from fxopt.codegen.lone_call import LoneCall  # noqa: E402
+from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.report.record import collect  # noqa: E402
 
 Tensor = torch.Tensor
@@ -56,11 +61,12 @@ def appending(
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
 
-def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+def compiled(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> dict[str, Any]:
     """The launches, what they take, and what the record says."""
+    options = {"kernels": "always", "strict": True, **options}
     torch._dynamo.reset()
     with torch.no_grad(), generated(TARGET) as made, collect() as records:
-        torch.compile(function, backend="fxopt", options={"kernels": "always", "strict": True})(*inputs)
+        torch.compile(function, backend="fxopt", options=options)(*inputs)
     runs = [each for one in made for each in re.findall(r"(\w+)\.run\((.*)\)", one.code)]
     return {
         "runs": [name for name, _ in runs],
@@ -69,6 +75,29 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]
         "kernels": [kernel.name for record in records for kernel in record.kernels],
         "providers": [list(each) for record in records for each in record.providers],
     }
+
+
+def contested(*call: Any) -> dict[str, Any]:
+    """Where kernels are found to be faster, and with which numbers that is asked."""
+    asked: list[LoneCall] = []
+
+    class MadeUp:
+        device = "a card"
+
+        def __init__(self, cache: object) -> None:
+            pass
+
+        def contest(self, call: LoneCall, options: object, seconds: float) -> Contest:
+            asked.append(call)
+            return Contest(Samples((1e-5,)), Samples((2e-5,)))
+
+        def close(self) -> None:
+            pass
+
+    patched = patch("fxopt.hosts.gpu_contest.GpuArena", MadeUp)
+    with patched, TemporaryDirectory() as directory:
+        found = compiled(*call, kernels="auto", tune_seconds=60, cache_dir=directory)
+    return {**found, "asked": [[each.number for each in one.examples] for one in asked]}
 
 
 def cases() -> dict[str, Any]:
@@ -86,9 +115,12 @@ def cases() -> dict[str, Any]:
     )
     for each, dim in ((growing[0], 2), (growing[1], 2), (padding, 3)):
         torch._dynamo.mark_dynamic(each, dim)
+    length = torch.zeros((), dtype=torch.int64, device="cuda")
     return {
-        "length": compiled(with_length, query, key, value, torch.zeros((), dtype=torch.int64, device="cuda")),
+        "length": compiled(with_length, query, key, value, length),
+        "length, faster": contested(with_length, query, key, value, length),
         "mask": compiled(with_mask, query, key, value, mask),
+        "mask, faster": contested(with_mask, query, key, value, mask),
         "none": compiled(without_mask, query, key, value),
         "rows": compiled(of_rows, query, rows, torch.ones(2, 2, 512, 1, device="cuda"), mask),
         "growing": compiled(with_mask, query, *growing, padding),

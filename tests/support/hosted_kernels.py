@@ -19,6 +19,8 @@ from torch._inductor.codecache import compiled_fx_graph_hash  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as attend  # noqa: E402
 
+from fxopt.codegen.contest import Contest  # noqa: E402
+from fxopt.codegen.lone_call import LoneCall  # noqa: E402
 from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.hosts import inductor_kernels  # noqa: E402
 from fxopt.hosts.inductor import config_patches  # noqa: E402
@@ -79,6 +81,7 @@ def compiled(
         "ops": sum("torch.ops.fxopt_kernels" in text for text in code),
         "kernels": [kernel.name for kernel in record.kernels],
         "evidence": [[e.status.value, e.reason] for e in record.evidence if e.rewrite == "emit-kernels"],
+        "providers": [list(one) for one in record.providers],
         "failures": [list(one) for one in record.failures],
     }
 
@@ -107,6 +110,9 @@ def cases() -> Found:
         "window": attention(windowed),
         "window, unasked": attention(windowed, kernels="auto"),
         "window, never": attention(windowed, kernels="never"),
+        "window, faster": contested(windowed, kernel=1e-5, host=2e-5),
+        "window, slower": contested(windowed, kernel=2e-5, host=1e-5),
+        "causal, faster": contested(causal, kernel=1e-5, host=2e-5),
         "causal": attention(causal),
         "dropout": compiled(dropped, x, weight, train=True),
         "dropout, slower": measured(x, kernel=2e-5, host=1e-5, function=dropped_norm),
@@ -130,26 +136,55 @@ def marked(x: torch.Tensor) -> torch.Tensor:
 
 def measured(x: torch.Tensor, kernel: float, host: float, function: Callable[..., Any] = norm) -> Found:
     """With a timer that finds so many seconds for every kernel, and for Inductor."""
+    Timer.closed = 0
+    with patch("fxopt.codegen.timing.GpuTimer", made_up(kernel, host)), TemporaryDirectory() as directory:
+        found = compiled(function, x, kernels="auto", tune_seconds=5, cache_dir=directory)
+    return {**found, "closed": Timer.closed}
 
-    class MadeUp:
-        device = "a card"
 
-        def __init__(self, cache: object, config: object) -> None:
-            self.closed = False
+class Timer:
+    """Of what all the others have."""
 
+    device = "a card"
+    closed = 0
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        Timer.closed += 1
+
+
+def made_up(kernel: float, host: float) -> type[Timer]:
+    """A timer that finds so many seconds for every kernel, and for Inductor."""
+
+    class MadeUp(Timer):
         def samples(self, kernels: Sequence[object]) -> list[Samples]:
             return [*(Samples((kernel,)) for _ in kernels), Samples((host,))]
 
         def problems(self, kernel: object) -> list[str]:
             return []
 
-        def close(self) -> None:
-            closed.append(self)
+    return MadeUp
 
-    closed: list[MadeUp] = []
-    with patch("fxopt.codegen.timing.GpuTimer", MadeUp), TemporaryDirectory() as directory:
-        found = compiled(function, x, kernels="auto", tune_seconds=5, cache_dir=directory)
-    return {**found, "closed": len(closed)}
+
+def contested(function: Callable[..., Any], kernel: float, host: float) -> Found:
+    """A training step of attention, where kernels are found to take so many seconds, and other ways to."""
+    asked: list[dict[str, Any]] = []
+
+    class MadeUp(Timer):
+        def contest(self, call: LoneCall, options: dict[str, Any], seconds: float) -> Contest:
+            learned = [each.learned for each in call.examples]
+            asked.append({"op": call.op, "learned": learned, "seconds": seconds})
+            return Contest(Samples((kernel,)), Samples((host,)))
+
+    with (
+        patch("fxopt.codegen.timing.GpuTimer", made_up(1e-5, 2e-5)),
+        patch("fxopt.hosts.gpu_contest.GpuArena", MadeUp),
+        TemporaryDirectory() as directory,
+    ):
+        found = attention(function, kernels="auto", tune_seconds=5, cache_dir=directory)
+    return {**found, "asked": asked}
 
 
 def with_fault(x: torch.Tensor, strict: bool) -> Any:

@@ -119,7 +119,8 @@ def _pays(
     flash = not masked and key.dtype == query.dtype and flash_has_it(node)
     if flash and query.device.type == "cuda" and query.dtype is not torch.float32 and query.shape[3] <= 256:
         return Verdict.no("without a mask the fused kernels of torch have it")
-    return Verdict.yes(f"{rows} queries read the live keys of a cache once for each head of K and V")
+    able = Verdict.yes(f"{rows} queries read the live keys of a cache once for each head of K and V")
+    return facts.kernels.judged(node, facts, able)
 
 
 def _form(node: fx.Node, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
