@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
@@ -15,7 +16,7 @@ from fxopt.ir.graph_facts import Facts
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.masking import MEAN, NAN, NONE, ZERO
 from fxopt.ir.ops.tile_attention import FLASH_SCORES
-from fxopt.ir.ops.tile_plan import Block, plan, seconds, seconds_of
+from fxopt.ir.ops.tile_plan import Block, of_data, plan, seconds, seconds_of
 from fxopt.ir.program import MaskProgram, ScoreProgram
 
 # Below these numbers of scores per head (Sq * Skv) the host's own fusion of product, softmax and product
@@ -227,9 +228,10 @@ def _blocks(node: fx.Node) -> tuple[Block, ...]:
 
 def _rows_live(node: fx.Node) -> bool:
     """By the formulas, every row has a key to whose score no number is added that could exclude it."""
-    if not argument(node, "mask") or ScoreProgram.parse(argument(node, "bias") or "0").captures:
+    mask = argument(node, "mask")
+    if not mask or ScoreProgram.parse(argument(node, "bias") or "0").captures:
         return False
-    return all(block.full or block.known for block in _blocks(node))
+    return of_data(MaskProgram.parse(mask).live) == sympy.true and all(each.known for each in _blocks(node))
 
 
 def _computed_in_full(node: fx.Node, facts: Facts) -> bool:

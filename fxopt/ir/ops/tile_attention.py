@@ -27,7 +27,7 @@ from fxopt.ir.formula import captures_of
 from fxopt.ir.ops.attention_attributes import computed_in
 from fxopt.ir.ops.decomposed_attention import absorbs, scaled_product
 from fxopt.ir.ops.masking import MEAN, NAN
-from fxopt.ir.ops.tiles import Problem, Tile, tiles
+from fxopt.ir.ops.tiles import Band, Problem, Tile, tiles
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     problem = problem if flash else heads_first(problem)
     for tile in tiles_of(problem, flash):
         at = tile.of_query
-        if tile.columns[0] != tile.columns[1]:
+        if not tile.is_empty:
             if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
             elif tile.batch == (0, batch) and tile.rows == (0, count):
@@ -80,7 +80,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
                 lse = lse.contiguous()
             else:
                 out[at], lse[at] = _flash(problem, tile)
-        if tile.dead is not None and rows.fill_dead:
+        if rows.fill_dead and tile.dead is not None:
             weights = dead_weights(problem, rows, tile, generator)
             mean = per_group(weights, problem.key.shape[1]) @ value[slice(*tile.batch)]
             out[at] = torch.where(tile.dead, per_head(mean, heads).to(out.dtype), out[at])
@@ -133,7 +133,9 @@ def additive(problem: Problem, tile: Tile) -> torch.Tensor | None:
     if bias is not None and bias != 0:
         total = problem.values(tile).number(bias)
         total = total.to(dtype) if isinstance(total, torch.Tensor) else float(total)
-    if tile.live is not None:
+    if isinstance(tile.mask, Band) and not isinstance(total, torch.Tensor) and total == 0:
+        total = tile.mask.added
+    elif tile.live is not None:
         total = torch.where(tile.live, total, -math.inf).to(dtype)
     elif not isinstance(total, torch.Tensor):
         return None

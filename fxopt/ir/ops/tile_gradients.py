@@ -53,7 +53,7 @@ def backward(
         given, result, sums = grad[at], out[at], lse[at]
         if tile.dead is not None:  # they are in no sum over live keys
             result = torch.where(tile.dead, torch.zeros_like(result), result)
-        if tile.columns[0] != tile.columns[1]:
+        if not tile.is_empty:
             if flash:
                 total.add(tile, _flash(problem, tile, given, result, sums))
             else:
@@ -62,7 +62,7 @@ def backward(
                 total.add(tile, found)
                 total.add_captured(dense, found.scores)
             total.add_sinks(given, result, sums)
-        if tile.dead is not None and rows.fill_dead:
+        if rows.fill_dead and tile.dead is not None:
             whole = Tile(tile.batch, tile.rows, (0, problem.key.shape[-2]))
             dense = DenseTile(problem, rows, whole, generator)
             number = dead_number(rows.dead, problem.key.shape[-2])

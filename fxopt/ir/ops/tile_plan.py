@@ -33,7 +33,7 @@ class Block:
     """A block of queries, and the bounds of its keys.
 
     Attributes:
-        full: within the bounds all keys are live. known: nothing depends on data, and no row is dead.
+        full: within the bounds places alone exclude no key. known: nor do they exclude all keys of a row.
     """
 
     rows: Interval
@@ -66,7 +66,32 @@ def plan(
     plans = [_joined(fine, 2**power) for power in range(DOUBLED)]
     fitting = [each for each in plans if max((b.scores for b in each), default=0) * heads <= most]
     best = min(fitting or plans[:1], key=lambda blocks: seconds(blocks, heads, depth))
-    return tuple(_finished(formula, block) for block in best)
+    return tuple(_finished(of_places(formula), block) for block in best)
+
+
+@functools.lru_cache(maxsize=256)
+def of_places(formula: Boolean) -> Boolean:
+    """What the places of a query and a key alone say; with `of_data` it is the formula."""
+    return sympy.And(*(each for each in sympy.And.make_args(formula) if not _is_data(each)))
+
+
+@functools.lru_cache(maxsize=256)
+def of_data(formula: Boolean) -> Boolean:
+    """What depends on captured tensors, sequences and heads."""
+    return sympy.And(*(each for each in sympy.And.make_args(formula) if _is_data(each)))
+
+
+def _is_data(formula: Boolean) -> bool:
+    return bool(formula.has(AppliedUndef, *AXES[:2]))
+
+
+@functools.lru_cache(maxsize=256)
+def is_of_distance(formula: Boolean) -> bool:
+    """Whether a formula of places is the same for all that lie equally far apart, as a window is."""
+    step = sympy.Dummy(integer=True)
+    moved = {axis: axis + step for axis in AXES[2:]}
+    differences = [each.lhs - each.rhs for each in formula.atoms(sympy.core.relational.Relational)]
+    return all(sympy.expand(each.xreplace(moved) - each) == 0 for each in differences)
 
 
 def seconds(blocks: tuple[Block, ...], heads: int, depth: int) -> float:
@@ -121,9 +146,7 @@ def _finished(formula: Boolean, block: Block) -> Block:
         return block
     columns = (block.low, block.high)
     if is_full(formula, block.rows, columns):
-        return Block(block.rows, *columns, full=True)
-    if formula.has(AppliedUndef, *AXES[:2]):  # data, sequences, heads
-        return block
+        return Block(block.rows, *columns, full=True, known=True)
     ranges = ((0, 1), (0, 1), block.rows, columns)
     live = TileValues(ranges, {}, {}, torch.device("cpu")).condition(formula)
     if bool(live.any(-1).all()):
