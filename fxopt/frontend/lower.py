@@ -60,8 +60,8 @@ def _lower_graph(gm: fx.GraphModule, record: GraphRecord, kernels: Kernels | Non
     layout = output_layout(gm.graph)
     traces: dict[Any, fx.GraphModule] = {}
     for node, op in calls:
-        provider, refused = op.choose(node, facts)
-        record.note_provider(node, op.name, provider.name, "; ".join(refused))
+        provider, said = op.choose(node, facts)
+        record.note_provider(node, op.name, provider.name, "; ".join(said))
         trace = _trace(op, provider, node, mode, traces)
         unused |= dict.fromkeys(node.all_input_nodes)
         _inline(gm.graph, node, trace, facts, mode)

@@ -66,6 +66,11 @@ class Facts:
             node.meta.get("fxopt_needs_grad") for node in graph.find_nodes(op="placeholder")
         )
 
+    @property
+    def measures(self) -> bool:
+        """Whether it is measured that kernels are faster where they are used."""
+        return self.kernels is not None and self.kernels.referee is not None
+
     def update(self, inserted: Iterable[fx.Node], changed: Iterable[fx.Node], beside: fx.Node) -> None:
         """Take note of an edit. Nodes that were erased need no mention.
 

@@ -39,7 +39,7 @@ GPU_CASES = {
 }
 # Of every width and target some; each of them on some target.
 WIDTHS = ((32, 32), (64, 64), (72, 72), (80, 80), (88, 88), (96, 96), (128, 128), (192, 128), (256, 256))
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 MORE_CASES = GPU_CASES | {
     name: replace(CASES[name], group=group)
     for name, group in (
@@ -140,8 +140,9 @@ def problems(
     return [(one.entry, one.problems()) for one in compiled if one.problems()]
 
 
-def test_a_window_compiles_for_hopper_without_spills() -> None:
-    assert problems(GPU_CASES["window"], 64, "sm_90") == []
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_a_window_compiles_without_spills(arch: str) -> None:
+    assert problems(GPU_CASES["window"], 64, arch) == []
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from fxopt.options import environment_without
 from fxopt.runtime.kernel_cache import KernelCache
 from support import kernels
 
-NAMES = ("sm_80", "sm_90", "sm_100")
+NAMES = ("sm_80", "sm_90", "sm_100", "sm_120")
 KERNELS = (kernels.add(), kernels.softmax(), kernels.product(), kernels.accumulate())
 Compiled = dict[tuple[str, str], list[CompiledKernel]]
 

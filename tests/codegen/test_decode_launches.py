@@ -88,7 +88,7 @@ def test_projections_carry_norm_rotary_embedding_and_residual() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_kernel_fits(batch: int, target: str) -> None:
     emitted, _ = kernels_for(decode(batch), frozenset({"cpu"}), Target.named(target))

@@ -141,7 +141,7 @@ def norm_gradient(gradient: Value, x: Value) -> tuple[Value, ...]:
     return weighted.to(x.dtype), (wide * normal).sum(0), wide.sum(0)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_they_compile_and_fit(arch: str) -> None:
     """Gathers, any, and what is computed again, at the width of a model."""
     target, meta = Target.named(arch), frozenset({"meta"})

@@ -46,7 +46,7 @@ def test_it_is_one_kernel_that_reads_its_input_once() -> None:
     assert kernel.about.seen[0] == 4 * tensor + weights, "two inputs, two results"
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_a_training_step_compiles_and_fits(arch: str) -> None:
     kernels = kernels_of(arch, torch.bfloat16, train=True)
     backward = kernels[1:]

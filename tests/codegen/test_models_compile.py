@@ -15,6 +15,7 @@ CASES = [
     ("sm_80", torch.bfloat16),
     ("sm_90", torch.bfloat16),
     ("sm_100", torch.bfloat16),
+    ("sm_120", torch.bfloat16),
     ("sm_90", torch.float32),
 ]
 

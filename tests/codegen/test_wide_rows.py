@@ -67,13 +67,13 @@ def problems(width: int, dtype: torch.dtype, arch: str) -> list[Any]:
     return [(one.entry, one.problems()) for one in compile_launches(launches, target) if one.problems()]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_at_the_width_of_a_large_model(arch: str) -> None:
     assert problems(4096, torch.bfloat16, arch) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [768, 2048, 5120, 8192, 16384])
 def test_at_all_widths(width: int, dtype: torch.dtype, arch: str) -> None:

@@ -74,15 +74,16 @@ class SemanticOp:
         library.impl(self.name, without_autocast(self.body), "CompositeImplicitAutograd")
 
     def choose(self, node: fx.Node, facts: Facts) -> tuple[Provider, list[str]]:
-        """The first provider that supports the call, and why the ones before it do not."""
-        refused: list[str] = []
+        """The first provider that supports the call, and why the ones before it do not; where kernels are
+        measured also why that one does."""
+        said: list[str] = []
         for provider in self.providers:
             verdict = provider.supports(node, facts)
+            if verdict.reason and (not verdict or facts.measures):
+                said.append(f"{provider.name}: {verdict.reason}")
             if verdict:
-                return provider, refused
-            if verdict.reason:
-                refused.append(f"{provider.name}: {verdict.reason}")
-        return Provider("body", lambda *_: Verdict.yes(), self.body), refused
+                return provider, said
+        return Provider("body", lambda *_: Verdict.yes(), self.body), said
 
 
 def is_symbol(number: object) -> bool:
