@@ -17,13 +17,16 @@ def with_copies(regions: Iterable[Region], used: Sequence[Region]) -> dict[tuple
     Copies are put into the graph for those that are `used`. One that the host computes needs them only where
     a kernel no longer writes what it has read before.
     """
+    regions = list(regions)
     called = {node for region in used for node in region.members}
     kernels = {region.members for region in used}
-    found: dict[tuple[fx.Node, ...], Region] = {}
-    for region in regions:
-        needed = region.members in kernels or not called.isdisjoint(region.again)
-        found[region.members] = _copied(region) if region.again and needed else region
-    return found
+    # All copies are made before any operator reads one: they are copies of what the graph was.
+    copies = {
+        region.members: _Copies(region.again)
+        for region in regions
+        if region.again and (region.members in kernels or not called.isdisjoint(region.again))
+    }
+    return {one.members: _with(one, copies[one.members]) if one.members in copies else one for one in regions}
 
 
 def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
@@ -34,8 +37,7 @@ def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-def _copied(region: Region) -> Region:
-    own = _Copies(region.again)
+def _with(region: Region, own: _Copies) -> Region:
     for node in region.members:
         own.rewire(node)
     return replace(region, members=(*own.copies, *region.members), again=())

@@ -8,6 +8,7 @@ region: they are index arithmetic.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +79,7 @@ class _Grower:
         self.reasons: dict[Edge, str] = {}
         self.beside: dict[int, Joined] = {}
         self._tried: dict[Edge, tuple[int, int, int, int]] = {}
+        self._gaps: list[int] | None = None  # ends of groups behind which no group has begun before
         self.paths = self._paths(graph)
         for node in self.members:
             if is_moment(node):
@@ -228,7 +230,7 @@ class _Grower:
 
     def _path_outside(self, first: int, second: int) -> bool:
         """Whether something that is in neither group lies on a path from the first to the second."""
-        last = max(self.order[node] for node in self.groups[second])
+        last = self._end(max(self.order[node] for node in self.groups[second]))
         todo = [key for key in self.paths.successors(first) if key != second] if first in self.paths else []
         seen: set[int] = set(todo)
         while todo:
@@ -241,8 +243,19 @@ class _Grower:
                     todo.append(after)
         return False
 
+    def _end(self, place: int) -> int:
+        """Behind which no path leads back to `place`: it would need a group with operators on both sides."""
+        if self._gaps is None:
+            spans = sorted((key, self.order[members[-1]]) for key, members in self.groups.items())
+            ends = itertools.accumulate((end for _, end in spans), max)
+            starts = itertools.chain((key for key, _ in spans[1:]), (len(self.order),))
+            self._gaps = [end for end, start in zip(ends, starts, strict=True) if end < start]
+        at = bisect.bisect_left(self._gaps, place)
+        return self._gaps[at]
+
     def _join(self, first: int, second: int) -> None:
         """Into the group with the lower key: a group's key is the place of its first operator."""
+        self._gaps = None
         low, high = sorted((first, second))
         self.groups[low] = self._joined(first, second)
         for node in self.groups.pop(high):

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxopt.errors import NoHost
 from fxopt.hosts.host import Host, Notes
-from fxopt.hosts.inductor_kernels import emitter
+from fxopt.hosts.inductor_kernels import emitter, mark_parts_of_ops
 from fxopt.hosts.kernels import own_random_numbers
 from fxopt.options import Options
 from fxopt.runtime.fingerprint import source_fingerprint
@@ -86,7 +86,11 @@ def _graph_pass(
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, notes: Notes
 ) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_part(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
+        mark_parts_of_ops(gm)
+        return compile_fx_inner(gm, inputs, **more)
 
     devices = {value.device.type for value in example_inputs if hasattr(value, "device")}
     if "cpu" in devices:
@@ -95,7 +99,10 @@ def _compile(
             raise NoHost(host="inductor", reason=reason, remedy="Install g++ (Debian: apt-get install g++).")
     emit = emitter(options, notes) if "cuda" in devices else None
     compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
-        gm, [*map(_known_symbol, example_inputs)], config_patches=config_patches(options, emit)
+        gm,
+        [*map(_known_symbol, example_inputs)],
+        inner_compile=compile_fx_inner if emit is None else compile_part,
+        config_patches=config_patches(options, emit),
     )
     return compiled
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from fxopt.errors import UnsupportedTarget
@@ -41,6 +42,8 @@ def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None
         return None
 
     def emit(graph: fx.Graph) -> None:
+        if is_part_of_an_op(graph):
+            return
         before = copy_of(graph)
         try:
             _emit(graph, options, notes)
@@ -51,6 +54,29 @@ def emitter(options: Options, notes: Notes) -> Callable[[fx.Graph], None] | None
             notes.fail(EMIT_KERNELS, error)
 
     return emit
+
+
+def mark_parts_of_ops(gm: fx.GraphModule) -> None:
+    """Mark the graphs below `gm` that Inductor writes into the code of an op, such as what a scan combines
+    with or what flex attention does to a score: they have no launches of their own."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        inner = getattr(gm, str(node.target), None)
+        if isinstance(inner, fx.GraphModule):
+            inner.meta[_PART] = any(user.target in _written_into() for user in node.users)
+            mark_parts_of_ops(inner)
+
+
+def is_part_of_an_op(graph: fx.Graph) -> bool:
+    """Whether `mark_parts_of_ops` has marked the graph so."""
+    return graph.owning_module is not None and bool(graph.owning_module.meta.get(_PART))
+
+
+def _written_into() -> tuple[Any, ...]:
+    ops = torch.ops.higher_order
+    return ops.associative_scan, ops.flex_attention, ops.flex_attention_backward
+
+
+_PART = "fxopt_part_of_an_op"
 
 
 def _emit(graph: fx.Graph, options: Options, notes: Notes) -> None:

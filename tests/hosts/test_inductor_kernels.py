@@ -94,6 +94,12 @@ def test_a_symbolic_size_is_an_argument_and_a_grid(found: dict[str, Any]) -> Non
     assert any("//" in one and symbols[0] in one for one in arguments), arguments
 
 
+def test_what_a_scan_combines_with_has_no_kernels(found: dict[str, Any]) -> None:
+    one = found["scan"]
+    assert one["failures"] == []
+    assert len(one["kernels"]) == 1, "the norm behind it"
+
+
 def test_a_fault_leaves_the_graph_to_inductor(found: dict[str, Any]) -> None:
     one = found["fault"]
     assert one["failures"] == [["emit-kernels", "RuntimeError: cannot dissolve"]]

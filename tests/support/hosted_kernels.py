@@ -14,6 +14,7 @@ from typing import Any  # noqa: E402
 from unittest.mock import patch  # noqa: E402
 
 import torch  # noqa: E402
+from torch._higher_order_ops.associative_scan import associative_scan  # noqa: E402
 from torch._inductor import config  # noqa: E402
 from torch._inductor.codecache import compiled_fx_graph_hash  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -106,6 +107,7 @@ def cases() -> Found:
         "views": compiled(lambda a, b: norm(a.t() + b[:, 3:67]), x, wide),
         "looked up": compiled(lambda a, i: norm(a[i]), x, torch.arange(60, device="cuda")),
         "written": compiled(write_behind, x),
+        "scan": compiled(scanned, x),
         "dynamic": compiled(norm, marked(torch.randn(64, 96, device="cuda"))),
         "window": attention(windowed),
         "window, unasked": attention(windowed, kernels="auto"),
@@ -127,6 +129,11 @@ def write_behind(x: torch.Tensor) -> torch.Tensor:
     before = norm(x)
     x.add_(before)
     return norm(x) * before
+
+
+def scanned(x: torch.Tensor) -> torch.Tensor:
+    """What a scan combines with is written into its kernel."""
+    return norm(associative_scan(lambda a, b: torch.exp(a * b) + a, x, dim=0))
 
 
 def marked(x: torch.Tensor) -> torch.Tensor:
