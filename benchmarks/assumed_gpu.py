@@ -140,7 +140,8 @@ def _library() -> Path:
     """The compiled device, in a directory of temporary files."""
     torch = _torch()
     version = (torch / "version.py").read_text()
-    digest = hashlib.sha256((SOURCE.read_text() + version).encode()).hexdigest()[:16]
+    # It finds torch's libraries where they were: another environment's may be gone.
+    digest = hashlib.sha256(f"{SOURCE.read_text()}{version}{torch}".encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"assumed_gpu_{os.getuid()}_{digest}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
