@@ -134,4 +134,4 @@ def _chosen(
     if width > 128:
         return wide
     arch = target.arch if target is not None and target.multiplies_from_shared else min(table)
-    return table[max((each for each in table if each <= arch), default=min(table))][int(width > 64)]
+    return table[max(each for each in table if each <= arch)][int(width > 64)]

@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Protocol
 
 from rich.console import Console
 from torch import fx
 
 from fxopt.codegen.lone_call import LoneCall, lone_call
-from fxopt.codegen.tune import Budget, CannotMeasure, Samples, micro, verdict
+from fxopt.codegen.tune import Budget, CannotMeasure, Samples, micro, verdict, versions
 from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.attention_providers import reaches_grad
@@ -73,7 +72,7 @@ class Referee:
         found = self.cache.recall(*key)
         if found is None:
             if not self.budget.is_left:
-                return Verdict.no(f"not measured: the {self.budget.seconds:g} s for measuring were spent")
+                return Verdict.no(f"not measured: {self.budget.spent}")
             try:
                 found = self._measured(call)
             except CannotMeasure as error:
@@ -83,9 +82,8 @@ class Referee:
 
     def _key(self, call: LoneCall) -> tuple[str, ...]:
         asked = repr((call, sorted(self.options.items())))
-        versions = [version(name) for name in ("torch", "triton")]
         digest = hashlib.sha256(asked.encode()).hexdigest()
-        return ("contest", FORMAT, digest, self.arena.device, *versions)
+        return ("contest", FORMAT, digest, self.arena.device, *versions())
 
     def _measured(self, call: LoneCall) -> dict[str, Any]:
         console = Console(stderr=True, quiet=not self.shown)

@@ -92,9 +92,9 @@ class LoneCall:
         learned = [each for each in inputs if each.requires_grad]
 
         def run() -> Any:
-            with torch.set_grad_enabled(bool(learned)):
+            with torch.set_grad_enabled(self.is_training):
                 out = compiled(*inputs)
-            return torch.autograd.grad(out, learned, torch.ones_like(out)) if learned else out
+            return torch.autograd.grad(out, learned, torch.ones_like(out)) if self.is_training else out
 
         return run
 
@@ -115,6 +115,8 @@ def lone_call(node: fx.Node, learned: Callable[[fx.Node], bool]) -> LoneCall:
 
     def leaf(each: Any) -> Any:
         value = val(each) if isinstance(each, fx.Node) else each
+        if isinstance(value, torch.SymInt):
+            return hint(value)
         if not isinstance(value, torch.Tensor):
             return value.node.hint if is_symbol(value) else value
         sizes, strides = (tuple(map(hint, part)) for part in (value.shape, value.stride()))

@@ -83,6 +83,11 @@ class Budget:
         return self.clock() < self._end
 
     @property
+    def spent(self) -> str:
+        """Why nothing is measured any more."""
+        return f"the {self.seconds:g} s for measuring were spent"
+
+    @property
     def left(self) -> float:
         """Seconds; none are left once it is negative."""
         return self._end - self.clock() if self._end is not None else self.seconds
@@ -125,13 +130,12 @@ class Tuner:
         sizes: Sequence[int] = [size for launch in kernel.launches for _, size in launch.adjustable]
         sizes = sizes if kernel.modelled else kernel.about.seen
         shape = ",".join(str((size - 1).bit_length()) for size in sizes)
-        versions = [version(name) for name in ("torch", "triton")]
-        return ("tuning", FORMAT, identity(kernel), shape, self.timer.device, *versions)
+        return ("tuning", FORMAT, identity(kernel), shape, self.timer.device, *versions())
 
     def _measured(self, key: Key, kernel: KernelFile) -> dict[str, Any]:
         """What was found, which is remembered if it was measured."""
         if not self.budget.is_left:
-            return {"unmeasured": f"the {self.budget.seconds:g} s for measuring were spent"}
+            return {"unmeasured": self.budget.spent}
         candidates = proposals(kernel, self.target)
         try:
             samples = self.timer.samples(candidates)
@@ -180,6 +184,11 @@ class Tuner:
         chosen = replace(chosen, about=replace(kernel.about, configuration=why), alternatives=())
         faster = found["verdict"] == "faster"
         return Decision(chosen if faster or self.always else None, reason, faster, best=chosen)
+
+
+def versions() -> list[str]:
+    """On which what was measured depends."""
+    return [version(name) for name in ("torch", "triton")]
 
 
 def verdict(ours: Samples, host: Samples) -> str:

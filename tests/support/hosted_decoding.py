@@ -17,10 +17,8 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from fxopt.codegen.contest import Contest  # noqa: E402
-from fxopt.codegen.lone_call import LoneCall  # noqa: E402
-from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.report.record import collect  # noqa: E402
+from support.made_up_timer import made_up  # noqa: E402
 
 Tensor = torch.Tensor
 
@@ -79,25 +77,11 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -
 
 def contested(*call: Any) -> dict[str, Any]:
     """Where kernels are found to be faster, and with which numbers that is asked."""
-    asked: list[LoneCall] = []
-
-    class MadeUp:
-        device = "a card"
-
-        def __init__(self, cache: object) -> None:
-            pass
-
-        def contest(self, call: LoneCall, options: object, seconds: float) -> Contest:
-            asked.append(call)
-            return Contest(Samples((1e-5,)), Samples((2e-5,)))
-
-        def close(self) -> None:
-            pass
-
-    patched = patch("fxopt.hosts.gpu_contest.GpuArena", MadeUp)
+    arena = made_up()
+    patched = patch("fxopt.hosts.gpu_contest.GpuArena", arena)
     with patched, TemporaryDirectory() as directory:
         found = compiled(*call, kernels="auto", tune_seconds=60, cache_dir=directory)
-    return {**found, "asked": [[each.number for each in one.examples] for one in asked]}
+    return {**found, "asked": [[each.number for each in one.examples] for one, _ in arena.asked]}
 
 
 def cases() -> dict[str, Any]:

@@ -8,7 +8,7 @@ TARGET = install("sm_90")
 
 import json  # noqa: E402
 import re  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest.mock import patch  # noqa: E402
@@ -20,13 +20,11 @@ from torch._inductor.codecache import compiled_fx_graph_hash  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as attend  # noqa: E402
 
-from fxopt.codegen.contest import Contest  # noqa: E402
-from fxopt.codegen.lone_call import LoneCall  # noqa: E402
-from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.hosts import inductor_kernels  # noqa: E402
 from fxopt.hosts.inductor import config_patches  # noqa: E402
 from fxopt.options import Options  # noqa: E402
 from fxopt.report.record import GraphRecord, collect  # noqa: E402
+from support.made_up_timer import made_up  # noqa: E402
 
 Found = dict[str, Any]
 
@@ -143,54 +141,25 @@ def marked(x: torch.Tensor) -> torch.Tensor:
 
 def measured(x: torch.Tensor, kernel: float, host: float, function: Callable[..., Any] = norm) -> Found:
     """With a timer that finds so many seconds for every kernel, and for Inductor."""
-    Timer.closed = 0
-    with patch("fxopt.codegen.timing.GpuTimer", made_up(kernel, host)), TemporaryDirectory() as directory:
+    timer = made_up(kernel, host)
+    with patch("fxopt.codegen.timing.GpuTimer", timer), TemporaryDirectory() as directory:
         found = compiled(function, x, kernels="auto", tune_seconds=5, cache_dir=directory)
-    return {**found, "closed": Timer.closed}
-
-
-class Timer:
-    """Of what all the others have."""
-
-    device = "a card"
-    closed = 0
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def close(self) -> None:
-        Timer.closed += 1
-
-
-def made_up(kernel: float, host: float) -> type[Timer]:
-    """A timer that finds so many seconds for every kernel, and for Inductor."""
-
-    class MadeUp(Timer):
-        def samples(self, kernels: Sequence[object]) -> list[Samples]:
-            return [*(Samples((kernel,)) for _ in kernels), Samples((host,))]
-
-        def problems(self, kernel: object) -> list[str]:
-            return []
-
-    return MadeUp
+    return {**found, "closed": timer.closed}
 
 
 def contested(function: Callable[..., Any], kernel: float, host: float) -> Found:
     """A training step of attention, where kernels are found to take so many seconds, and other ways to."""
-    asked: list[dict[str, Any]] = []
-
-    class MadeUp(Timer):
-        def contest(self, call: LoneCall, options: dict[str, Any], seconds: float) -> Contest:
-            learned = [each.learned for each in call.examples]
-            asked.append({"op": call.op, "learned": learned, "seconds": seconds})
-            return Contest(Samples((kernel,)), Samples((host,)))
-
+    arena = made_up(kernel, host)
     with (
-        patch("fxopt.codegen.timing.GpuTimer", made_up(1e-5, 2e-5)),
-        patch("fxopt.hosts.gpu_contest.GpuArena", MadeUp),
+        patch("fxopt.codegen.timing.GpuTimer", made_up()),
+        patch("fxopt.hosts.gpu_contest.GpuArena", arena),
         TemporaryDirectory() as directory,
     ):
         found = attention(function, kernels="auto", tune_seconds=5, cache_dir=directory)
+    asked = [
+        {"op": call.op, "learned": [each.learned for each in call.examples], "seconds": seconds}
+        for call, seconds in arena.asked
+    ]
     return {**found, "asked": asked}
 
 

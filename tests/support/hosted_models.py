@@ -13,7 +13,6 @@ from benchmarks.assumed_gpu import generated, install
 TARGET = install(sys.argv[1])
 
 import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest.mock import patch  # noqa: E402
@@ -23,34 +22,10 @@ import transformers  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
-from fxopt.codegen.contest import Contest  # noqa: E402
-from fxopt.codegen.tune import Samples  # noqa: E402
 from fxopt.ir.contract import Status  # noqa: E402
 from fxopt.report.record import collect  # noqa: E402
+from support.made_up_timer import made_up  # noqa: E402
 from support.zoo import ZOO  # noqa: E402
-
-KERNEL, HOST = Samples((1e-5,)), Samples((2e-5,))
-
-
-class MadeUp:
-    """Finds every kernel right, and faster."""
-
-    device = "a card"
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def samples(self, kernels: Sequence[object]) -> list[Samples]:
-        return [*(KERNEL for _ in kernels), HOST]
-
-    def problems(self, kernel: object) -> list[str]:
-        return []
-
-    def contest(self, *_: object) -> Contest:
-        return Contest(KERNEL, HOST)
-
-    def close(self) -> None:
-        pass
 
 
 def compile_step(name: str, training: bool, backend: str, **options: Any) -> list[str]:
@@ -96,8 +71,8 @@ if __name__ == "__main__":
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         TemporaryDirectory() as DIRECTORY,
-        patch("fxopt.codegen.timing.GpuTimer", MadeUp),
-        patch("fxopt.hosts.gpu_contest.GpuArena", MadeUp),
+        patch("fxopt.codegen.timing.GpuTimer", made_up()),
+        patch("fxopt.hosts.gpu_contest.GpuArena", made_up()),
     ):
         found = {
             f"{name} {'training' if training else 'inference'}": problems(name, training)
