@@ -296,8 +296,10 @@ def _kernels(host: str, options: Options, example_inputs: Sequence[Any]) -> Kern
     if not devices:
         return None
     from fxopt.codegen.attention_emit import kernel_serves
+    from fxopt.codegen.emit import writes_float8
 
-    return Kernels(devices, functools.partial(kernel_serves, devices=devices))
+    serves = functools.partial(kernel_serves, devices=devices)
+    return Kernels(devices, serves, float8=writes_float8(options))
 
 
 def _measured_kernels(

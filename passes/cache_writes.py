@@ -63,6 +63,8 @@ def write_before(reader: fx.Node, read: Any) -> CacheWrite | Miss:
     if isinstance(found, Miss):
         return found
     new = found.new
+    if _is_rows(new) and facts.dtype(new) != facts.dtype(read):
+        return Miss(f"new rows of {facts.dtype(read)}", str(facts.dtype(new)))
     shapes = [[*facts.shape(each)[:2], facts.shape(each)[3]] for each in (new, read)] if _is_rows(new) else []
     if not shapes or not facts.same_shape(*shapes):
         return Miss(f"new rows of the form of {facts.shape(read)}", str(val(new)))
@@ -74,14 +76,21 @@ def _is_rows(node: Any) -> bool:
 
 
 def _indexed(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:
-    """``cache.index_copy_(2, index, new)``"""
-    if not is_call(write, aten.index_copy_.default) or write.args[0] is not cache:
+    """``cache.index_copy_(2, index, new)``, of bytes where the dtype has no kernel of its own."""
+    if not is_call(write, aten.index_copy_.default) or _as_stored(write.args[0]) is not cache:
         return None
-    _, dim, index, new = write.args
+    dim, index, new = *write.args[1:3], _as_stored(write.args[3])
     if int(dim) % 4 != 2 or facts.rank(index) != 1 or facts.dtype(index) is not torch.int64:  # type: ignore[arg-type]
         return None
     refusal = _obstacle(index)
     return Miss(_WANTED, refusal) if refusal else CacheWrite(cache, write, new, index=index)  # type: ignore[arg-type]
+
+
+def _as_stored(rows: Any) -> Any:
+    """What another dtype of as many bits is a view of."""
+    while is_call(rows, aten.view.dtype) and facts.dtype(rows).itemsize == facts.dtype(rows.args[0]).itemsize:
+        rows = rows.args[0]
+    return rows
 
 
 def _put(cache: fx.Node, write: fx.Node) -> CacheWrite | Miss | None:

@@ -7,7 +7,8 @@ keys are attended to from registers.
 The op is the composition of the three, so nothing has to be true of the write but where it goes: behind one
 another, wherever the first row is, and attention reads all rows as its mask says. What is found in the graph
 is that the write can be done later, at the place of the attention. Where queries and new keys are not rotated
-alike, or somebody else reads the rotated keys, they are rotated in front and the op appends and attends.
+alike, or somebody else reads the rotated keys, they are rotated in front and the op appends and attends. Of
+caches of 8 bits there are four writes, and the op rounds the new rows as `fxopt.ir.row_codes` does.
 
 It runs for hosts that put kernels in the place of attention, after steps have got their form (lengths on the
 device, room in the caches), and last of all: everything else sees writes and attention as they were.
@@ -31,12 +32,13 @@ from fxopt.ir.facts import argument, val
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.ops.append_attention import APPEND_ATTENTION
 from fxopt.ir.ops.attention import ATTENTION
-from fxopt.ir.ops.cached_attention import cached_pays
+from fxopt.ir.ops.cached_attention import cached_pays, cached_rows_pay
 from fxopt.ir.ops.quantized_attention import QUANTIZED_ATTENTION
 from fxopt.ir.views import viewed
 
-from .cache_writes import CacheWrite, write_before
+from .cache_writes import CacheWrite
 from .rotary_embedding import Angles, Rotation, rotation_of
+from .stored_rows import StoredRows, rows_before
 
 aten = torch.ops.aten
 
@@ -55,32 +57,35 @@ class FuseAppendAttention:
         return (ATTENTION.overload, QUANTIZED_ATTENTION.overload)
 
     def match(self, node: fx.Node) -> Match | Miss | None:
-        if node.target is QUANTIZED_ATTENTION.overload:
-            return Miss("keys and values in the dtype of queries", "rows of 8 bits")
-        query, key, value = node.args[:3]
+        query: Any = node.args[0]
         if argument(node, "key_rest") is not None:
             return Miss("keys of one part", "latents with a rest")
-        keys, values = (write_before(node, read) for read in (key, value))
+        keys, values = (
+            rows_before(node, argument(node, name), argument(node, f"{name}_scale"))
+            for name in ("key", "value")
+        )
         for found in (keys, values):
             if isinstance(found, Miss):
                 return found
-        assert isinstance(keys, CacheWrite)
-        assert isinstance(values, CacheWrite)
+        assert isinstance(keys, StoredRows)
+        assert isinstance(values, StoredRows)
         if not keys.same_rows(values):
-            return Miss("keys and values written to the same rows", f"{keys.write} and {values.write}")
-        rows = facts.shape(keys.new)[2], facts.shape(values.new)[2]
-        if not facts.same_shape(rows, facts.shape(query)[2:3] * 2):  # type: ignore[arg-type]
-            return Miss("as many new rows as queries", f"{rows} and {facts.shape(query)[2]}")  # type: ignore[arg-type]
+            writes = f"{keys.rows.write} and {values.rows.write}"
+            return Miss("keys and values written to the same rows", writes)
+        rows = facts.shape(keys.source)[2], facts.shape(values.source)[2]
+        if not facts.same_shape(rows, facts.shape(query)[2:3] * 2):
+            return Miss("as many new rows as queries", f"{rows} and {facts.shape(query)[2]}")
         rotations, why = _rotations(query, keys)
-        values_of_match = {"keys": keys, "values": values, "rotations": rotations, "why": why}
-        return Match(node, (*sorted((keys.write, values.write)), node), values_of_match)
+        found_parts = {"keys": keys, "values": values, "rotations": rotations, "why": why}
+        return Match(node, (*(each.write for each in _writes(keys, values)), node), found_parts)
 
     def legal(self, match: Match, ctx: Context) -> Verdict:
         keys, values, node = match["keys"], match["values"], match.anchor
-        if ctx.facts.alias_class(keys.cache) == ctx.facts.alias_class(values.cache):
+        writes = _writes(keys, values)
+        caches = {ctx.facts.alias_class(each.cache) for each in writes}
+        if len(caches) < len(writes):
             return Verdict.no("wanted keys and values in memory of their own")
-        first = min(keys.write, values.write)
-        reader = _reader_between(match, ctx, first)
+        reader = _reader_between(match, ctx, caches)
         if reader is not None:
             return Verdict.no(f"{reader.name} uses a cache between the write and attention")
         for pair in _twins(match):
@@ -89,47 +94,63 @@ class FuseAppendAttention:
                 return Verdict.no(different)
         operands = _operands(match)
         for each in operands:
-            if ctx.facts.alias_class(each) in map(ctx.facts.alias_class, (keys.cache, values.cache)):
+            if ctx.facts.alias_class(each) in caches:
                 return Verdict.no(f"{each.name} shares memory with a cache")
             stale = ctx.facts.unsafe_read([each], each, node)
             if stale:
                 return Verdict.no(stale)
-        for each in (keys.new, values.new, *(one.source for one in match["rotations"])):
-            if facts.dtype(each) != facts.dtype(keys.cache):
-                return Verdict.no(f"wanted rows of {facts.dtype(keys.cache)}, saw {facts.dtype(each)}")
+        query: Any = node.args[0]
+        wanted = facts.dtype(query if keys.scales else keys.rows.cache)
+        for each in (keys.source, values.source, *(one.source for one in match["rotations"])):
+            if facts.dtype(each) != wanted:
+                return Verdict.no(f"wanted rows of {wanted}, saw {facts.dtype(each)}")
             if val(each).stride(3) != 1 and not facts.same_size(facts.shape(each)[3], 1):
                 return Verdict.no(f"wanted rows whose numbers are neighbours in memory, saw {each.name}")
         return Verdict.yes()
 
     def profit(self, match: Match, ctx: Context) -> Verdict:
-        pays = cached_pays(match.anchor, ctx.facts)
-        if not pays:
+        kernels, stored = ctx.facts.kernels, facts.dtype(match["keys"].rows.cache)
+        pays = (cached_rows_pay if match["keys"].scales else cached_pays)(match.anchor, ctx.facts)
+        if not pays or kernels is None:
             return Verdict.no(pays.reason or "no kernels are made here")
-        what = "rotated, written and attended to" if match["rotations"] else "written and attended to"
-        return Verdict.yes(f"new keys are {what} by one kernel{match['why'] and '; '}{match['why']}")
+        if stored is torch.float8_e4m3fn and not kernels.float8:
+            return Verdict.no("the target has no instructions for float8, as from sm_89 on")
+        what = "rotated, " if match["rotations"] else ""
+        what += "rounded to 8 bits, " if match["keys"].scales else ""
+        what = f"new keys are {what.removesuffix(', ')}{', ' if what else ''}written and attended to"
+        return Verdict.yes(f"{what} by one kernel{match['why'] and '; '}{match['why']}")
 
     def replace(self, match: Match, graph: fx.Graph) -> tuple[fx.Node, ...]:
         keys, values, node = match["keys"], match["values"], match.anchor
         query, cos, sin, interleaved = node.args[0], None, None, False
-        k_new = keys.new
+        k_new = keys.source
         if match["rotations"]:
             turned, rotated = match["rotations"]
             query, k_new, interleaved = turned.source, rotated.source, turned.interleaved
             cos, sin = (_angles(graph, each, interleaved) for each in (turned.cos, turned.sin))
-        length = keys.index
-        if keys.first is not None:
-            made = {"dtype": torch.int64, "device": val(keys.cache).device}
-            length = graph.call_function(aten.full.default, ([1], keys.first), made)
-        args = (query, k_new, values.new, keys.cache, values.cache, cos, sin, length, *node.args[3:])
-        out = graph.call_function(
-            APPEND_ATTENTION.overload, args, {**node.kwargs, "interleaved": interleaved}
-        )
-        return (*(_written(each) for each in sorted((keys, values), key=lambda one: one.write)), out)
+        length, others = keys.rows.index, node.args[3:]
+        if keys.rows.first is not None:
+            made = {"dtype": torch.int64, "device": val(keys.rows.cache).device}
+            length = graph.call_function(aten.full.default, ([1], keys.rows.first), made)
+        given = {**node.kwargs, "interleaved": interleaved}
+        if keys.scales and values.scales:
+            others = node.args[5:]
+            given |= {"key_scale": keys.scales.cache, "value_scale": values.scales.cache}
+        caches = keys.rows.cache, values.rows.cache
+        args = (query, k_new, values.source, *caches, cos, sin, length, *others)
+        out = graph.call_function(APPEND_ATTENTION.overload, args, given)
+        return (*(_written(each) for each in _writes(keys, values)), out)
+
+
+def _writes(keys: StoredRows, values: StoredRows) -> list[CacheWrite]:
+    """As they follow one another."""
+    return sorted([*keys.writes, *values.writes], key=lambda one: one.write)
 
 
 def _twins(match: Match) -> list[tuple[Any, Any]]:
     """Tensors that are computed alike, of which one is to stand for both."""
-    pairs = [(match["keys"].index, match["values"].index)]
+    first, *others = _writes(match["keys"], match["values"])
+    pairs = [(first.index, each.index) for each in others]
     if match["rotations"]:
         turned, rotated = match["rotations"]
         pairs += [(turned.cos.node, rotated.cos.node), (turned.sin.node, rotated.sin.node)]
@@ -145,18 +166,18 @@ def _may_differ(a: fx.Node, b: fx.Node, ctx: Context) -> str | None:
     return ctx.facts.unsafe_read(made_by, min(made_by), max(made_by))
 
 
-def _rotations(query: Any, keys: CacheWrite) -> tuple[tuple[Rotation, ...], str]:
+def _rotations(query: Any, keys: StoredRows) -> tuple[tuple[Rotation, ...], str]:
     """How queries and new keys are rotated, in this order; none where the op is not to do it, and why."""
-    turned, rotated = rotation_of(query), rotation_of(keys.new)
+    turned, rotated = rotation_of(query), rotation_of(keys.source)
     if turned is None and rotated is None:
         return (), ""
     if turned is None or rotated is None or not turned.same_angles(rotated):
         return (), "queries and keys, which are not rotated alike, come as they are"
-    others = [user for user in keys.new.users if user is not keys.write]
+    others = keys.readers()
     if others:
         return (), f"keys are rotated in front, for {others[0].name} as well"
     rows = facts.shape(query)[2]
-    for each, whole in ((turned, query), (rotated, keys.new)):
+    for each, whole in ((turned, query), (rotated, keys.source)):
         if not facts.same_shape(facts.shape(each.source), facts.shape(whole)):
             return (), f"{each.source.name} is not as wide as what is rotated"
     for angles in (turned.cos, turned.sin):
@@ -197,22 +218,18 @@ def _written(one: CacheWrite) -> fx.Node:
 def _operands(match: Match) -> list[fx.Node]:
     """What is read later than before, or in another form."""
     keys, values = match["keys"], match["values"]
-    found: list[Any] = [values.new, *keys.index_nodes()]
+    found: list[Any] = [values.source, *keys.rows.index_nodes()]
     if not match["rotations"]:
-        found.append(keys.new)
+        found.append(keys.source)
     for each in match["rotations"]:
         found += [each.source, each.cos.node, each.sin.node]
     return found
 
 
-def _reader_between(match: Match, ctx: Context, first: fx.Node) -> fx.Node | None:
+def _reader_between(match: Match, ctx: Context, caches: set[Any]) -> fx.Node | None:
     """Who reads or writes a cache while its new rows are not written yet."""
-    keys, values = match["keys"], match["values"]
-    caches = {ctx.facts.alias_class(each.cache) for each in (keys, values)}
-    own = {keys.write, values.write, match.anchor}
-    return next(
-        (node for node in _between(first, match.anchor) if node not in own and _uses(node, caches, ctx)), None
-    )
+    own, between = set(match.roots), _between(match.roots[0], match.anchor)
+    return next((node for node in between if node not in own and _uses(node, caches, ctx)), None)
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterable[fx.Node]:

@@ -164,6 +164,7 @@ def _bounds(name: str, found: Sequence[Span], spec: Spec) -> str:
 
 def with_helpers(text: str) -> str:
     """The text behind the device functions that it calls."""
-    helpers = [HELPERS[name] for name in ("tanh", "uniform") if f"{name}(" in text]
+    named = ("tanh", "uniform", "rint", "nearest_e4m3")
+    helpers = [HELPERS[name] for name in named if f"{name}(" in text]
     helpers += [FLOOR_DIV] if "floor_div(" in text else []
     return "\n\n".join([*helpers, text])

@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import fx
 
 from fxopt.codegen.lone_call import LoneCall, lone_call
-from fxopt.codegen.tune import Budget, CannotMeasure, Samples, micro, verdict, versions
+from fxopt.codegen.settings import versions
+from fxopt.codegen.tune import Budget, CannotMeasure, Samples, micro, verdict
 from fxopt.ir.contract import Verdict
 from fxopt.ir.graph_facts import Facts
 from fxopt.ir.ops.attention_providers import reaches_grad

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxopt.codegen.attention_bounds import EXTENT, FIRST, LAST, Span, spans
 from fxopt.codegen.attention_functions import live_function, score_function, with_helpers
 from fxopt.codegen.attention_program import TritonText, captured_arguments, with_captured
 from fxopt.codegen.attention_spec import alignment
-from fxopt.codegen.decode_problem import Problem, Tiling, tiling_of
+from fxopt.codegen.decode_problem import Problem, Tiling, tiling_of, tilings_beside
 from fxopt.codegen.decode_reference import example_text, reference_text
 from fxopt.codegen.kernel_file import About, Argument, KernelFile, Launch, Output, Parameter
 from fxopt.codegen.kernels import POINTERS
@@ -61,6 +62,16 @@ def decode_kernel(problem: Problem, target: Target | None) -> KernelFile:
         Unsupported: a formula has what kernels do not cover.
     """
     tiling = tiling_of(problem, target)
+    return with_others(functools.partial(_kernel, problem, target), tiling)
+
+
+def with_others(kernel_of: Callable[[Tiling], KernelFile], tiling: Tiling) -> KernelFile:
+    """The kernel of a tiling, with those beside it as alternatives."""
+    others = tuple(kernel_of(one) for one in tilings_beside(tiling))
+    return replace(kernel_of(tiling), alternatives=others)
+
+
+def _kernel(problem: Problem, target: Target | None, tiling: Tiling) -> KernelFile:
     names = [one.name for one in captured_arguments(problem.captured, problem.size_names)]
     functions = "\n\n".join((widen_function(problem, target), *formula_functions(problem)))
     text = with_helpers(with_captured(f"{functions}\n\n{template(NAME)}", names))
@@ -75,6 +86,7 @@ def decode_kernel(problem: Problem, target: Target | None) -> KernelFile:
         example_inputs=example_text(problem, [one.name for one in given]),
         sizes=tuple(sizes(problem)),
         scratch=scratch(problem, tiling),
+        modelled=False,
         about=about(problem, tiling, "attention of few queries over a cache, in parts"),
     )
 
@@ -119,6 +131,8 @@ def widen_function(problem: Problem, target: Target | None) -> str:
     """How stored numbers are converted."""
     stored = problem.tensors["key"].dtype
     doc, body = _PLAIN
+    if problem.native:
+        return _WIDEN.format(doc=doc, body=body).replace("    \n", "")
     if stored is torch.float8_e5m2:
         doc, body = _E5M2
     elif stored is torch.float8_e4m3fn:
@@ -158,8 +172,10 @@ def _text(number: Any, text: TritonText) -> str:
 
 
 def pointer(problem: Problem, name: str) -> Argument:
-    """Numbers of 8 bits are bytes for a kernel, which knows what they stand for."""
+    """Float8 is bytes for most kernels, which know what they stand for."""
     dtype = problem.tensors[name].dtype
+    if problem.native and dtype is torch.float8_e4m3fn:
+        return Argument(f"{name}_ptr", "*fp8e4nv", name)
     value = f"{name}.view(torch.uint8)" if _POINTERS[dtype] == "*u8" and dtype is not torch.uint8 else name
     return Argument(f"{name}_ptr", _POINTERS[dtype], value)
 
@@ -225,7 +241,7 @@ def _split_launch(problem: Problem, tiling: Tiling) -> Launch:
 
 def split_grid(problem: Problem, tiling: Tiling) -> tuple[str]:
     """A program for each part of the keys of each head, and each tile of the rows that share it."""
-    return (f"batch * {problem.kv_heads * -(-problem.rows // tiling.rows) * tiling.splits}",)
+    return (f"batch * {problem.kv_heads * tiling.splits} * triton.cdiv({problem.rows}, BLOCK_M)",)
 
 
 def split_constants(problem: Problem, tiling: Tiling) -> dict[str, int | float]:
@@ -318,13 +334,13 @@ def about(problem: Problem, tiling: Tiling, summary: str) -> About:
     )
     formulas = [f"keys that take part: {problem.mask}", f"scores: {problem.score}"]
     return About(
-        summary=summary,
+        summary=f"{summary}; {'; '.join(formulas)}",
         replaces=("fxopt::cached_attention",),
         shapes=tuple(
             f"{name}: {_POINTERS[each.dtype][1:]}{list(each.shape)}, strides {list(each.stride())}"
             for name, each in problem.tensors.items()
         ),
-        configuration=(*formulas, *tiling.why),
+        configuration=tiling.why,
         moved=moved,
         flops=flops,
         seen=numbers,

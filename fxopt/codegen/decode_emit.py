@@ -20,20 +20,27 @@ from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.same_value import same_value
 from fxopt.ir.target import Target
 
+Fastest = Callable[[KernelFile], KernelFile]
 _TENSORS = ("query", "key", "value", "key_scale", "value_scale", "query_rest", "key_rest", "span", "sinks")
 
 
+def itself(kernel: KernelFile) -> KernelFile:
+    """The kernel as its tables have it."""
+    return kernel
+
+
 def emit_cached(
-    graph: fx.Graph, target: Target | None, emit: Emit | None
+    graph: fx.Graph, target: Target | None, emit: Emit | None, fastest: Fastest = itself
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of the attentions over caches, and what was done.
 
     Args:
-        emit: makes the op that is called instead. None: the graph stays as it is.
+        emit: makes the op that is called instead. None: the graph stays as it is. fastest: a kernel or one of
+            its alternatives.
     """
     found = graph.find_nodes(op="call_function", target=torch.ops.fxopt.cached_attention.default)
     calls = [(node, argument(node, "span")) for node in found]
-    return emit_calls(calls, problem_of, decode_kernel, _replace, target, emit)
+    return emit_calls(calls, problem_of, decode_kernel, _replace, target, emit, fastest)
 
 
 def emit_calls(
@@ -43,6 +50,7 @@ def emit_calls(
     put: Callable[[fx.Node, Any, Any], None],
     target: Target | None,
     emit: Emit | None,
+    fastest: Fastest,
 ) -> tuple[list[KernelFile], list[Evidence]]:
     """The kernels of calls of one op, and what was done.
 
@@ -51,7 +59,7 @@ def emit_calls(
     Args:
         calls: with what says where their keys begin and end. problem_of: what a call computes, and its
             inputs; it, and `kernel_of`, raise `Unsupported`. put: has a node call an op with these inputs.
-        emit: as for `emit_cached`.
+        emit, fastest: as for `emit_cached`.
     """
     kernels, evidence = list[KernelFile](), list[Evidence]()
     made: dict[Any, KernelFile] = {}
@@ -64,7 +72,10 @@ def emit_calls(
         except Unsupported as refusal:
             evidence.append(Evidence(NAME, node.name, location(node), Status.ILLEGAL, str(refusal)))
             continue
-        kernel = made.setdefault(kernel.digest, kernel)
+        first = kernel.digest
+        if first not in made:
+            made[first] = fastest(kernel)
+        kernel = made[first]
         kernels.append(kernel)
         evidence.append(_applied(node, kernel, target))
         if emit is not None:
@@ -142,7 +153,5 @@ def _applied(node: fx.Node, kernel: KernelFile, target: Target | None) -> Eviden
         seconds = least_seconds(kernel.about, target)
         least = f", not below {seconds * 1e6:.2f} us on {target.name} with a full cache"
     cost = Cost(moved, flops, len(kernel.launches))
-    reason = (
-        f"an attention becomes the kernel {kernel.name}: {'; '.join(kernel.about.configuration[2:])}{least}"
-    )
+    reason = f"an attention becomes the kernel {kernel.name}: {'; '.join(kernel.about.configuration)}{least}"
     return Evidence(NAME, node.name, location(node), Status.APPLIED, reason, after=cost)

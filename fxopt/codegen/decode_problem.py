@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -45,7 +45,9 @@ class Problem:
     Attributes:
         tensors: by name: query, key, value, and where they are given key_scale, value_scale, query_rest,
             key_rest, span, sinks. captures, sizes: of the formulas, in order.
-        shared: value is key.
+        shared: value is key. native: float8_e4m3fn is a type for the kernel, whose instructions convert it;
+            else it gets bytes. Of a cache that is written: what is a view of it as bytes could not be written
+            in place by TorchInductor.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -56,6 +58,7 @@ class Problem:
     mask: MaskProgram
     score: ScoreProgram
     shared: bool = False
+    native: bool = False
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -151,8 +154,10 @@ class Tiling:
     why: tuple[str, ...] = field(default=())
 
 
-def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROWS) -> Tiling:
-    """The tiles of a problem on a target, of at most `most_rows` rows."""
+def tiling_of(
+    problem: Problem, target: Target | None, most_rows: int = MOST_ROWS, most_keys: int = MOST_KEYS
+) -> Tiling:
+    """The tiles of a problem on a target, of at most `most_rows` rows and `most_keys` keys."""
     rest = int(problem.tensors["key_rest"].shape[3]) if problem.has("key_rest") else 0
     k, v = Widths.of(int(problem.query.shape[3]), rest), Widths.of(int(problem.tensors["value"].shape[3]))
     sums = sum(v.blocks)
@@ -162,7 +167,7 @@ def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROW
     if problem.rows > rows and problem.rows % rows:  # of rows that are left over many would be idle
         rows = max(SMALLEST_TILE, rows // 2)
     bytes_of_key = sum(k.blocks) * max(2, problem.tensors["key"].element_size())
-    most_keys = FLOAT32_KEYS if wide else MOST_KEYS
+    most_keys = FLOAT32_KEYS if wide else most_keys
     keys = max(SMALLEST_TILE, min(most_keys, power_of_two(STEP_BYTES // bytes_of_key + 1) // 2))
     warps = 8 if wide or rows * max(sums, keys) > MANY_SUMS else 4
     step = keys * (bytes_of_key + (0 if problem.shared else sums * problem.tensors["value"].element_size()))
@@ -179,6 +184,25 @@ def tiling_of(problem: Problem, target: Target | None, most_rows: int = MOST_ROW
         f"idle, so that the live keys are cut into {splits} parts",
     )
     return Tiling(k, v, rows, keys, splits, warps, stages, why)
+
+
+def tilings_beside(tiling: Tiling) -> tuple[Tiling, ...]:
+    """What else to try: tiles that need fewer registers, and one of more keys; the parts are the same."""
+    rows, keys = max(SMALLEST_TILE, tiling.rows // 2), max(SMALLEST_TILE, tiling.keys // 2)
+    wider = min(8, 2 * tiling.warps)
+    found = (
+        replace(tiling, keys=keys),
+        replace(tiling, warps=wider),
+        replace(tiling, rows=rows),
+        replace(tiling, rows=rows, keys=keys),
+        replace(tiling, rows=rows, keys=keys, warps=wider),
+        replace(tiling, keys=2 * tiling.keys),
+    )
+    return tuple(
+        replace(one, why=(f"tiles of {one.rows} rows and {one.keys} keys, {one.warps} warps",))
+        for one in dict.fromkeys(found)
+        if one != tiling
+    )
 
 
 def splits_of(programs: int, columns: int | None, keys: int, target: Target | None) -> int:

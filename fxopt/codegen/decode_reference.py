@@ -10,6 +10,7 @@ from fxopt.codegen.decode_problem import Problem
 from fxopt.codegen.formula_reference import TorchText
 from fxopt.ir.cost import hint
 from fxopt.ir.ops.masking import MEAN, NAN, NONE
+from fxopt.ir.row_codes import SMALLEST, largest_of
 
 _DEAD = {
     NAN: 'out = torch.where(alive, out, float("nan"))',
@@ -80,16 +81,52 @@ def append_reference_text(problem: Problem, names: Sequence[str], interleaved: b
     lines += ["old = slot + (start - 1 - slot) // columns * columns" if ring else "old = slot"]
     kept = "(slot < start) & (old + columns >= start + rows)" if ring else "(slot - start) // rows != 0"
     lines += [f"kept = {kept}", "k = torch.cat([old[kept], places])"]
+    lines += ["places = places % columns"] if ring else []
     for cache, new in (("key", "k_new"), ("value", "v_new")):
-        lines += [f"cached, {cache} = {cache}, torch.cat([{cache}[:, :, kept], {new}], 2)"]
-        lines += [f"cached.index_copy_(2, places{' % columns' if ring else ''}, {new})"]
+        lines += (_appended_codes if problem.has("key_scale") else _appended)(cache, new)
     # Whatever a row of the cache holds that nobody sees has no part in the sum.
     seen = "torch.where(live.expand(batch, heads, rows, len(k)).any(2)[..., None], value, 0)"
     lines += [*_attention(problem, seen), f"value = cached.repeat_interleave({problem.group}, 1)"]
     lines += [*_dead_rows(problem), "return out"]
-    text = _function("reference", names, lines)
-    turn = _INTERLEAVED if interleaved else _HALVES
-    return f"{_ROTATED.format(turn=turn)}\n\n{text}" if problem.has("cos") else text
+    functions = [_function("reference", names, lines)]
+    if problem.has("key_scale"):
+        functions.insert(0, _rounded(problem))
+    if problem.has("cos"):
+        functions.insert(0, _ROTATED.format(turn=_INTERLEAVED if interleaved else _HALVES))
+    return "\n\n".join(functions)
+
+
+def _appended(cache: str, new: str) -> list[str]:
+    """Seen are the rows that are kept, and the new ones; `cached` is all that the cache holds."""
+    return [
+        f"cached, {cache} = {cache}, torch.cat([{cache}[:, :, kept], {new}], 2)",
+        f"cached.index_copy_(2, places, {new})",
+    ]
+
+
+def _appended_codes(cache: str, new: str) -> list[str]:
+    """The same, of rows of 8 bits."""
+    scale = f"{cache}_scale"
+    return [
+        f"codes, scale = rounded({new}, {cache}.dtype)",
+        f"of_kept = {cache}[:, :, kept].to({scale}.dtype) * {scale}[:, :, kept]",
+        "of_new = codes.to(scale.dtype) * scale",
+        "for place, code, one in zip(places, codes.unbind(2), scale.unbind(2)):",
+        f"    {cache}[:, :, place].copy_(code)",
+        f"    {scale}[:, :, place].copy_(one)",
+        f"cached = ({cache}.to({scale}.dtype) * {scale}).to(query.dtype)",
+        f"{cache} = torch.cat([of_kept, of_new], 2).to(query.dtype)",
+    ]
+
+
+def _rounded(problem: Problem) -> str:
+    stored = problem.tensors["key"].dtype
+    lines = [
+        f"scale = (x.float().abs().amax(-1, keepdim=True) / {largest_of(stored)}).clamp_min({SMALLEST!r})",
+        "codes = x.float() / scale" if stored.is_floating_point else "codes = (x.float() / scale).round()",
+        f"return codes.clamp(-{largest_of(stored)}, {largest_of(stored)}).to(dtype), scale",
+    ]
+    return _function("rounded", ["x", "dtype"], lines) + "\n"
 
 
 _ROTATED = """def rotated(x, cos, sin):

@@ -14,7 +14,9 @@ from fxopt.codegen.append_emit import emit_appends
 from fxopt.codegen.attention_emit import emit_attention
 from fxopt.codegen.choose_products import candidates, choose, compared, large_products
 from fxopt.codegen.copies import erase_unread, with_copies
+from fxopt.codegen.decode_attention import CONVERTS_FLOAT8
 from fxopt.codegen.decode_emit import emit_cached
+from fxopt.codegen.fit import fitting
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.codegen.kernels import kernel_of, symbol_inputs
 from fxopt.codegen.price import hinted, least_seconds
@@ -30,7 +32,7 @@ from fxopt.ir.ops.uniform import is_uniform
 from fxopt.ir.sizes import can_compute, size_node
 from fxopt.ir.target import Target
 from fxopt.options import EMIT_KERNELS, Options
-from fxopt.runtime.kernel_cache import cache_of
+from fxopt.runtime.kernel_cache import KernelCache, cache_of
 from fxopt.runtime.launch import as_op
 
 
@@ -73,6 +75,15 @@ def target_of(options: Options) -> Target | None:
         UnsupportedTarget: the GPU at hand is none that Triton can compile for here.
     """
     return Target.named(options.target) if options.target else Target.detect()
+
+
+def writes_float8(options: Options) -> bool:
+    """Whether kernels can write float8 in place: in the interpreter, and where instructions convert it."""
+    try:
+        target = target_of(options)
+    except UnsupportedTarget:
+        return False
+    return interpreted() or target is not None and target.arch >= CONVERTS_FLOAT8
 
 
 def kernels_for(
@@ -131,20 +142,28 @@ def emit_semantic_ops(
     """The kernels of semantic ops that are still whole behind autograd, and what was done.
 
     Args:
-        decide: which form of a kernel is used, of those that have alternatives. None: the first.
+        decide: which form of a kernel is used, of those that have alternatives. None: the first that fits the
+            GPU at hand.
     """
     register_ops()
     launched = functools.partial(as_op, cache=cache_of(options)) if call else None
     kernels, evidence = list[KernelFile](), list[Evidence]()
+    target = target_of(options)
     fastest = functools.partial(_fastest, decide=decide)
-    attention = functools.partial(emit_attention, fastest=fastest)
-    for emit in (attention, emit_cached, emit_appends):
-        made, done = emit(gm.graph, target_of(options), launched)
+    if decide is None and call and target is not None and not options.target and not interpreted():
+        fastest = functools.partial(_fitting, target=target, cache=cache_of(options))
+    for emit in (emit_attention, emit_cached, emit_appends):
+        made, done = emit(gm.graph, target, launched, fastest)
         kernels += made
         evidence += done
     gm.graph.lint()
     gm.recompile()
     return kernels, evidence
+
+
+def _fitting(kernel: KernelFile, target: Target, cache: KernelCache) -> KernelFile:
+    """The kernel with launches that do not spill, where nothing is measured and it has others."""
+    return fitting(kernel, target, cache) if kernel.alternatives else kernel
 
 
 def _fastest(kernel: KernelFile, decide: Decide | None) -> KernelFile:

@@ -81,6 +81,7 @@ def _relative(exact: torch.Tensor, eager: torch.Tensor) -> float:
     """Eager's root mean square error, relative to its result."""
     if not eager.is_floating_point():
         return 0.0
+    eager = _without_float8(eager)
     live = eager.isfinite()
     size = _rms(exact[live].double())
     return _rms(eager[live].double() - exact[live]) / size if size else 0.0
@@ -97,6 +98,7 @@ def _problems(exact: torch.Tensor, eager: torch.Tensor, found: torch.Tensor, poo
     if form or not eager.is_floating_point():
         wrong = 0 if form else int((found != eager).sum())
         return form or ([f"{wrong} of {eager.numel()} entries differ"] if wrong else [])
+    dtype, eager, found = eager.dtype, _without_float8(eager), _without_float8(found)
     special = ~eager.isfinite()
     if not torch.allclose(found[special], eager[special], 0, 0, equal_nan=True):
         return ["NaN or infinity differ from eager's"]
@@ -110,10 +112,15 @@ def _problems(exact: torch.Tensor, eager: torch.Tensor, found: torch.Tensor, poo
     figures = []
     for name, size in (("largest", _largest), ("rms", _rms)):
         theirs = max(size(eager64 - exact), few * size(exact))
-        error, limit = size(found64 - exact), 2 * theirs + _unit(size(exact), eager.dtype)
+        error, limit = size(found64 - exact), 2 * theirs + _unit(size(exact), dtype)
         if error > limit:
-            figures.append(f"{name} error {error:.3g}, allowed {limit:.3g} ({eager.dtype})")
+            figures.append(f"{name} error {error:.3g}, allowed {limit:.3g} ({dtype})")
     return figures
+
+
+def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
+    """Float8 has few operations of its own."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _largest(tensor: torch.Tensor) -> float:

@@ -7,12 +7,10 @@ the host by more than the measurements vary; without a measurement it is left to
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -21,6 +19,7 @@ from rich.progress import track
 from fxopt.codegen.configurations import configuration, proposals
 from fxopt.codegen.emit import Decision
 from fxopt.codegen.kernel_file import KernelFile
+from fxopt.codegen.settings import identity, settings, versions, with_settings
 from fxopt.ir.target import Target
 from fxopt.runtime.kernel_cache import KernelCache
 
@@ -186,11 +185,6 @@ class Tuner:
         return Decision(chosen if faster or self.always else None, reason, faster, best=chosen)
 
 
-def versions() -> list[str]:
-    """On which what was measured depends."""
-    return [version(name) for name in ("torch", "triton")]
-
-
 def verdict(ours: Samples, host: Samples) -> str:
     """``"faster"``, or why the host computes the region. What varies more than it differs is no gain."""
     if host.error:
@@ -200,36 +194,9 @@ def verdict(ours: Samples, host: Samples) -> str:
     return "faster" if ours.range[1] < host.range[0] else "which differs by less than the measurements vary"
 
 
-def identity(kernel: KernelFile) -> str:
-    """A hash of what is computed and how, without how it is launched and the user's lines."""
-    launches = [(one.entry, one.arguments, one.grid) for one in kernel.launches]
-    parts = (kernel.jit, launches, kernel.outputs, kernel.scratch, kernel.sizes, kernel.reference)
-    others = tuple(map(identity, kernel.alternatives))
-    return hashlib.sha256(repr((parts, others)).encode()).hexdigest()
-
-
 def _place(kernel: KernelFile, first: KernelFile) -> int:
     """Which of the forms of `first` the kernel is one of: 0 for its own, then its alternatives."""
     return [one.jit for one in (first, *first.alternatives)].index(kernel.jit)
-
-
-def settings(kernel: KernelFile) -> list[Any]:
-    """How the kernel is launched, as plain values."""
-    return [[dict(one.constants), one.num_warps, one.num_stages] for one in kernel.launches]
-
-
-def with_settings(kernel: KernelFile, chosen: Sequence[Any]) -> KernelFile:
-    """The kernel, launched so."""
-    launches = tuple(
-        replace(
-            launch,
-            constants=tuple((name, constants[name]) for name, _ in launch.constants),
-            num_warps=warps,
-            num_stages=stages,
-        )
-        for launch, (constants, warps, stages) in zip(kernel.launches, chosen, strict=True)
-    )
-    return replace(kernel, launches=launches)
 
 
 def _first_error(tried: dict[str, Any]) -> str:

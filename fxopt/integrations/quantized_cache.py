@@ -1,11 +1,8 @@
 """Key-value caches of 8 bits an entry: `fxopt.QuantizedCache`, and quantized layers in transformers' own.
 
-A row, which is one token of one head, is stored as
-
-    scale = max |x| / L        row = round(x / scale)        L = 127 for int8, 448 for float8_e4m3fn
-
-with the scale in float32, whatever the model computes in. `update` returns ``(row * scale).to(dtype)`` of all
-rows, the new ones included: what attention sees depends on the tokens alone, not on how many came at once.
+A row is one token of one head, stored as `fxopt.ir.row_codes` has it. `update` returns
+``(row * scale).to(dtype)`` of all rows, the new ones included: what attention sees depends on the tokens
+alone, not on how many came at once.
 
 Imports transformers; imported on first use only.
 """
@@ -20,29 +17,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fxopt.errors import OptionValueError
+from fxopt.ir.row_codes import dequantized, quantized
 from fxopt.options import KV_CACHE_DTYPES, nearest
-
-SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def quantized(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., D) as rows of `dtype`, and their scales (..., 1) in float32."""
-    wide, largest = states.float(), largest_of(dtype)
-    scales = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST)
-    rows = wide / scales
-    if not dtype.is_floating_point:
-        rows = rows.round()
-    return rows.clamp(-largest, largest).to(dtype), scales
-
-
-def dequantized(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `quantized` was given, as far as it is kept."""
-    return (rows.to(scales.dtype) * scales).to(dtype)
-
-
-def largest_of(dtype: torch.dtype) -> float:
-    """The largest number of a dtype whose negative it has, too."""
-    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
 
 
 def _behind(past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from fxopt.integrations.quantized_cache import QuantizedRows, check_dtype, dequantized, quantized
+from fxopt.integrations.quantized_cache import QuantizedRows, check_dtype
+from fxopt.ir.row_codes import dequantized, quantized, write_rows
 
 
 class StaticQuantizedLayer(QuantizedRows, StaticLayer):
@@ -50,10 +51,7 @@ class StaticQuantizedLayer(QuantizedRows, StaticLayer):
         self, stored: torch.Tensor, scales: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
     ) -> torch.Tensor:
         rows, new_scales = quantized(states, self.stored)
-        if rows.is_floating_point():  # float8 has no kernel of its own for it
-            stored.view(torch.uint8).index_copy_(2, positions, rows.view(torch.uint8))
-        else:
-            stored.index_copy_(2, positions, rows)
+        write_rows(stored, positions, rows)
         scales.index_copy_(2, positions, new_scales)
         return dequantized(stored, scales, states.dtype)
 

@@ -27,12 +27,13 @@ class Kernels:
     Attributes:
         devices: types of devices on which they run. attention: says of a call of ``fxopt::attention`` whether
             one can take its place. referee: says of a call of a semantic op that a kernel can take the place
-            of whether it is faster there; None: all that can are taken.
+            of whether it is faster there; None: all that can are taken. float8: they can write it.
     """
 
     devices: frozenset[str]
     attention: Callable[[fx.Node, Facts], Verdict]
     referee: Callable[[fx.Node, Facts], Verdict] | None = None
+    float8: bool = True
 
     def __call__(self, node: fx.Node, facts: Facts) -> Verdict:
         return self.judged(node, facts, self.attention(node, facts))

@@ -43,7 +43,7 @@ def load_rows(ptr, stride, rows, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     mask = seen[:, None]
     if WIDTH < BLOCK:
         mask = mask & (column < WIDTH)[None, :]
-    return tl.load(ptr + offset[:, None] + column[None, :], mask=mask, other=0)
+    return tl.load(ptr + offset[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

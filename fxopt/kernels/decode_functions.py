@@ -15,6 +15,12 @@ def widen(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, scale):
+    """Numbers divided by the scales of their rows, as they are stored."""
+    return tl.div_rn(x, scale)
+
+
+@triton.jit
 def is_live(b, h, q, k, columns, captured):
     """Which keys take part: int1, that broadcasts to rows by keys."""
     return k >= 0

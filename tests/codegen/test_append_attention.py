@@ -11,6 +11,7 @@ import torch
 
 from fxopt.codegen.append_attention import AppendProblem, append_kernel
 from fxopt.codegen.compile import compile_launches
+from fxopt.codegen.fit import fitted
 from fxopt.ir.linear import Unsupported
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
@@ -60,15 +61,41 @@ def test_kernels_fit(target: str, tmp_path: Path) -> None:
         assert "async_copy_global_to_local" in found.ttgir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
+def rounded(found: AppendProblem, stored: torch.dtype) -> AppendProblem:
+    """The same, over a cache of 8 bits."""
+    tensors = dict(found.tensors)
+    for name in ("key", "value"):
+        tensors[name] = tensors[name].to(stored)
+        tensors[f"{name}_scale"] = torch.empty(*tensors[name].shape[:3], 1, device="meta")
+    return replace(found, tensors=tensors)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_kernels_of_all_widths_fit(target: str, width: int, tmp_path: Path) -> None:
+def test_kernels_of_8_bits_fit(target: str, tmp_path: Path) -> None:
     named = Target.named(target)
-    kernels = [append_kernel(problem(width, *each), named) for each in ((1, 1), (7, 1), (16, 16))]
-    kernels.append(append_kernel(replace(problem(width, 4, 1), ring=True), named))
-    for found in compile_launches([(kernel, 0) for kernel in kernels], named, cache=KernelCache(tmp_path)):
-        found.check()
+    kernels = [append_kernel(rounded(problem(128, 4, 1), torch.int8), named)]
+    kernels.append(append_kernel(rounded(problem(64, 1, 1), torch.float8_e4m3fn), named))
+    for _, launches in fitted(kernels, named, cache=KernelCache(tmp_path)):
+        for found in launches:
+            found.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_kernels_of_all_widths_fit(
+    target: str, width: int, stored: torch.dtype | None, tmp_path: Path
+) -> None:
+    named = Target.named(target)
+    problems = [problem(width, *each) for each in ((1, 1), (7, 1), (16, 16))]
+    problems.append(replace(problem(width, 4, 1), ring=True))
+    if stored:
+        problems = [rounded(each, stored) for each in problems]
+    kernels = [append_kernel(each, named) for each in problems]
+    for _, launches in fitted(kernels, named, cache=KernelCache(tmp_path)):
+        for found in launches:
+            found.check()
 
 
 def test_the_mean_of_a_ring_is_refused() -> None:

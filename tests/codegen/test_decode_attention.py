@@ -16,6 +16,7 @@ import torch
 from fxopt.codegen.compile import compile_launches
 from fxopt.codegen.decode_attention import decode_kernel
 from fxopt.codegen.decode_problem import MOST_SPLITS, Problem, Widths, splits_of
+from fxopt.codegen.fit import fitted
 from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
 from fxopt.runtime.kernel_cache import KernelCache
@@ -141,15 +142,15 @@ def test_keys_are_read_ahead(target: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 16])
 @pytest.mark.parametrize("width", [32, 64, 72, 80, 88, 96, 128, 192, 256])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "sm_86", "sm_89", "sm_120"])
 def test_kernels_fit(target: str, width: int, queries: int, tmp_path: Path) -> None:
     named = Target.named(target)
     kernels = [
         decode_kernel(problem(width, group, queries), named) for group in (1, 2, 3, 5, 6, 7, 8, 12, 16)
     ]
-    pairs = [(kernel, launch) for kernel in kernels for launch in (0, 1)]
-    for found in compile_launches(pairs, named, cache=KernelCache(tmp_path)):
-        found.check()
+    for _, launches in fitted(kernels, named, cache=KernelCache(tmp_path)):
+        for found in launches:
+            found.check()
 
 
 @pytest.mark.parametrize("width", [16, 40, 64, 72, 80, 88, 96, 128, 192, 256, 512])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from fxopt.codegen import fit
 from fxopt.codegen.attention_tiles import Tiles, beside
-from fxopt.codegen.fit import fitted
+from fxopt.codegen.fit import fitted, fitting
 from fxopt.codegen.kernel_file import KernelFile, Launch
+from fxopt.errors import CannotCompile
 from fxopt.ir.target import Target
+from fxopt.runtime.kernel_cache import KernelCache
 
 TARGET = Target.named("sm_90")
 
@@ -88,6 +91,29 @@ def test_alternatives_of_another_text_are_not_mixed_in(compiled: Any) -> None:
 def test_no_kernels(compiled: Any) -> None:
     assert compiled(8) == []
     assert fitted([], TARGET) == []
+
+
+def test_what_fits_is_remembered(compiled: Any, tmp_path: Path) -> None:
+    seen, cache = compiled(48), KernelCache(tmp_path)
+    first = replace(kernel(64, 32), alternatives=(kernel(64, 16), kernel(48, 16)))
+    found = fitting(first, TARGET, cache)
+    assert sizes(found) == [48, 32]
+    assert found.alternatives == ()
+    count = len(seen)
+    again = fitting(first, TARGET, KernelCache(tmp_path))
+    assert (sizes(again), again.about) == (sizes(found), found.about)
+    assert len(seen) == count
+    assert sizes(fitting(first, Target.named("sm_80"), cache)) == [48, 32]
+    assert len(seen) > count
+
+
+def test_what_cannot_be_compiled_stays_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise CannotCompile(kernel="example", target="sm_90", detail="no", file="-")
+
+    monkeypatch.setattr(fit, "compile_launches", fails)
+    first = replace(kernel(64, 32), alternatives=(kernel(16, 16),))
+    assert fitting(first, TARGET, KernelCache(tmp_path)) is first
 
 
 def test_tiles_beside_others_never_repeat_them() -> None:

@@ -22,9 +22,10 @@ from transformers import (
 
 import fxopt
 from fxopt.errors import OptionValueError
-from fxopt.integrations.quantized_cache import LAYERS, Int8Layer, dequantized, quantized
+from fxopt.integrations.quantized_cache import LAYERS, Int8Layer
 from fxopt.ir.contract import Status
 from fxopt.ir.ops import quantized_attention
+from fxopt.ir.row_codes import dequantized, quantized
 from fxopt.runtime.kv_state import MOST, STATE
 from support.compiled import all_handled, compile_fxopt
 

@@ -12,10 +12,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import fxopt
 from fxopt.errors import OptionValueError
-from fxopt.integrations.quantized_cache import LAYERS, dequantized, quantized
+from fxopt.integrations.quantized_cache import LAYERS
 from fxopt.integrations.static_quantized_cache import STATIC_LAYERS
 from fxopt.ir.contract import Status
 from fxopt.ir.ops import quantized_attention
+from fxopt.ir.row_codes import dequantized, quantized
 from support.compiled import all_handled, compile_fxopt
 
 ROOM = 40

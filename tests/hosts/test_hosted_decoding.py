@@ -29,6 +29,14 @@ def test_a_length_on_the_device_takes_two_launches_and_no_mask(found: dict[str, 
     assert not case["opaque"]
 
 
+def test_launches_are_chosen_by_what_the_assembler_says_where_nothing_is_measured(
+    found: dict[str, Any],
+) -> None:
+    assert found["length"]["fitted"] == 1
+    assert found["append"]["fitted"] == 1
+    assert found["length, faster"]["fitted"] == 0
+
+
 def test_where_it_was_measured_to_be_faster_the_kernels_are_the_same(found: dict[str, Any]) -> None:
     for name in ("length", "mask"):
         case = found[f"{name}, faster"]
@@ -64,12 +72,14 @@ def test_rows_of_8_bits_are_read_as_they_are(found: dict[str, Any]) -> None:
     assert case["providers"][0][:2] == ["quantized_attention", "cached"]
 
 
-def test_caches_are_written_in_place_by_the_kernel_that_reads_them(found: dict[str, Any]) -> None:
-    case = found["append"]
+@pytest.mark.parametrize("name", ["append", "append int8", "append fp8"])
+def test_caches_are_written_in_place_by_the_kernel_that_reads_them(found: dict[str, Any], name: str) -> None:
+    case = found[name]
     assert launches(case) == ["_append_attention_kernel", BOTH[1]]
     (taken,) = (a for name, a in zip(case["runs"], case["arguments"], strict=True) if "_append" in name)
     assert [each for each in taken if each.startswith("arg")], taken
     assert not [name for name in case["runs"] if "copy" in name or "index" in name]
+    assert case["runs"] == found["append"]["runs"]
     assert not case["opaque"]
     assert case["providers"][0][:2] == ["append_attention", "cached"]
 

@@ -9,42 +9,38 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxopt.ir.contract import Status, Verdict
+from fxopt.ir.contract import Status
 from fxopt.ir.graph_facts import Kernels
+from support.decoding_layers import (
+    FIRST,
+    KERNELS,
+    KV_HEADS,
+    NEW,
+    ROWS,
+    B,
+    D,
+    Site,
+    Tensor,
+    attend,
+    new_rows,
+    turn,
+)
 from support.golden import assert_golden
 from support.numerics import assert_closer
 from support.rewriting import Rewritten, rewriting
 
 NAME = "fuse-append-attention"
 PASSES = ("eliminate-noops", "rewrite-attention", "remove-repeat-kv", "recover-mask", NAME)
-# As a host with kernels for the CPU has it, whose ops are computed by torch here.
-KERNELS = Kernels(frozenset({"cpu"}), lambda node, facts: Verdict.no(""))
-Tensor = torch.Tensor
-Site = Callable[..., Tensor]
-B, HEADS, KV_HEADS, NEW, D, ROWS, FIRST = 2, 6, 2, 3, 16, 12, 5
 ROTATED, APPENDED = "rotated, written and attended to", "are written and attended to"
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """q, k, v, cos, sin, position, key, value, mask; rows in front of the new ones and behind are seen."""
-    torch.manual_seed(0)
-    angles = torch.rand(1, NEW, D // 2) * 6
-    angles = torch.cat([angles, angles], -1)
-    rows = [torch.randn(B, heads, NEW, D) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    rows = new_rows()
     caches = [torch.randn(B, KV_HEADS, ROWS, D) for _ in range(2)]
     mask = torch.rand(B, 1, NEW, ROWS) > 0.3
-    given = [*rows, angles.cos(), angles.sin(), torch.tensor(FIRST), *caches, mask]
+    given = [*rows, torch.tensor(FIRST), *caches, mask]
     return [each.to(dtype) if each.is_floating_point() else each for each in given]
-
-
-def attend(q: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, key, value, mask, enable_gqa=True)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As Llama has it."""
-    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
 def turn_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

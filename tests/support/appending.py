@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from fxopt.codegen import decode_problem, kernel_check
-from fxopt.codegen.append_attention import AppendProblem, append_kernel
+from fxopt.codegen.append_attention import CACHES, AppendProblem, append_kernel
 from fxopt.codegen.kernel_file import KernelFile
 from fxopt.ir.program import MaskProgram, ScoreProgram
+from fxopt.ir.row_codes import quantized
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
 from support.decoding import read_bytes
@@ -24,6 +25,7 @@ CAUSAL = "k <= q + c0[0]"
 PLAIN: dict[str, Any] = {
     "dtype": torch.float32, "group": 2, "queries": 1, "widths": (64, 64), "rotary": 64, "interleaved": False,
     "ring": False, "rows": 137, "length": 70, "mask": CAUSAL, "score": "", "dead": "zero", "given": "length",
+    "stored": None,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "one query": {},
@@ -47,7 +49,30 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ring that fills": {"rows": 48, "length": 30, "ring": True, "mask": "k > q + c0[0] - 40"},
     "capped": {"score": "20*tanh(s/20)", "group": 3},
-}
+    "int8": {"stored": torch.int8, "dtype": torch.bfloat16, "group": 7},
+    "int8 in float32": {"stored": torch.int8, "queries": 5},
+    "int8, the mean": {
+        "stored": torch.int8, "mask": "k < q + c0[0] - 70", "queries": 3, "dead": "mean", "group": 3,
+        "dtype": torch.float16,
+    },
+    "int8, last rows": {
+        "stored": torch.int8, "given": "", "mask": "True", "queries": 4, "length": 133,
+        "dtype": torch.float16,
+    },
+    "int8 in a ring": {
+        "stored": torch.int8, "rows": 48, "length": 100, "ring": True, "queries": 3,
+        "mask": f"{CAUSAL} and k > q + c0[0] - 40", "dtype": torch.bfloat16,
+    },
+    "int8 in two parts": {
+        "stored": torch.int8, "widths": (96, 80), "rotary": 32, "dtype": torch.bfloat16, "interleaved": True,
+    },
+    "fp8": {"stored": torch.float8_e4m3fn, "dtype": torch.bfloat16, "queries": 2},
+    "fp8 in float32": {"stored": torch.float8_e4m3fn, "rotary": 0},
+    "fp8 in a ring": {
+        "stored": torch.float8_e4m3fn, "rows": 48, "length": 30, "ring": True,
+        "mask": "k > q + c0[0] - 40", "widths": (80, 96), "rotary": 80, "dtype": torch.bfloat16,
+    },
+}  # fmt: skip
 
 
 def problem_of(changed: dict[str, Any]) -> AppendProblem:
@@ -69,8 +94,10 @@ def problem_of(changed: dict[str, Any]) -> AppendProblem:
         angles = angles.repeat_interleave(2, -1) if case["interleaved"] else torch.cat([angles, angles], -1)
         tensors |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
     tensors |= {"key": made(kv_heads, rows, width), "value": made(kv_heads, rows, of_value)}
+    for name in ("key", "value") if case["stored"] else ():
+        tensors[name], tensors[f"{name}_scale"] = quantized(tensors[name], case["stored"])
     if not case["ring"] and CAUSAL in case["mask"]:
-        for name in ("key", "value"):
+        for name in ("key_scale", "value_scale") if case["stored"] else ("key", "value"):
             tensors[name][:, :, length:] = torch.nan
     if case["given"]:
         tensors["length"] = torch.arange(length, length + queries)
@@ -88,7 +115,7 @@ def problem_of(changed: dict[str, Any]) -> AppendProblem:
 def check(cache: KernelCache, kernel: KernelFile, problem: AppendProblem) -> list[str]:
     """What is wrong with a kernel and with what it writes, by error against float64."""
     module = cache.load(kernel)
-    written = [list(problem.tensors).index(name) for name in ("key", "value")]
+    written = [place for place, name in enumerate(problem.tensors) if name in CACHES]
     with mock.patch.object(kernel_check, "exact_bfloat16", exact_bfloat16):
         inputs = [*problem.tensors.values(), *problem.captures]
         return kernel_check.differences(module.launch, module.reference, inputs, written)
@@ -108,7 +135,7 @@ FAULTS = {
     "rows written one too late": ("    place = length + new\n", "    place = length + new + 1\n"),
     "not written": ("(place < columns) & writes", "(place < columns) & (place < 0)"),
     "wrong sign": ("column < ROTARY // 2, -1.0, 1.0", "column < ROTARY // 2, 1.0, -1.0"),
-    "keys not rotated": ("other * sign[None, :]", "other * 0.0 * sign[None, :]"),
+    "keys not rotated": ("product(other, across) *", "product(other, across) * 0.0 *"),
     "rows read that are written": ("(slot < length) |", "(slot < length + 1) |"),
     "rows behind the new ones left out": ("slot >= length + QUERIES)", "slot >= columns)"),
     "new keys in every part": ("    if split == 0:\n", "    if split >= 0:\n"),
@@ -120,14 +147,37 @@ FAULTS = {
 }
 
 
+FAULTS_OF_CODES = {
+    "not to the nearest code": ("return rint(x).to", "return x.to"),
+    "scale by another number": ("tl.div_rn(bits.to", "1.01 * tl.div_rn(bits.to"),
+    "scales in another row": ("k_scales + place.to", "k_scales + (place + 1).to"),
+    "values' scales not written": ("tl.store(v_scales +", "tl.store(k_scales +"),
+    "attended to without its scale": ("        s *= k_scale[None, :]\n", "        s *= 1.0\n"),
+    "values without theirs": (
+        "        v_scale /= largest\n    return k_0",
+        "        v_scale = 1.0 + 0 * v_scale\n    return k_0",
+    ),
+    "rotated without eager's roundings": ("return exact.to(x.dtype).to(tl.float32)", "return exact"),
+}
+
+
 def faults(cache: KernelCache) -> dict[str, bool]:
     """Which faults are seen; the work has two parts."""
+    found = faults_of(cache, {"queries": 3, "mask": "c0[b, k]"}, FAULTS)
+    codes = {"queries": 3, "stored": torch.int8, "dtype": torch.bfloat16}
+    of_codes = faults_of(cache, codes, FAULTS_OF_CODES)
+    return found | of_codes | {"none": found["none"] or of_codes["none"]}
+
+
+def faults_of(
+    cache: KernelCache, case: dict[str, Any], changes: dict[str, tuple[str, str]]
+) -> dict[str, bool]:
     torch.manual_seed(0)
-    problem = problem_of({"queries": 3, "mask": "c0[b, k]"})
+    problem = problem_of(case)
     with mock.patch.object(decode_problem, "MOST_SPLITS", 2):
         kernel = append_kernel(problem, None)
     found = {"none": bool(check(cache, kernel, problem))}
-    for name, (right, wrong) in FAULTS.items():
+    for name, (right, wrong) in changes.items():
         assert right in kernel.jit, name
         found[name] = bool(check(cache, replace(kernel, jit=kernel.jit.replace(right, wrong)), problem))
     return found

@@ -24,6 +24,9 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unpadded": ({}, {}),
     "replayed": ({}, {"replay": "always"}),
     "int8": ({}, {"kv_cache_dtype": "int8"}),
+    "fp8": ({}, {"kv_cache_dtype": "fp8"}),
+    "static int8": ({"cache_implementation": "static"}, {"kv_cache_dtype": "int8"}),
+    "static fp8": ({"cache_implementation": "static"}, {"kv_cache_dtype": "fp8"}),
     "capped": ({"cache_implementation": "static"}, {}),
 }
 

@@ -17,6 +17,8 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from fxopt.codegen import fit  # noqa: E402
+from fxopt.ir.row_codes import dequantized, quantized, write_rows  # noqa: E402
 from fxopt.report.record import collect  # noqa: E402
 from support.made_up_timer import made_up  # noqa: E402
 
@@ -59,16 +61,39 @@ def appending(
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
 
+def rounding(
+    x: Tensor,
+    angles: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """The same, with a cache of 8 bits."""
+    query, new = (rotated(each, angles.cos(), angles.sin()) for each in (x[:, :8], x[:, 8:10]))
+    read = []
+    for cache, scales, states in ((key, key_scale, new), (value, value_scale, x[:, 10:])):
+        rows, of_rows = quantized(states, cache.dtype)
+        write_rows(cache, position, rows)
+        scales.index_copy_(2, position, of_rows)
+        read.append(dequantized(cache, scales, x.dtype))
+    return F.scaled_dot_product_attention(query, *read, mask, enable_gqa=True)
+
+
 def compiled(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> dict[str, Any]:
     """The launches, what they take, and what the record says."""
     options = {"kernels": "always", "strict": True, **options}
     torch._dynamo.reset()
-    with torch.no_grad(), generated(TARGET) as made, collect() as records:
+    asked = patch("fxopt.codegen.emit.fitting", wraps=fit.fitting)
+    with torch.no_grad(), generated(TARGET) as made, collect() as records, asked as fitting:
         torch.compile(function, backend="fxopt", options=options)(*inputs)
     runs = [each for one in made for each in re.findall(r"(\w+)\.run\((.*)\)", one.code)]
     return {
         "runs": [name for name, _ in runs],
         "arguments": [arguments.split(", ") for _, arguments in runs],
+        "fitted": fitting.call_count,
         "opaque": any("torch.ops.fxopt" in one.code for one in made),
         "kernels": [kernel.name for record in records for kernel in record.kernels],
         "providers": [list(each) for record in records for each in record.providers],
@@ -90,6 +115,7 @@ def cases() -> dict[str, Any]:
     value = torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(2, 1, 1, 512, device="cuda", dtype=torch.bool)
     rows = torch.zeros(2, 2, 512, 64, device="cuda", dtype=torch.int8)
+    scales = [torch.ones(2, 2, 512, 1, device="cuda") for _ in range(2)]
     growing = [torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     padding = torch.ones(2, 1, 1, 300, device="cuda", dtype=torch.bool)
     new = (
@@ -109,6 +135,10 @@ def cases() -> dict[str, Any]:
         "rows": compiled(of_rows, query, rows, torch.ones(2, 2, 512, 1, device="cuda"), mask),
         "growing": compiled(with_mask, query, *growing, padding),
         "append": compiled(appending, *new, key, value, mask),
+        "append int8": compiled(rounding, *new, rows, rows.clone(), *scales, mask),
+        "append fp8": compiled(
+            rounding, *new, *(rows.to(torch.float8_e4m3fn) for _ in range(2)), *scales, mask
+        ),
     }
 
 

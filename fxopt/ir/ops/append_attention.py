@@ -8,6 +8,8 @@
     length                  int64 of one dimension, whose first entry says in which row the first of the new
                             ones is written, the others behind it; None: in the last rows
     interleaved             pairs of the embedding are neighbours, not halves apart
+    key_scale, value_scale  of caches of 8 bits (`fxopt.ir.row_codes`), (B, Hkv, rows, 1) in float32; written.
+                            New rows are rounded to 8 bits, and attended to as they are stored
     the others              as ``fxopt::attention`` has them, over all rows of the caches
 
 A row that would be behind the end of the cache is an error in the body, as it is in eager; the kernel does
@@ -31,15 +33,18 @@ from fxopt.ir.ops.attention_attributes import SCHEMA, Attributes
 from fxopt.ir.ops.cached_attention import cached_attention, kernel_operands
 from fxopt.ir.ops.decode_attention import sequences_first
 from fxopt.ir.ops.op import Provider, SemanticOp, define_op
+from fxopt.ir.ops.quantized_attention import quantized_attention
+from fxopt.ir.row_codes import quantized, write_rows
 
 _OPERANDS = (
     "Tensor query, Tensor k_new, Tensor v_new, Tensor(a!) key, Tensor(b!) value, Tensor? cos, Tensor? sin, "
     "Tensor? length, "
 )
+_SCALES = "Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None"
 KERNEL_SCHEMA = (
-    f"cached_append_attention({_OPERANDS}*, bool interleaved=False, Tensor? span=None, Tensor? sinks=None, "
-    "float scale, str dead_rows, str mask='True', str score='', Tensor[]? captures=None, "
-    "SymInt[]? sizes=None) -> Tensor"
+    f"cached_append_attention({_OPERANDS}*, {_SCALES}, bool interleaved=False, Tensor? span=None, "
+    "Tensor? sinks=None, float scale, str dead_rows, str mask='True', str score='', "
+    "Tensor[]? captures=None, SymInt[]? sizes=None) -> Tensor"
 )
 Tensor = torch.Tensor
 
@@ -61,6 +66,7 @@ def _appended(
     query: Tensor,
     new: tuple[Tensor, Tensor],
     caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
     angles: tuple[Tensor | None, Tensor | None],
     length: Tensor | None,
     interleaved: bool,
@@ -73,8 +79,12 @@ def _appended(
     count = query.shape[2]
     places = torch.arange(count, device=query.device)
     places = places + (caches[0].shape[2] - count if length is None else length[:1])
-    for cache, rows in zip(caches, (k_new, v_new), strict=True):
-        cache.index_copy_(2, places, rows)
+    for cache, scale, states in zip(caches, scales, (k_new, v_new), strict=True):
+        rows = states
+        if scale is not None:
+            rows, new_scale = quantized(states, cache.dtype)
+            scale.index_copy_(2, places, new_scale)
+        write_rows(cache, places, rows)
     return query
 
 
@@ -91,15 +101,21 @@ def append_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     interleaved: bool = False,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     **attributes: Any,
 ) -> Tensor:
-    """The result (B, Hq, Sq, Dv) of the attention; `key` and `value` are written. See above.
+    """The result (B, Hq, Sq, Dv) of the attention; `key` and `value` are written, and scales. See above.
 
     Raises:
         IndexError: a new row would be behind the end of the cache.
     """
-    query = _appended(query, (k_new, v_new), (key, value), (cos, sin), length, interleaved)
-    return attention(query, key, value, attn_mask, dropout_p, is_causal, **attributes)
+    scales = (key_scale, value_scale)
+    query = _appended(query, (k_new, v_new), (key, value), scales, (cos, sin), length, interleaved)
+    how = (attn_mask, dropout_p, is_causal)
+    if key_scale is None or value_scale is None:
+        return attention(query, key, value, *how, **attributes)
+    return quantized_attention(query, key, key_scale, value, value_scale, *how, **attributes)
 
 
 def _in_cache(
@@ -115,12 +131,15 @@ def _in_cache(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     interleaved: bool = False,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     **attributes: Any,
 ) -> Tensor:
     """`append_attention` by the op for a kernel."""
     query, others = kernel_operands(query, key, attn_mask, is_causal, Attributes(**attributes))
     operands = (query, k_new, v_new, key, value, cos, sin, length)
-    out: Tensor = torch.ops.fxopt.cached_append_attention(*operands, interleaved=interleaved, **others)
+    others |= {"interleaved": interleaved, "key_scale": key_scale, "value_scale": value_scale}
+    out: Tensor = torch.ops.fxopt.cached_append_attention(*operands, **others)
     return out
 
 
@@ -142,12 +161,15 @@ def cached_append_attention(
     sin: Tensor | None,
     length: Tensor | None,
     *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     interleaved: bool = False,
     **others: Any,
 ) -> Tensor:
     """What the kernel computes, by torch: the same with `others` as ``fxopt::cached_attention`` has them."""
-    query = _appended(query, (k_new, v_new), (key, value), (cos, sin), length, interleaved)
-    out: Tensor = cached_attention(query, key, value, **others)
+    scales = (key_scale, value_scale)
+    query = _appended(query, (k_new, v_new), (key, value), scales, (cos, sin), length, interleaved)
+    out: Tensor = cached_attention(query, key, value, key_scale=key_scale, value_scale=value_scale, **others)
     return out
 
 
@@ -159,7 +181,7 @@ def _fake(
 
 APPEND_ATTENTION = SemanticOp(
     name="append_attention",
-    schema=f"({_OPERANDS}{SCHEMA}, bool interleaved=False) -> Tensor",
+    schema=f"({_OPERANDS}{SCHEMA}, bool interleaved=False, {_SCALES}) -> Tensor",
     body=append_attention,
     providers=(Provider("cached", _runs, _in_cache),),
 )
