@@ -95,6 +95,8 @@ def append_kernel(problem: AppendProblem, target: Target | None) -> KernelFile:
         raise Unsupported("rows without a live key that give the mean of a ring")
     tiling = tiling_of(problem, target, _most_rows(problem), _most_keys(problem))
     tiling = replace(tiling, warps=_warps(problem, tiling))
+    if problem.has("key_scale"):
+        tiling = replace(tiling, k=_with_wide_rest(tiling.k), v=_with_wide_rest(tiling.v))
     return with_others(functools.partial(_kernel, problem, target), tiling)
 
 
@@ -145,9 +147,13 @@ def _most_keys(problem: AppendProblem) -> int:
     if not problem.has("key_scale"):
         return MOST_KEYS
     widths = [Widths.of(int(problem.tensors[name].shape[3])) for name in ("key", "value")]
-    if any(each.blocks[1] == SMALLEST_TILE for each in widths):  # a narrow rest takes many registers
-        return MOST_KEYS // 8
     return MOST_KEYS // 2 if all(each.blocks[0] >= WIDE for each in widths) else MOST_KEYS // 4
+
+
+def _with_wide_rest(widths: Widths) -> Widths:
+    """A rest of 16 columns, rounded to 8 bits, takes more registers than one of 32 (255 for 138)."""
+    first, rest = widths.blocks
+    return replace(widths, blocks=(first, max(2 * SMALLEST_TILE, rest))) if rest else widths
 
 
 def _warps(problem: AppendProblem, tiling: Tiling) -> int:
