@@ -171,3 +171,19 @@ def test_nothing_to_attend_to() -> None:
     assert torch.equal(in_blocks(q, k, v, mask="k <= q"), torch.zeros(1, 2, 3, D))
     assert in_blocks(q[:, :, :0], q, q, mask="k <= q").shape == (1, 2, 0, D)
     assert in_blocks(q[:0], q[:0], q[:0], mask="k <= q").shape == (0, 2, 3, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["", "5*tanh(s/5)"], ids=["in one piece", "in tiles"])
+def test_the_memory_of_a_result_does_not_follow_the_queries(score: str, dtype: torch.dtype) -> None:
+    """Compilers are told how it is laid out; partial rotary embeddings make queries with heads first."""
+    query, key = torch.randn(2, H, 13, D, dtype=dtype), torch.randn(2, 2, 13, D, dtype=dtype)
+    packed = torch.randn(2, 13, 80, dtype=dtype)[..., 64:].view(2, 13, 2, D).transpose(1, 2)
+    attributes = {
+        "mask": "k <= q and k > q - 5", "score": score, "scale": 0.3, "dead_rows": "zero", "stops": False,
+        "stopped": [], "wide_scores": False, "dropout_p": 0.0,
+    }  # fmt: skip
+    operands = (query, key, packed, None, None, [], [])
+    torch.library.opcheck(
+        torch.ops.fxopt.block_attention.default, operands, attributes, test_utils="test_faketensor"
+    )

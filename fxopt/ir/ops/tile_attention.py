@@ -76,8 +76,10 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             if not flash:
                 out[at], lse[at] = DenseTile(problem, rows, tile, generator).forward()
             elif tile.batch == (0, batch) and tile.rows == (0, count):
-                out, lse = _flash(problem, tile)
+                whole, lse = _flash(problem, tile)
                 lse = lse.contiguous()
+                # Where heads share keys it may lay out its result as the queries are.
+                out = whole if whole.stride() == out.stride() else out.copy_(whole)
             else:
                 out[at], lse[at] = _flash(problem, tile)
         if rows.fill_dead and tile.dead is not None:
