@@ -65,7 +65,11 @@ def test_a_layer_takes_few_launches(batch: int) -> None:
     first, second = (place for place, name in enumerate(found) if "attention" in name)
     # On the CPU attention has its mask made for it, those of all layers by one kernel. That and the operator
     # are one: attention, by the host.
-    layer = [name for name in found[first + 1 : second + 1] if name not in ("where", "fused_le_where")]
+    layer = [
+        name
+        for name in found[first + 1 : second + 1]
+        if name not in ("where", "fused_where", "fused_le_where")
+    ]
     print("\n".join(layer))
     products = {one.kernel.name for one in emitted if isinstance(one.region.body, MatmulBody)}
     assert [name in products for name in layer[:4]] == [True] * 4, layer
