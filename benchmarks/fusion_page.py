@@ -34,7 +34,7 @@ _METHOD = """
 - Products with more than 16 rows are the library's in both columns (`"gemm": "never"`): which of them would
   be faster in a kernel has not been measured.
 - T5's attention with a learned bias is in fxopt's kernels: several launches in the backward where the library
-  has one, of which none reads or writes a number for each query and key of all heads.
+  has one.
 - Bytes are, of what Inductor launches, Inductor's own account (`get_read_write_buffers_sizes`); of fxopt's
   kernels what their files say: every tensor that is read or written, once. Weights are part of them. Partial
   sums, which the two launches of a split reduction hand on, are not.
