@@ -322,8 +322,7 @@ def _append_attention_kernel(
     h, q, inside = head * GROUP + row // QUERIES, row % QUERIES, row < GROUP * QUERIES
     length, extent = ends_of(length_ptr, columns, QUERIES, RING, LENGTH)
     first, last = old_part(
-        b, split, span_ptr, length, columns, captured, QUERIES, SPAN, RING, SPLITS, BLOCK_N
-    )
+        b, split, span_ptr, length, columns, captured, QUERIES, SPAN, RING, SPLITS, BLOCK_N)  # fmt: skip
     if (first >= last) & (split > 0):
         store_nothing(sums_ptr, part, row, GROUP * QUERIES)
         return
@@ -342,8 +341,7 @@ def _append_attention_kernel(
             start + tl.arange(0, BLOCK_N), last, b, h, q, inside, q_0, q_1, k_rows, k_stride_k, v_rows,
             v_stride_k, k_scales, k_scale_stride_k, v_scales, v_scale_stride_k, length, extent, columns,
             captured, m, total, acc_0, acc_1, SCALE, WIDTH_0, BLOCK_0, WIDTH_1, BLOCK_1, K_ALIGN, V_WIDTH,
-            V_BLOCK_0, V_BLOCK_1, V_ALIGN, QUERIES, RING, QUANTIZED, UNIFORM,
-        )  # fmt: skip
+            V_BLOCK_0, V_BLOCK_1, V_ALIGN, QUERIES, RING, QUANTIZED, UNIFORM)  # fmt: skip
     if split == 0:
         m, total, acc_0, acc_1 = join_new(
             tl.min(row, 0) == 0, b, h, q, inside, q_0, q_1,
