@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fxopt.codegen.append_attention import append_kernel
 from fxopt.codegen.decode_attention import decode_kernel
 from fxopt.codegen.decode_problem import Problem
 from fxopt.codegen.kernel_check import differences
@@ -14,6 +16,8 @@ from fxopt.ir.program import MaskProgram, ScoreProgram
 from fxopt.ir.target import Target
 from fxopt.runtime.interpreter import exact_bfloat16
 from fxopt.runtime.kernel_cache import KernelCache
+from support.appending import CASES, check
+from support.appending import problem_of as append_problem
 
 ROOM = 3000
 
@@ -51,6 +55,16 @@ def test_numerics(
         return
     with exact_bfloat16():
         assert differences(module.launch, module.reference, inputs) == []
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_rows_are_rotated_rounded_and_written(name: str, device: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    made = append_problem(CASES[name])
+    tensors = {each: tensor.to(device) for each, tensor in made.tensors.items()}
+    problem = replace(made, tensors=tensors, captures=tuple(each.to(device) for each in made.captures))
+    kernel = append_kernel(problem, Target.detect())
+    assert check(KernelCache(tmp_path), kernel, problem) == []
 
 
 def test_a_recorded_launch_follows_the_length(cuda: str, tmp_path: Any) -> None:

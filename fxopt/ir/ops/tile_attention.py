@@ -78,7 +78,7 @@ def forward(problem: Problem, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             elif tile.batch == (0, batch) and tile.rows == (0, count):
                 whole, lse = _flash(problem, tile)
                 lse = lse.contiguous()
-                # Where heads share keys it may lay out its result as the queries are.
+                # The flash kernel lays its result out as the queries are.
                 out = whole if whole.stride() == out.stride() else out.copy_(whole)
             else:
                 out[at], lse[at] = _flash(problem, tile)
