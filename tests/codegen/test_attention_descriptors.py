@@ -125,6 +125,29 @@ def test_the_same_numbers_of_all_variants(tmp_path: Path) -> None:
     assert {name: problem for name, problem in found["described"].items() if problem} == {}
 
 
+def specialized(one: KernelFile, warps: int) -> KernelFile:
+    """With a loop over keys whose loads and products are to get warps of their own."""
+    parts = one.jit.split("def attend(")
+    asked = parts[1].replace("BLOCK_N):\n", "BLOCK_N, warp_specialize=True):\n", 1)
+    launch = replace(one.launches[0], num_warps=warps)
+    return replace(one, jit=f"{parts[0]}def attend({asked}", launches=(launch,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "warps", "offered"), [("sm_90", 8, False), ("sm_100", 4, True)])
+def test_triton_has_no_specialized_warps_worth_measuring(
+    arch: str, warps: int, offered: bool, tmp_path: Path
+) -> None:
+    """Once this fails they are a candidate: for sm_90 Triton leaves the loop alone, for sm_100 it spills."""
+    target = Target.named(arch)
+    (described,) = kernel(target).alternatives
+    asked = specialized(described, warps)
+    assert "warp_specialize=True" in asked.jit
+    (found,) = compile_launches([(asked, 0)], target, cache=KernelCache(tmp_path))
+    assert ("setmaxnreg" in found.ptx) is offered
+    assert bool(found.problems()) is offered
+
+
 def test_memory_for_descriptors_is_allocated_in_the_thread_that_launches() -> None:
     plain = kernel(HOPPER)
     (described,) = plain.alternatives
