@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxopt.ir.cone import cone, reads
+from fxopt.ir.cone import cone, data_in
 from fxopt.ir.contract import Context, Match, Miss, Verdict
 from fxopt.ir.cost import numel
 from fxopt.ir.facts import argument, val
@@ -53,7 +53,7 @@ class FoldCausalMask:
             made_by = cone(mask)
         except Unsupported as refusal:
             return Miss("a mask made by few operations", str(refusal))
-        data = next((each for each in made_by if each.op != "call_function" and not reads(each)), None)
+        data = data_in(made_by)
         if data is not None:
             return Miss("a mask made from sizes alone", _program(mask, node) or f"it depends on {data.name}")
         return Match(node, (node,), {"mask": mask, "made_by": made_by})

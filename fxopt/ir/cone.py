@@ -11,7 +11,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.ir.facts import val
+from fxopt.ir.known import literal
 from fxopt.ir.linear import Unsupported
+from fxopt.ir.same_value import DETACH
 
 aten = torch.ops.aten
 
@@ -99,9 +101,15 @@ def cone(root: fx.Node, reads: Callable[[fx.Node], list[fx.Node]] = reads) -> li
 def from_sizes(root: fx.Node) -> bool:
     """`root` is made from sizes and constants of the code alone: no data, hence no gradient."""
     try:
-        return all(node.op == "call_function" or reads(node) for node in cone(root))
+        return data_in(cone(root)) is None
     except Unsupported:
         return False
+
+
+def data_in(nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """The first of a `cone` that is neither computed nor a literal of the code."""
+    given = (node for node in nodes if node.op != "call_function" and not reads(node))
+    return next((node for node in given if literal(node) is None), None)
 
 
 def symbols(nodes: list[fx.Node]) -> dict[sympy.Symbol, int | None]:
@@ -164,9 +172,12 @@ def _run_node(node: fx.Node, results: dict[fx.Node, Any], at: Mapping[sympy.Symb
     if outer is not None:
         _check_form(node, results[outer], at)
         return results[outer]
+    held = literal(node)
+    if held is not None:
+        return held
     if node.op != "call_function" or not isinstance(op, OpOverload):
         raise Unsupported(f"{node.name}, which is no operation on sizes alone")
-    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+    if (op._schema.is_mutable and op is not DETACH) or torch.Tag.nondeterministic_seeded in op.tags:
         raise Unsupported(f"{op}")
     found = call_on_cpu(node, lambda arg: results[arg] if arg in results else stand_in(val(arg), at))
     _check_form(node, found, at)

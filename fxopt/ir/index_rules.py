@@ -184,8 +184,8 @@ def _triangle(keep: Callable[[sympy.Expr, sympy.Expr], Any]) -> Rule:
     return rule
 
 
-_AS_IS = (aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default,
-          aten.lift_fresh.default, aten.lift_fresh_copy.default)  # fmt: skip
+_AS_IS = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.clone.default,
+          aten.contiguous.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)  # fmt: skip
 _SAME_ORDER = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
                aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default,
                aten.reshape_as.default, aten.unflatten.int, aten.flatten.using_ints)  # fmt: skip

@@ -63,6 +63,9 @@ CAUSAL: dict[str, Mask] = {
     "cat": lambda x: (
         torch.cat([torch.arange(x.shape[2] + 1)[:1], torch.arange(1, x.shape[2])])[None] <= q_and_k(x)[0]
     ),
+    "where_literals": lambda x: torch.where(
+        q_and_k(x)[1] <= q_and_k(x)[0], torch.tensor(0.0), torch.tensor(lowest())
+    ),
     "where_lowest": lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], torch.zeros(()), lowest()),
     "filled_infinite": lambda x: torch.zeros(x.shape[2], x.shape[2]).masked_fill(
         q_and_k(x)[1] > q_and_k(x)[0], -math.inf
@@ -118,6 +121,16 @@ NEAR_MISSES: dict[str, tuple[Mask, str]] = {
     "raised": (
         lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], 1.0, -math.inf),
         'mask="k <= q" score="s + 1"',
+    ),
+    "raised_by_literal": (
+        lambda x: torch.where(q_and_k(x)[1] <= q_and_k(x)[0], torch.tensor(1.0), -math.inf),
+        'mask="k <= q" score="s + 1"',
+    ),
+    "written_literal": (
+        lambda x: torch.where(
+            q_and_k(x)[1] <= q_and_k(x)[0], torch.tensor(0.0).add_(x[0, 0, 0, 0]), -math.inf
+        ),
+        "s + c0",
     ),
     "slopes": (lambda x: (q_and_k(x)[1] - q_and_k(x)[0]).float() * 0.5, 'score="s + 0.5*k - 0.5*q"'),
     "random": (lambda x: torch.rand(x.shape[2], x.shape[2]) > 0.5, 'saw mask="c0[q, k]"; c0 is gt'),
