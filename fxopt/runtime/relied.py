@@ -73,7 +73,7 @@ class Relied:
             self.dicts[id(value)] = value
         elif isinstance(value, types.CellType):
             self.cells[id(value)] = value
-        elif not isinstance(value, CONSTANT):
+        elif not isinstance(value, CONSTANT) and type(value) is not object:  # a sentinel: it holds nothing
             self._add_object(value)
 
     def _add_object(self, value: Any) -> None:
@@ -135,7 +135,7 @@ def _unchanged_dicts(loops: Loops, dicts: Sequence[dict[Any, Any]]) -> Callable[
 
     A root that is marked as safe for tags notes the versions of all dicts below it when it is first checked,
     and then compares those alone, one behind the other; from Python 3.12 on not even that, as dicts tell it
-    of changes. Until then `Loops.versions`, where it is compiled, needs less: behind a step of the model the
+    of changes, unless they are empty and filled from another dict. Until then `Loops.versions`, where it is compiled, needs less: behind a step of the model the
     dicts are no longer in the processor's caches, and it has them fetched ahead.
     """
     from torch._C._dynamo.guards import RootGuardManager
@@ -153,8 +153,8 @@ def _unchanged_dicts(loops: Loops, dicts: Sequence[dict[Any, Any]]) -> Callable[
     items.mark_tag_safe()
     top.mark_tag_safe()
     top.mark_tag_safe_root()
-    values = (holder,)
-    return lambda: bool(root.check(values))
+    values, empty = (holder,), [each for each in dicts if not each]
+    return lambda: bool(root.check(values)) and not any(empty)
 
 
 def _below(make: Callable[..., Any], value: Any, **how: Any) -> Any:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import object_setattr_ignore_descriptor
 
 from fxopt.runtime import step_loops
+from fxopt.runtime.relied import _unchanged_dicts
 from fxopt.runtime.step_loops import Current, Loops, PythonLoops
 
 
@@ -83,6 +85,26 @@ def test_versions(loops: Loops) -> None:
         assert loops.versions_are(given, versions)
         change()
         assert not loops.versions_are(given, versions)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: given[0].update(a=2),
+        lambda given: given[1].update(b=1),
+        lambda given: given[1].update({"b": 1}),
+        lambda given: given[1].setdefault("b", 1),
+        lambda given: given[2].popitem(),
+        lambda given: given[2].clear(),
+    ],
+)
+def test_changes_of_dicts_are_seen(loops: Loops, change: Callable[[Any], object]) -> None:
+    given: list[dict[str, Any]] = [{"a": 1}, {}, vars(torch.nn.Identity())]
+    unchanged = _unchanged_dicts(loops, given)
+    assert all(unchanged() for _ in range(5))
+    change(given)
+    assert not unchanged()
+    assert not unchanged()
 
 
 def test_code_and_defaults(loops: Loops) -> None:
@@ -242,8 +264,14 @@ def test_attributes_are_stored_past_their_class() -> None:
     sealed, local = Sealed(), threading.local()
     store(sealed, "keys", 3)
     assert vars(sealed) == {"keys": 3}
-    store(local, "keys", 4)
-    assert local.keys == 4
+    try:
+        object_setattr_ignore_descriptor(local, "keys", 4)
+    except AttributeError:  # torch 2.11 does not know of them
+        with pytest.raises(AttributeError):
+            store(local, "keys", 4)
+    else:
+        store(local, "keys", 5)
+        assert local.keys == 5
     with pytest.raises(AttributeError):
         store(1, "keys", 3)
 
