@@ -27,7 +27,8 @@ class VmapRegion:
 
     def __call__(self, *args: Any) -> Any:
         run = fx.Interpreter(self.module).run
-        with disable_proxy_modes_tracing():
+        # The trace around this one has a mode that notes vmap's functions (torch 2.11).
+        with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
             flat = make_fx(lambda *inputs: run(*inputs))(*args)
         return fx.Interpreter(flat).run(*args)
 

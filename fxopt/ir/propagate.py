@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -40,10 +41,19 @@ def evaluate(node: fx.Node, mode: FakeTensorMode, autocast: Iterable[Region] = (
         raise TypeError(f"{node.format_node()} is no function call")
     if isinstance(target, OpOverload) and target.namespace == "fxopt":
         return _evaluated_once(target, args, kwargs, mode)
-    with mode, torch.no_grad(), ExitStack() as regions:
+    with _faking(mode), ExitStack() as regions:
         for region in autocast:
             regions.enter_context(torch.amp.autocast_mode.autocast(*region))
         return target(*args, **kwargs)
+
+
+@contextmanager
+def _faking(mode: FakeTensorMode) -> Iterator[None]:
+    """As Dynamo runs fake operators. Without the dispatcher in Python composite ones ask for sizes as
+    numbers, which torch before 2.13 answers with those that were traced, and with guards on them.
+    """
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def _evaluated_once(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensor
     flat, spec = pytree.tree_flatten((args, kwargs))
     key = (target, spec, tuple(map(signature, flat)))
     results = _RESULTS.setdefault(mode, {})
-    with mode, torch.no_grad():
+    with _faking(mode):
         if key in results:
             return pytree.tree_map_only(_Form, _Form.make, results[key])
         found = target(*args, **kwargs)

@@ -135,8 +135,9 @@ def _unchanged_dicts(loops: Loops, dicts: Sequence[dict[Any, Any]]) -> Callable[
 
     A root that is marked as safe for tags notes the versions of all dicts below it when it is first checked,
     and then compares those alone, one behind the other; from Python 3.12 on not even that, as dicts tell it
-    of changes, unless they are empty and filled from another dict. Until then `Loops.versions`, where it is compiled, needs less: behind a step of the model the
-    dicts are no longer in the processor's caches, and it has them fetched ahead.
+    of changes, unless they are empty and filled from another dict. Until then `Loops.versions`, where it is
+    compiled, needs less: behind a step of the model the dicts are no longer in the processor's caches, and it
+    has them fetched ahead.
     """
     from torch._C._dynamo.guards import RootGuardManager
 
