@@ -391,8 +391,9 @@ def _behind_products(body: MatmulBody) -> set[str]:
 
 
 def _operands_alone(body: MatmulBody) -> set[str]:
-    """Loads that only products use: they need not be widened."""
+    """Loads of what is multiplied as it is, and that only products use: they need not be widened."""
     others = {name for one in body.statements if not isinstance(one, Product) for name in one.uses}
     others |= {store.source for store in body.stores}
     operands = {name for one in body.products for name in one.uses}
-    return {one.name for one in body.loads if one.name in operands - others}
+    as_stored = [one for one in body.loads if one.tensor.meta["val"].dtype == body.dtype]
+    return {one.name for one in as_stored if one.name in operands - others}

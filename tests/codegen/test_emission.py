@@ -22,6 +22,20 @@ def test_many_random_programs() -> None:
     assert found["programs"] >= 2000
 
 
+def test_random_programs_compile() -> None:
+    found = findings("support.compiled_fuzz", "--programs", "20", interpreted=False)
+    assert found["failures"] == []
+    assert found["kernels"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_many_random_programs_compile(target: str) -> None:
+    found = findings("support.compiled_fuzz", "--programs", "800", "--target", target, interpreted=False)
+    assert found["failures"] == []
+    assert found["programs"] >= 800
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return findings("support.emitted", str(tmp_path_factory.mktemp("kernels")))

@@ -106,6 +106,7 @@ PRODUCTS: dict[str, Callable[[Value, Value, int], Value]] = {
     "stacks": lambda x, weight, n: torch.baddbmm(
         weight[0, :n], _stacks(x), weight[: x.shape[-1], :n].expand(3, -1, -1)
     ).sigmoid(),
+    "widened": lambda x, weight, n: torch.bmm(_stacks(x).float() * 0.5, _stacks(x).float().mT) * 0.25,
     "scores": lambda x, weight, n: torch.bmm(_stacks(x), _stacks(x).mT / 4).softmax(-1),
     "padded": lambda x, weight, n: F.pad(_long(x), (0, 3))[:, :-3] @ weight[: x.shape[-1], :n] - 1,
     "interleaved": lambda x, weight, n: _rotated(F.linear(x, weight[:32, : x.shape[-1]]), weight[1, :8]),
