@@ -48,6 +48,7 @@ def install(name: str) -> Target:
     library = None if _has_cuda() else ctypes.CDLL(str(_library()))
     import torch
     from torch._dynamo.device_interface import CudaInterface
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental import proxy_tensor
 
@@ -63,6 +64,7 @@ def install(name: str) -> Target:
             setattr(CudaInterface, key, staticmethod(answer))
     # Constants are made on the CPU and then become fakes of the device; none is computed with while tracing.
     proxy_tensor.CONSTANT_NUMEL_LIMIT = -1
+    fake_tensor.init_gpu_context = lambda device: None  # a build with CUDA would ask for the driver
     FakeTensorMode.avoid_device_init = property(lambda mode: True, lambda mode, value: None)
     _fold_constants_on_the_cpu()
     return target

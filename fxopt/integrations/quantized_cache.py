@@ -87,7 +87,8 @@ class QuantizedLayer(QuantizedRows, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.key_scales = self.value_scales = None
+        if not self.is_initialized:  # transformers before 5.18 keeps the rows, as zeros
+            self.key_scales = self.value_scales = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
