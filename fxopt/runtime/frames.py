@@ -97,8 +97,8 @@ def _tail_of(
     stored = {each.argval for each in head if each.opname == "STORE_FAST"} - {result}
     if any(each.argval in stored for each in rest if each.opname.startswith("LOAD_FAST")):
         return None
-    if any(each.target in head for each in instructions if each.target is not None):
-        return None
+    if any((each.target in head) != (each in head) for each in instructions if each.target is not None):
+        return None  # a jump into what is left away, or out of it
     keys = get_code_keys()
     options = {key: getattr(code, key) for key in keys}
     options["co_varnames"] = (result, *(name for name in code.co_varnames if name != result))
