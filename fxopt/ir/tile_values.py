@@ -92,6 +92,9 @@ class TileValues:
         return tensor
 
 
+# Integers are multiplied in 32 bits, or in 64: by larger numbers, such as the lowest of a dtype, as floats.
+LARGE = 2**15
+
 # What computes a formula in a tile. Formulas are walked once, not in every tile.
 Computed: TypeAlias = Callable[[TileValues], Any]
 
@@ -115,7 +118,8 @@ def _condition(formula: Boolean) -> Computed:
 @functools.lru_cache(maxsize=1024)
 def _number(expression: Any) -> Computed:
     if expression.is_number:
-        value = int(expression) if expression.is_Integer else float(expression)
+        whole = expression.is_Integer and abs(expression) < 2**63  # others are no numbers of torch
+        value = int(expression) if whole else float(expression)
         return lambda tile: value
     if expression == S:
         return lambda tile: tile.scores
@@ -162,13 +166,14 @@ def grouped_terms(expression: Any) -> dict[Any, dict[Any, list[Any]]]:
     """``(k - q)*c0[h]`` for ``k*c0[h] - q*c0[h]``: the parts would lose digits that their difference has.
 
     Returns:
-        what is no integer -> a positive number -> integers: the sum of the products of all three.
+        what is no integer -> a positive number -> integers: the sum of the products of all three. Scores are
+        last: they would be lost in ``(s - lowest) + lowest*c0[b, k]``.
     """
     groups: dict[Any, dict[Any, list[Any]]] = {}
     for term in sympy.Add.make_args(sympy.expand(expression)):
         scale, whole, real = _factors(term)
         groups.setdefault(real, {}).setdefault(scale, []).append(whole)
-    return groups
+    return dict(sorted(groups.items(), key=lambda group: bool(group[0].has(S))))
 
 
 def _factors(term: Any) -> tuple[Any, Any, Any]:
@@ -176,7 +181,7 @@ def _factors(term: Any) -> tuple[Any, Any, Any]:
     number, rest = term.as_coeff_Mul()
     integers = [part for part in sympy.Mul.make_args(rest) if part.is_integer]
     real = sympy.Mul(*(part for part in sympy.Mul.make_args(rest) if not part.is_integer))
-    if number.is_Rational:
+    if number.is_Rational and abs(number.p) < LARGE:
         return sympy.Rational(1, number.q), sympy.Mul(number.p, *integers), real
     return abs(number), sympy.Mul(sympy.sign(number), *integers), real
 

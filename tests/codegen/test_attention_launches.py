@@ -78,7 +78,7 @@ def train(case: Case, cache: KernelCache, *sizes: int) -> list[Any]:
     return [*stub.launched, *other.launched]
 
 
-SAMPLE = ("alibi", "shifted causal")
+SAMPLE = ("alibi", "shifted causal", "lowest numbers of integers")
 
 
 @pytest.mark.parametrize(

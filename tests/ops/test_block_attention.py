@@ -70,6 +70,15 @@ def at_once(
     return (torch.where(live.any(-1, keepdim=True), weights, 0.0) if dead_rows == "zero" else weights) @ v
 
 
+@pytest.mark.parametrize("factor", [7, 2**15, 2**40, -int(torch.finfo(torch.float32).min)])
+def test_factors_of_integers_may_be_of_any_size(factor: int) -> None:
+    padding = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    scores = torch.randn(2, H, 5, 3)
+    values = TileValues(((0, 2), (0, H), (0, 5), (0, 3)), {"c0": padding}, {}, scores.device, scores)
+    got = values.number(ScoreProgram.parse(f"s + {factor}*c0[b, k] - {factor}").result)
+    assert torch.equal(got, scores + (padding[:, None, None] - 1).float() * float(factor))
+
+
 def cases() -> Iterator[tuple[Any, ...]]:
     drawn = random.Random(0)
     every = itertools.product(

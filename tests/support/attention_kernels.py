@@ -70,6 +70,8 @@ class Case:
     rows: int = ROWS
 
 
+LOWEST = -int(torch.finfo(torch.float32).min)
+
 CASES: dict[str, Case] = {
     "all keys": Case("True"),
     "causal": Case(group=1, width=40, width_v=40),
@@ -122,6 +124,7 @@ CASES: dict[str, Case] = {
     "lowest numbers": Case(
         "True", "s + c0[b, 0, 0, k]", (torch.where(LEFT, 0.0, torch.finfo(torch.float32).min)[:, None, None],)
     ),
+    "lowest numbers of integers": Case("True", f"s + {LOWEST}*c0[b, k] - {LOWEST}", (LEFT.long(),)),
     "chunks": Case("k <= q and (k)//8 == (q)//8", width=80, width_v=80, group=1),
     "dropout": Case(dropout=0.25),
     "few queries": Case("k <= q + 38", rows=3),
