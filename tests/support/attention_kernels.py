@@ -44,7 +44,7 @@ PADDED = torch.ones(BATCH, COLUMNS, dtype=torch.bool)
 LEFT, RIGHT = PADDED.clone(), PADDED.clone()
 LEFT[0, :9], RIGHT[1, 30:] = False, False
 DOCUMENTS = (torch.arange(COLUMNS) // 13).expand(BATCH, COLUMNS).contiguous()
-HEADS = 6
+HEADS, LOWEST = 6, -int(torch.finfo(torch.float32).min)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -69,8 +69,6 @@ class Case:
     width_v: int = 16
     rows: int = ROWS
 
-
-LOWEST = -int(torch.finfo(torch.float32).min)
 
 CASES: dict[str, Case] = {
     "all keys": Case("True"),
